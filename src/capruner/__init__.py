@@ -1,0 +1,1 @@
+"""Correlation-aware second-order pruning (CAP, FastCAP) for PyTorch vision models."""
