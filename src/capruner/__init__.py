@@ -1,1 +1,26 @@
-"""Correlation-aware second-order pruning (CAP, FastCAP) for PyTorch vision models."""
+"""Correlation-aware second-order pruning (CAP, FastCAP) for PyTorch vision models.
+
+    result = capruner.prune(model, batches, loss_fn, sparsity=[0.5, 0.75, 0.9])
+    result.apply(model, 0.75)
+
+The method reads top to bottom in ``gradients``, ``fisher``, ``obs``, ``allocation``; ``pruning.prune`` puts it together. Nothing here needs SparseML:
+the recipe modifiers live in ``capruner.sparseml``.
+"""
+
+from capruner.numerics import NotPositiveDefiniteError
+from capruner.obs import Elimination, compensate, eliminate
+from capruner.pruning import prune
+from capruner.result import PruningResult, load_result
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Elimination",
+    "NotPositiveDefiniteError",
+    "PruningResult",
+    "__version__",
+    "compensate",
+    "eliminate",
+    "load_result",
+    "prune",
+]

@@ -1,0 +1,74 @@
+"""From losses to decisions: how many steps of its elimination each block goes.
+
+A block's weights leave in the order that the elimination found, so an allocation is one number per block. Steps compete by their score:
+
+``marginal``
+    the loss ``δ`` of the step, made monotone along the block by a running maximum (a later, cheaper step cannot come before an earlier one). A
+    threshold on it minimises the predicted total loss up to that monotonisation.
+``cumulative``
+    the sum of the losses so far in the block, as in the published code.
+
+Ties are broken by layer, block, step: deterministic. Counts are exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Score = Literal["marginal", "cumulative"]
+
+
+def step_scores(losses: Tensor, score: Score = "marginal") -> Tensor:
+    """``(n, B)`` losses in order of elimination to non-decreasing scores; ``-inf`` (dead) and ``inf`` (never) stay what they are."""
+    if score not in get_args(Score):
+        raise ValueError(f"score must be one of {get_args(Score)}, got {score!r}")
+    if score == "marginal":
+        return losses.cummax(dim=1).values
+    total = losses.clamp(min=0).double().cumsum(dim=1).to(losses.dtype)
+    return torch.where(losses == -torch.inf, losses, total)
+
+
+def allocate(scores: Sequence[Tensor], num_pruned: int, names: Sequence[str] | None = None) -> list[Tensor]:
+    """The ``num_pruned`` cheapest steps over all blocks of all layers.
+
+    Args:
+        scores: per layer ``(n, B)`` non-decreasing along dim 1 (see :func:`step_scores`); ``-inf`` must go, ``inf`` cannot.
+        num_pruned: exact number of steps to take.
+
+    Returns:
+        Per layer ``(n,)`` int64: steps that each block takes.
+
+    Raises:
+        ValueError: fewer steps asked for than must go, or more than can.
+    """
+    must = sum(int((s == -torch.inf).sum()) for s in scores)
+    can = sum(int((s < torch.inf).sum()) for s in scores)
+    where = f" in {', '.join(names)}" if names is not None and len(names) < 4 else ""
+    if num_pruned < must:
+        raise ValueError(
+            f"{num_pruned} weights were asked to be zero{where}, but {must} already are by an earlier mask: ask for a higher sparsity, "
+            "or drop the earlier mask"
+        )
+    if num_pruned > can:
+        raise ValueError(
+            f"{num_pruned} weights were asked to be zero{where}, but only {can} can be with this mask type"
+        )
+    if num_pruned == 0:
+        return [torch.zeros(len(s), dtype=torch.int64, device=s.device) for s in scores]
+    threshold = torch.cat([s.reshape(-1).cpu() for s in scores]).kthvalue(num_pruned).values
+    below = [s < threshold.to(s.device) for s in scores]
+    counts = [b.sum(dim=1) for b in below]
+    rest = num_pruned - sum(int(c.sum()) for c in counts)
+    for layer, (s, count) in enumerate(zip(scores, counts)):
+        if rest == 0:
+            break
+        ties = (s == threshold.to(s.device)).sum(dim=1)
+        # Blocks in order take their ties until the rest is used up.
+        taken = (rest - (ties.cumsum(0) - ties)).clamp_(min=0).minimum(ties)
+        counts[layer] = count + taken
+        rest -= int(taken.sum())
+    return counts

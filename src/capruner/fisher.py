@@ -1,0 +1,161 @@
+"""Blockwise empirical Fisher matrix, ``F = (1/m) Σ g gᵀ + λ I`` per block of ``B`` weights, and its inverse ``H``.
+
+Two ways lead to ``H``; both take slabs of ``k`` gradients at a time, so that a block is read and written once per slab and not once per gradient:
+
+``woodbury``
+    ``H ← H − H Gᵀ (m I + G H Gᵀ)⁻¹ G H`` from ``H = I/λ``. Exact in the directions no gradient has seen, whatever the size of ``λ``.
+``accumulate``
+    ``F += Gᵀ G / m`` (half the flops), then one Cholesky inverse in float64. Directions no gradient has seen are known to the rounding of ``F``.
+
+``auto`` takes ``woodbury`` while there are fewer gradients than weights in a block (the Fisher matrix is then singular but for ``λ``), else ``accumulate``.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from capruner.numerics import NotPositiveDefiniteError, full_precision
+from capruner.obs import chunk_size
+
+Solver = Literal["auto", "woodbury", "accumulate"]
+
+
+class BlockFisher:
+    """The Fisher blocks of one weight tensor, fed with gradients, then inverted once.
+
+    Holds ``num_blocks · B²`` numbers, in which the inverse replaces the matrix.
+
+    Args:
+        num_blocks: ``n``.
+        block_size: ``B``.
+        num_grads: number of gradients ``m`` that will be added; known beforehand because Woodbury needs it.
+        damp: ``λ > 0``, absolute, in units of a squared gradient.
+        relative_damp: ``λ`` is instead this fraction of the mean diagonal of each block (needs the ``accumulate`` solver).
+        solver: see the module's docstring.
+        dtype: float32, or float64 for reference computations.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        num_grads: int,
+        damp: float,
+        *,
+        relative_damp: bool = False,
+        solver: Solver = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if not damp > 0 or damp == float("inf"):
+            raise ValueError(f"damp must be a positive number, got {damp}; 1e-8 to 1e-4 are usual")
+        if num_grads < 1:
+            raise ValueError(f"num_grads must be at least 1, got {num_grads}")
+        if solver not in get_args(Solver):
+            raise ValueError(f"solver must be one of {get_args(Solver)}, got {solver!r}")
+        if relative_damp and solver == "woodbury":
+            raise ValueError("relative_damp needs the mean diagonal before the inverse: use solver='accumulate'")
+        if solver == "auto":
+            solver = "woodbury" if num_grads < block_size and not relative_damp else "accumulate"
+        self.solver = solver
+        self.num_grads = num_grads
+        self.damp = damp
+        self.relative_damp = relative_damp
+        self.count = 0
+        self._blocks: Tensor | None = torch.zeros(num_blocks, block_size, block_size, device=device, dtype=dtype)
+        if solver == "woodbury":
+            self._blocks.diagonal(dim1=1, dim2=2).fill_(1 / damp)
+
+    @full_precision()
+    def add(self, gradients: Tensor) -> None:
+        """Fold in ``(k, num_blocks, B)`` gradients.
+
+        Raises:
+            ValueError: more than ``num_grads`` in all, or already inverted.
+        """
+        if self._blocks is None:
+            raise ValueError("the Fisher matrix is inverted already; make a new BlockFisher for new gradients")
+        self.count += len(gradients)
+        if self.count > self.num_grads:
+            raise ValueError(f"more gradients ({self.count}) than num_grads ({self.num_grads})")
+        slabs = gradients.to(self._blocks).transpose(0, 1)  # (n, k, B)
+        if self.solver == "accumulate":
+            self._blocks.baddbmm_(slabs.mT, slabs, alpha=1 / self.num_grads)
+            return
+        chunk = 4 * chunk_size(slabs.shape[2], self._blocks.element_size())
+        for H, G in zip(self._blocks.split(chunk), slabs.split(chunk)):
+            GH = G @ H
+            inner = GH @ G.mT
+            inner.diagonal(dim1=1, dim2=2).add_(self.num_grads)
+            # inner is well conditioned (its smallest eigenvalue is m), so this factor always exists for finite gradients.
+            half = torch.linalg.solve_triangular(torch.linalg.cholesky(inner), GH, upper=False)
+            H.baddbmm_(half.mT, half, alpha=-1)
+
+    @full_precision()
+    def inverse(self, dead: Tensor | None = None) -> Tensor:
+        """``H``, ``(num_blocks, B, B)``, symmetric. The Fisher matrix is consumed.
+
+        Args:
+            dead: ``(num_blocks, B)`` bool; padding, or weights removed earlier. They are cut off from the others (as if their gradients had been
+                zero) and get a unit diagonal.
+
+        Raises:
+            ValueError: fewer gradients than ``num_grads`` were added, or the inverse was taken before.
+            NotPositiveDefiniteError: a block will not factor.
+        """
+        if self._blocks is None:
+            raise ValueError("the inverse was taken before")
+        if self.count != self.num_grads:
+            raise ValueError(f"{self.count} gradients were added, num_grads says {self.num_grads}")
+        blocks, self._blocks = self._blocks, None
+        chunk = chunk_size(blocks.shape[1], element_size=8)
+        for start in range(0, len(blocks), chunk):
+            part = slice(start, start + chunk)
+            gone = None if dead is None else dead[part]
+            if self.solver == "accumulate":
+                self._invert(blocks[part], gone, start)
+            elif gone is not None and gone.any():
+                self._decouple_inverse(blocks[part], gone)
+        return blocks
+
+    def _invert(self, F: Tensor, gone: Tensor | None, first_block: int) -> None:
+        A = F.double()
+        diagonal = A.diagonal(dim1=1, dim2=2)
+        if gone is not None:
+            A.masked_fill_(gone[:, :, None] | gone[:, None, :], 0)
+        if self.relative_damp:
+            alive = F.shape[1] if gone is None else (~gone).sum(dim=1).clamp_(min=1)
+            damp = self.damp * diagonal.sum(dim=1) / alive
+            # A block without any gradient has no scale of its own; any positive diagonal gives the same (magnitude) order inside it.
+            damp = torch.where(damp > 0, damp, torch.ones_like(damp))
+            diagonal.add_(damp[:, None])
+        else:
+            diagonal.add_(self.damp)
+        if gone is not None:
+            diagonal.masked_fill_(gone, 1)
+        factor, info = torch.linalg.cholesky_ex(A)
+        if info.any():
+            scale = float(F.diagonal(dim1=1, dim2=2).mean())
+            raise NotPositiveDefiniteError(
+                f"Fisher block {first_block + int(info.nonzero()[0])} ({int((info > 0).sum())} in all) will not factor at damp "
+                f"{self.damp:g}: its rounding error is larger. The mean squared gradient is {scale:.2g}; try damp={max(scale, 1e-12) * 1e-3:.1g} or more"
+            )
+        F.copy_(torch.cholesky_inverse(factor))
+
+    @staticmethod
+    def _decouple_inverse(H: Tensor, gone: Tensor) -> None:
+        # Eliminating the dead from H (a Schur complement) gives the inverse of the Fisher matrix of the living.
+        A = H.double()
+        system = A * (gone[:, :, None] & gone[:, None, :])
+        system.diagonal(dim1=1, dim2=2).add_((~gone).double())
+        half = torch.linalg.solve_triangular(torch.linalg.cholesky(system), A * gone[:, :, None], upper=False)
+        A.baddbmm_(half.mT, half, alpha=-1)
+        A.masked_fill_(gone[:, :, None] | gone[:, None, :], 0)
+        A.diagonal(dim1=1, dim2=2).add_(gone.double())
+        H.copy_(A)

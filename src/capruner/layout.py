@@ -1,0 +1,88 @@
+"""A weight tensor as blocks of ``B`` consecutive weights, and back.
+
+Order of the weights
+    Row-major, as stored. For N:M patterns convolution kernels are permuted to ``(out, kh, kw, in)`` first, because sparse tensor cores
+    read groups along the reduction dimension, which for an implicit-GEMM convolution runs over input channels innermost.
+
+Padding
+    ``B`` need not divide the tensor: the last block is filled up with inert weights (value 0, unit diagonal in the Fisher matrix), so that no
+    weight is left out and no block grows. A tensor smaller than ``B`` becomes one block of its own size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """How one weight tensor is cut into blocks.
+
+    Attributes:
+        shape: shape of the weight tensor.
+        block_size: number of weights per block, ``B``.
+        channels_last: True to permute ``(out, in, *kernel)`` to ``(out, *kernel, in)`` before flattening.
+    """
+
+    shape: tuple[int, ...]
+    block_size: int
+    channels_last: bool = False
+
+    @classmethod
+    def of(cls, shape: Sequence[int], block_size: int, channels_last: bool = False) -> BlockLayout:
+        """The layout of a tensor of ``shape``; blocks never exceed the tensor.
+
+        Raises:
+            ValueError: ``block_size`` is not a positive integer, or the tensor is empty.
+        """
+        if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
+            raise ValueError(f"fisher_block_size must be a positive integer, got {block_size!r}; 192 is a good start")
+        numel = torch.Size(shape).numel()
+        if numel == 0:
+            raise ValueError(f"cannot prune an empty tensor of shape {tuple(shape)}; leave it out of `params`")
+        return cls(tuple(shape), min(block_size, numel), channels_last and len(shape) > 2)
+
+    @property
+    def numel(self) -> int:
+        """Number of weights, padding not counted."""
+        return torch.Size(self.shape).numel()
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks, the padded one included."""
+        return -(-self.numel // self.block_size)
+
+    @property
+    def padding(self) -> int:
+        """Number of inert weights at the end of the last block."""
+        return self.num_blocks * self.block_size - self.numel
+
+    def to_blocks(self, tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """``(*batch, *shape)`` to ``(*batch, num_blocks, B)`` in ``dtype``, padded with zeros (False). A view where it can be."""
+        batch = tensor.shape[: tensor.dim() - len(self.shape)]
+        if self.channels_last:
+            tensor = tensor.movedim(len(batch) + 1, -1)
+        flat = tensor.reshape(*batch, self.numel).to(dtype)
+        if self.padding:
+            flat = F.pad(flat, (0, self.padding))
+        return flat.view(*batch, self.num_blocks, self.block_size)
+
+    def from_blocks(self, blocks: Tensor) -> Tensor:
+        """``(num_blocks, B)`` back to ``shape``, padding dropped; contiguous."""
+        flat = blocks.reshape(-1)[: self.numel]
+        if not self.channels_last:
+            return flat.reshape(self.shape)
+        out, channels, *kernel = self.shape
+        return flat.reshape(out, *kernel, channels).movedim(-1, 1).contiguous()
+
+    def is_padding(self, device: torch.device | None = None) -> Tensor:
+        """``(num_blocks, B)`` bool, True for the inert weights."""
+        mask = torch.zeros(self.num_blocks, self.block_size, dtype=torch.bool, device=device)
+        if self.padding:
+            mask[-1, -self.padding :] = True
+        return mask

@@ -1,0 +1,10 @@
+"""The pruning methods, by the name that :func:`capruner.prune` takes."""
+
+from capruner.methods.base import LayerSolution, Method, Settings, Stopwatch, Target
+from capruner.methods.cap import CAP
+from capruner.methods.magnitude import Magnitude
+from capruner.methods.obs import OBS
+
+METHODS: dict[str, type[Method]] = {method.name: method for method in (CAP, OBS, Magnitude)}
+
+__all__ = ["CAP", "METHODS", "OBS", "LayerSolution", "Magnitude", "Method", "Settings", "Stopwatch", "Target"]

@@ -1,0 +1,200 @@
+"""What every pruning method offers to :func:`capruner.prune`: take gradients, then solve for any number of targets."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from capruner.allocation import Score, allocate, step_scores
+from capruner.fisher import BlockFisher, Solver
+from capruner.layout import BlockLayout
+from capruner.numerics import NotPositiveDefiniteError
+from capruner.obs import Elimination, compensate_with_loss
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The knobs of a calibration, in the spelling of SparseML's recipes. See :func:`capruner.prune` for their meaning."""
+
+    num_grads: int = 4096
+    fisher_block_size: int = 192
+    damp: float = 1e-8
+    relative_damp: bool = False
+    solver: Solver = "auto"
+    score: Score = "marginal"
+    blocks_in_parallel: int | None = None
+    fisher_inv_device: str | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """Exactly ``round(sparsity · weights)`` zeros over the layers named."""
+
+    names: tuple[str, ...]
+    sparsity: float
+
+
+@dataclass(frozen=True)
+class LayerSolution:
+    """One layer at one sparsity, in blocks.
+
+    Attributes:
+        weight: ``(n, B)``, exactly 0 where not kept.
+        keep: ``(n, B)`` bool, True = stays.
+        loss: predicted increase of the loss, ``½ w_Sᵀ (H[S,S])⁻¹ w_S``; 0 for methods without a model of the loss.
+    """
+
+    weight: Tensor
+    keep: Tensor
+    loss: float
+
+
+@dataclass
+class Stopwatch:
+    """Seconds by stage; CUDA work is waited for."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if torch.cuda.is_available() and torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+class Method(ABC):
+    """One calibration of one set of layers.
+
+    Life: ``add`` every gradient, ``prepare`` once, ``solve`` as often as wanted.
+
+    Args:
+        layouts: the layers, in the order in which ties are broken.
+        settings: the knobs.
+        clock: collects the seconds of each stage.
+    """
+
+    name: ClassVar[str]
+    uses_gradients: ClassVar[bool] = True
+
+    def __init__(self, layouts: Mapping[str, BlockLayout], settings: Settings, clock: Stopwatch) -> None:
+        self.layouts = dict(layouts)
+        self.settings = settings
+        self.clock = clock
+
+    @abstractmethod
+    def add(self, slab: Mapping[str, Tensor]) -> None:
+        """Fold in ``{name: (k, *shape)}`` gradients."""
+
+    @abstractmethod
+    def prepare(self, weights: Mapping[str, Tensor], dead: Mapping[str, Tensor]) -> None:
+        """After the last gradient: ``(n, B)`` float32 weights of each layer, and bool of those that an earlier mask removed."""
+
+    @abstractmethod
+    def solve(self, targets: Sequence[Target]) -> dict[str, LayerSolution]:
+        """Masks and weights of every layer at these targets.
+
+        Raises:
+            ValueError: a target out of reach.
+        """
+
+
+class RankedMethod(Method):
+    """A method whose blocks each have an order of elimination, so that a target is met by :func:`capruner.allocation.allocate`."""
+
+    def __init__(self, layouts: Mapping[str, BlockLayout], settings: Settings, clock: Stopwatch) -> None:
+        super().__init__(layouts, settings, clock)
+        self._eliminations: dict[str, Elimination] = {}
+        self._scores: dict[str, Tensor] = {}
+
+    def _rank(self, name: str, elimination: Elimination) -> None:
+        # Two bytes per weight instead of eight: the order is kept for every weight of the model.
+        small = elimination.order.shape[1] <= torch.iinfo(torch.int16).max
+        order = elimination.order.to(torch.int16) if small else elimination.order
+        self._eliminations[name] = Elimination(order, elimination.losses)
+        self._scores[name] = step_scores(elimination.losses, self.settings.score)
+
+    def solve(self, targets: Sequence[Target]) -> dict[str, LayerSolution]:
+        with self.clock("allocate"):
+            keeps: dict[str, Tensor] = {}
+            for target in targets:
+                numel = sum(self.layouts[name].numel for name in target.names)
+                counts = allocate([self._scores[n] for n in target.names], round(target.sparsity * numel), target.names)
+                keeps |= {n: self._eliminations[n].keep_mask(c) for n, c in zip(target.names, counts)}
+        with self.clock("compensate"):
+            return {name: self._compensate(name, keeps[name]) for name in self.layouts}
+
+    @abstractmethod
+    def _compensate(self, name: str, keep: Tensor) -> LayerSolution:
+        """The weights of one layer for a mask."""
+
+
+class SecondOrderMethod(RankedMethod):
+    """Fisher blocks, their inverses, an order from them, and the closed-form OBS update. What differs is the order."""
+
+    def __init__(self, layouts: Mapping[str, BlockLayout], settings: Settings, clock: Stopwatch) -> None:
+        super().__init__(layouts, settings, clock)
+        self._fishers: dict[str, BlockFisher] = {}
+        self._inverses: dict[str, Tensor] = {}
+        self._weights: dict[str, Tensor] = {}
+
+    def add(self, slab: Mapping[str, Tensor]) -> None:
+        with self.clock("fisher"):
+            for name, layout in self.layouts.items():
+                if name not in self._fishers:
+                    self._fishers[name] = BlockFisher(
+                        layout.num_blocks,
+                        layout.block_size,
+                        self.settings.num_grads,
+                        self.settings.damp,
+                        relative_damp=self.settings.relative_damp,
+                        solver=self.settings.solver,
+                        device=self.settings.fisher_inv_device or slab[name].device,
+                        dtype=slab[name].dtype,
+                    )
+                self._fishers[name].add(layout.to_blocks(slab[name], slab[name].dtype))
+
+    def prepare(self, weights: Mapping[str, Tensor], dead: Mapping[str, Tensor]) -> None:
+        for name, layout in self.layouts.items():
+            fisher = self._fishers.pop(name)
+            try:
+                with self.clock("fisher"):
+                    device = torch.device(self.settings.fisher_inv_device or weights[name].device)
+                    padding, gone = layout.is_padding(device), dead[name].to(device)
+                    H = fisher.inverse(gone | padding)
+                with self.clock("eliminate"):
+                    weight = weights[name].to(H)
+                    self._rank(name, self._order(weight, H, gone, padding))
+            except NotPositiveDefiniteError as error:
+                raise NotPositiveDefiniteError(f"{name}: {error}") from None
+            self._weights[name], self._inverses[name] = weight, H
+
+    @abstractmethod
+    def _order(self, weight: Tensor, fisher_inv: Tensor, dead: Tensor, padding: Tensor) -> Elimination:
+        """The order in which the weights of each block leave."""
+
+    def _compensate(self, name: str, keep: Tensor) -> LayerSolution:
+        try:
+            weight, loss = compensate_with_loss(
+                self._weights[name], self._inverses[name], keep, blocks_in_parallel=self.settings.blocks_in_parallel
+            )
+        except NotPositiveDefiniteError as error:
+            raise NotPositiveDefiniteError(f"{name}: {error}") from None
+        return LayerSolution(weight, keep, float(loss.sum()))
+
+
+def rank_once(saliency: Tensor, dead: Tensor, padding: Tensor) -> Elimination:
+    """The order of one scoring: ``(n, B)`` saliencies sorted in each block; the dead first, padding never."""
+    saliency = saliency.masked_fill(dead, -torch.inf).masked_fill_(padding, torch.inf)
+    losses, order = saliency.sort(dim=1, stable=True)
+    return Elimination(order, losses)

@@ -1,0 +1,19 @@
+"""CAP, the Correlation-Aware Pruner (arXiv 2210.09223): greedy elimination block by block, allocation over blocks, closed-form OBS weights."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from capruner.methods.base import SecondOrderMethod
+from capruner.obs import Elimination, eliminate
+
+
+class CAP(SecondOrderMethod):
+    """Each weight is scored with all cheaper ones of its block already gone, so correlated weights do not leave together."""
+
+    name = "cap"
+
+    def _order(self, weight: Tensor, fisher_inv: Tensor, dead: Tensor, padding: Tensor) -> Elimination:
+        return eliminate(
+            weight, fisher_inv, dead=dead, frozen=padding, blocks_in_parallel=self.settings.blocks_in_parallel
+        )

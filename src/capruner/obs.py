@@ -1,0 +1,273 @@
+"""Optimal Brain Surgeon on blocks: in which order weights leave, and what the others become.
+
+Both functions take the weights ``w`` of ``n`` independent blocks, ``(n, B)``, and the inverse Fisher blocks ``H``, ``(n, B, B)``, symmetric positive
+definite. The inputs are never modified.
+
+``eliminate`` is the greedy loop of CAP (arXiv 2210.09223, algorithm 1): until a block is exhausted,
+
+    p = argmin_q w_q² / (2 H_qq);   w ← w − (w_p / H_pp) H[:, p];   H ← H − H[:, p] H[p, :] / H_pp.
+
+This is a pivoted Cholesky factorisation of ``H`` whose pivot is the smallest saliency. It runs in panels: inside a panel left-looking (only the row of
+the pivot is brought up to date), after it one matrix product updates what remains, which is then compacted.
+
+``compensate`` gives the weights after the removal of any *set* ``S``: the result of eliminating ``S`` does not depend on the order,
+
+    w* = w − H[:, S] (H[S, S])⁻¹ w_S.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from capruner.numerics import NotPositiveDefiniteError, full_precision
+
+PANEL = 32
+"""Pivots per panel. 16 to 64 are alike on CPUs; measured by ``benchmarks/speed.py``."""
+
+STATE_BYTES = 16 * 2**20
+"""Working set of one chunk of blocks: small enough for a CPU's last-level cache, large enough to amortise the launch of an operation."""
+
+
+@dataclass(frozen=True)
+class Elimination:
+    """The greedy elimination of ``n`` blocks.
+
+    Attributes:
+        order: ``(n, B)`` int64; position within the block of the weight that leaves at each step. A permutation of ``0 … B−1``: weights that
+            never leave (``frozen``, or beyond ``max_steps``) come last.
+        losses: ``(n, B)`` in the dtype of the weights; increase of the loss at each step, ``w_p² / (2 H_pp)``, ``inf`` where nothing left.
+    """
+
+    order: Tensor
+    losses: Tensor
+
+    def keep_mask(self, counts: Tensor) -> Tensor:
+        """``(n, B)`` bool, True = stays, after the first ``counts`` (``(n,)`` integer) steps of each block."""
+        steps = torch.arange(self.order.shape[1], device=self.order.device)
+        stays = steps >= counts.to(self.order.device)[:, None]
+        return torch.empty_like(stays).scatter_(1, self.order.long(), stays)
+
+
+def _check(weight: Tensor, fisher_inv: Tensor, **masks: Tensor | None) -> None:
+    if weight.dim() != 2 or fisher_inv.shape != (*weight.shape, weight.shape[-1]):
+        raise ValueError(
+            f"expected weight (n, B) and fisher_inv (n, B, B), got {tuple(weight.shape)} and {tuple(fisher_inv.shape)}"
+        )
+    if not weight.is_floating_point() or weight.dtype != fisher_inv.dtype:
+        raise ValueError(
+            f"weight and fisher_inv must share a floating dtype, got {weight.dtype} and {fisher_inv.dtype}"
+        )
+    for name, mask in masks.items():
+        if mask is not None and (mask.shape != weight.shape or mask.dtype != torch.bool):
+            raise ValueError(
+                f"{name} must be a bool tensor of shape {tuple(weight.shape)}, got {mask.dtype} {tuple(mask.shape)}"
+            )
+    if not torch.isfinite(weight).all():
+        raise ValueError("weight holds NaN or Inf")
+    diagonal = fisher_inv.diagonal(dim1=1, dim2=2)
+    bad = ~(torch.isfinite(diagonal) & (diagonal > 0)).all(dim=1)
+    if bad.any():
+        raise NotPositiveDefiniteError(
+            f"fisher_inv has a diagonal entry that is not a positive number in {int(bad.sum())} of {len(bad)} blocks "
+            f"(the first is block {int(bad.nonzero()[0])}); raise `damp`"
+        )
+
+
+def chunk_size(block_size: int, element_size: int = 4, budget: int = STATE_BYTES) -> int:
+    """Number of blocks whose ``B×B`` state fits ``budget`` bytes, at least 1."""
+    return max(1, budget // (block_size * block_size * element_size))
+
+
+@full_precision()
+def eliminate(
+    weight: Tensor,
+    fisher_inv: Tensor,
+    *,
+    dead: Tensor | None = None,
+    frozen: Tensor | None = None,
+    n_m: tuple[int, int] | None = None,
+    max_steps: int | None = None,
+    blocks_in_parallel: int | None = None,
+) -> Elimination:
+    """Greedy elimination of every weight of every block, cheapest first.
+
+    Args:
+        weight: ``(n, B)`` float32 or float64.
+        fisher_inv: ``(n, B, B)`` inverse Fisher blocks of the same dtype, symmetric positive definite.
+        dead: ``(n, B)`` bool; weights that an earlier mask has removed. They leave first, whatever their value, at loss ``-inf`` (so that an
+            allocation always takes them); their influence on the others is eliminated exactly.
+        frozen: ``(n, B)`` bool; weights that never leave (padding, for one).
+        n_m: ``(N, M)``: of each ``M`` consecutive weights ``N`` stay; a weight whose group has given its share is no candidate.
+        max_steps: stop after that many steps of each block.
+        blocks_in_parallel: blocks that are worked on at once; chosen from the block size when None. No influence on the result.
+
+    Returns:
+        The order and the loss of each step.
+
+    Raises:
+        ValueError: shapes, dtypes or values that cannot be; :class:`NotPositiveDefiniteError` if a diagonal entry is not positive.
+    """
+    _check(weight, fisher_inv, dead=dead, frozen=frozen)
+    n, B = weight.shape
+    if n_m is not None and (B % n_m[1] or not 0 < n_m[0] < n_m[1]):
+        raise ValueError(
+            f"a block of {B} weights cannot hold {n_m[0]}:{n_m[1]} groups; M must divide fisher_block_size"
+        )
+    steps = B if max_steps is None else min(max(max_steps, 0), B)
+    order = torch.empty(n, B, dtype=torch.int64, device=weight.device)
+    losses = torch.full((n, B), torch.inf, dtype=weight.dtype, device=weight.device)
+    chunk = blocks_in_parallel or chunk_size(B, weight.element_size())
+    for start in range(0, n, chunk):
+        part = slice(start, start + chunk)
+        _eliminate_chunk(
+            weight[part],
+            fisher_inv[part],
+            None if dead is None else dead[part],
+            None if frozen is None else frozen[part],
+            n_m,
+            steps,
+            order[part],
+            losses[part],
+        )
+    return Elimination(order, losses)
+
+
+def _eliminate_chunk(
+    weight: Tensor,
+    fisher_inv: Tensor,
+    dead: Tensor | None,
+    frozen: Tensor | None,
+    n_m: tuple[int, int] | None,
+    steps: int,
+    order: Tensor,
+    losses: Tensor,
+) -> None:
+    n, B = weight.shape
+    blocks = torch.arange(n, device=weight.device)
+    w, H = weight.clone(), fisher_inv
+    diagonal = H.diagonal(dim1=1, dim2=2).clone()
+    # What rounding leaves of a diagonal entry after many subtractions: below this it is noise, and could even be negative.
+    floor = diagonal * torch.finfo(w.dtype).eps
+    position = torch.arange(B, device=w.device).repeat(n, 1)  # of the weights that are left, within their block
+    # Added to the saliency: −inf leaves first, `never` last (and is recorded as a loss of inf), +inf is gone already.
+    never = torch.finfo(w.dtype).max
+    bias = torch.zeros_like(w)
+    if dead is not None:
+        bias.masked_fill_(dead, -torch.inf)
+    if frozen is not None:
+        bias.masked_fill_(frozen, never)
+    room = None if n_m is None else torch.full((n, B // n_m[1]), n_m[1] - n_m[0], device=w.device)
+
+    for start in range(0, steps, PANEL):
+        width = min(PANEL, steps - start)
+        left = w.shape[1]
+        L = w.new_empty(n, width, left)
+        pivots = position.new_empty(n, width)
+        for k in range(width):
+            saliency = (w * w).div_(diagonal).clamp_(max=never / 4).add_(bias)
+            if n_m is not None:
+                assert room is not None
+                full = (room <= 0).gather(1, position // n_m[1]) & (bias == 0)
+                saliency.masked_fill_(full, never)
+            p = saliency.argmin(dim=1, keepdim=True)  # the first of equals: deterministic
+            pivots[:, k : k + 1] = p
+            losses[:, start + k] = saliency.gather(1, p)[:, 0] / 2
+            row = H[blocks, p[:, 0]]
+            if k:
+                coefficients = L[blocks, :k, p[:, 0]]
+                row = torch.baddbmm(row[:, None], coefficients[:, None], L[:, :k], alpha=-1)[:, 0]
+            root = diagonal.gather(1, p).sqrt_()
+            torch.div(row, root, out=L[:, k])
+            row = L[:, k]
+            w.addcmul_(row, w.gather(1, p).div_(root), value=-1)
+            torch.maximum(diagonal.addcmul_(row, row, value=-1), floor, out=diagonal)
+            bias.scatter_(1, p, torch.inf)
+            w.scatter_(1, p, 0)
+            if room is not None:
+                assert n_m is not None
+                group = position.gather(1, p) // n_m[1]
+                room.scatter_add_(1, group, torch.full_like(group, -1))
+        order[:, start : start + width] = position.gather(1, pivots)
+        panel = losses[:, start : start + width]
+        panel.masked_fill_(panel >= never / 2, torch.inf)
+
+        stays = torch.ones_like(position, dtype=torch.bool).scatter_(1, pivots, False)
+        if start + width == steps:
+            order[:, steps:] = position[stays].view(n, left - width)
+            return
+        keep = stays.nonzero()[:, 1].view(n, left - width)
+        position, w, bias = position.gather(1, keep), w.gather(1, keep), bias.gather(1, keep)
+        diagonal, floor = diagonal.gather(1, keep), floor.gather(1, keep)
+        L = L.gather(2, keep[:, None].expand(-1, width, -1))
+        H = H[blocks[:, None, None], keep[:, :, None], keep[:, None]]
+        H.baddbmm_(L.mT, L, alpha=-1)
+    if not steps:
+        order.copy_(position)
+
+
+@full_precision()
+def compensate(weight: Tensor, fisher_inv: Tensor, keep: Tensor, *, blocks_in_parallel: int | None = None) -> Tensor:
+    """The weights after the removal of the set ``~keep``: ``w − H[:,S] (H[S,S])⁻¹ w_S``, exactly 0 on ``S``.
+
+    Args:
+        weight: ``(n, B)``.
+        fisher_inv: ``(n, B, B)``, same dtype.
+        keep: ``(n, B)`` bool, True = stays. Any mask, from any source.
+        blocks_in_parallel: blocks that are solved at once; no influence on the result.
+
+    Returns:
+        ``(n, B)``, a new tensor in the dtype of ``weight``. The solve itself runs in float64: it is a small share of the cost.
+
+    Raises:
+        NotPositiveDefiniteError: ``H[S,S]`` of a block will not factor.
+    """
+    return compensate_with_loss(weight, fisher_inv, keep, blocks_in_parallel=blocks_in_parallel)[0]
+
+
+@full_precision()
+def compensate_with_loss(
+    weight: Tensor, fisher_inv: Tensor, keep: Tensor, *, blocks_in_parallel: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """As :func:`compensate`, with the predicted increase of the loss ``½ w_Sᵀ (H[S,S])⁻¹ w_S`` of each block, ``(n,)`` float64."""
+    _check(weight, fisher_inv, keep=keep)
+    n, B = weight.shape
+    result = torch.empty_like(weight)
+    loss = torch.empty(n, dtype=torch.float64, device=weight.device)
+    chunk = blocks_in_parallel or chunk_size(B, element_size=8)
+    for start in range(0, n, chunk):
+        part = slice(start, start + chunk)
+        H = fisher_inv[part].double()
+        w = weight[part].double()
+        gone = ~keep[part]
+        # H[S,S] stays in place and the identity stands elsewhere: blocks with different |S| solve as one batch.
+        system = H * (gone[:, :, None] & gone[:, None, :])
+        system.diagonal(dim1=1, dim2=2).add_(keep[part].double())
+        factor = _factor(system, start, torch.finfo(fisher_inv.dtype).eps)
+        removed = (w * gone)[:, :, None]
+        z = torch.cholesky_solve(removed, factor)
+        loss[part] = 0.5 * (removed * z).sum(dim=(1, 2))
+        result[part] = (w - (H @ z)[:, :, 0]).masked_fill_(gone, 0).to(weight.dtype)
+    return result, loss
+
+
+def _factor(system: Tensor, first_block: int, eps: float) -> Tensor:
+    """Cholesky factors ``(n, B, B)`` of ``system``; blocks on the edge of their own rounding error are lifted by just that error."""
+    factor, info = torch.linalg.cholesky_ex(system)
+    if not info.any():
+        return factor
+    bad = info.nonzero()[:, 0]
+    # A float32 inverse is known to eps·max(diag) at best: a shift of that size changes nothing that is known.
+    shift = 4 * eps * system[bad].diagonal(dim1=1, dim2=2).amax(dim=1)
+    lifted = system[bad]
+    lifted.diagonal(dim1=1, dim2=2).add_(shift[:, None])
+    factor[bad], info = torch.linalg.cholesky_ex(lifted)
+    if info.any():
+        worst = int(bad[int(info.nonzero()[0])]) + first_block
+        raise NotPositiveDefiniteError(
+            f"the system of block {worst} will not factor ({int((info > 0).sum())} blocks in all): the inverse Fisher matrix is "
+            "not positive definite to working precision; raise `damp` tenfold, or take more gradients"
+        )
+    return factor

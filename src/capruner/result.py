@@ -1,0 +1,180 @@
+"""What a calibration leaves behind: weights and masks for every sparsity of the list, a report per layer, and a file format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from capruner.selection import unwrap
+
+FORMAT = "capruner-result"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Level:
+    """The model at one sparsity.
+
+    Attributes:
+        sparsity: share of the prunable weights that was asked for.
+        weights: ``{name: tensor}`` in the parameter's shape and dtype, exactly 0 where the mask is False.
+        masks: ``{name: bool tensor}``, True = stays.
+        losses: ``{name: predicted increase of the loss}``.
+    """
+
+    sparsity: float
+    weights: Mapping[str, Tensor]
+    masks: Mapping[str, Tensor]
+    losses: Mapping[str, float]
+
+
+@dataclass
+class PruningResult:
+    """The outcome of :func:`capruner.prune`: one calibration, any sparsity of its list.
+
+    Attributes:
+        method: the pruning method's name.
+        levels: one per sparsity, ascending.
+        total_weights: weights of the whole model, the ones that were not prunable included.
+        settings: the calibration's arguments, as JSON values.
+        timings: seconds by stage (gradients, fisher, eliminate, allocate, compensate).
+    """
+
+    method: str
+    levels: list[Level]
+    total_weights: int
+    settings: dict[str, Any] = field(default_factory=dict)
+    timings: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def sparsities(self) -> list[float]:
+        """The sparsities in reach, ascending."""
+        return [level.sparsity for level in self.levels]
+
+    def level(self, sparsity: float | None = None) -> Level:
+        """The level of that sparsity; the only one when None.
+
+        Raises:
+            ValueError: the calibration did not solve for it.
+        """
+        if sparsity is None and len(self.levels) == 1:
+            return self.levels[0]
+        for level in self.levels:
+            if sparsity is not None and abs(level.sparsity - sparsity) < 1e-9:
+                return level
+        raise ValueError(
+            f"sparsity {sparsity} is not in reach: this result holds {self.sparsities}; put it into the list that prune() solves for"
+        )
+
+    @torch.no_grad()
+    def apply(self, model: nn.Module, sparsity: float | None = None) -> None:
+        """Write the weights of that sparsity into ``model``, in place. All or nothing: a model that does not fit is not touched.
+
+        Raises:
+            ValueError: sparsity not in reach, or a parameter is missing or has another shape.
+        """
+        level = self.level(sparsity)
+        parameters = dict(unwrap(model).named_parameters())
+        for name, weight in level.weights.items():
+            if name not in parameters:
+                raise ValueError(f"the model has no parameter {name}: this result belongs to another architecture")
+            if parameters[name].shape != weight.shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(parameters[name].shape)} in the model, {tuple(weight.shape)} in the result"
+                )
+        for name, weight in level.weights.items():
+            parameters[name].copy_(weight)
+
+    def masks(self, sparsity: float | None = None) -> dict[str, Tensor]:
+        """``{parameter name: bool tensor, True = stays}``."""
+        return dict(self.level(sparsity).masks)
+
+    def predicted_loss(self, sparsity: float | None = None) -> float:
+        """Increase of the calibration loss that the quadratic model predicts."""
+        return sum(self.level(sparsity).losses.values())
+
+    def layer_report(self, sparsity: float | None = None) -> list[dict[str, Any]]:
+        """One row per layer: ``name, shape, numel, zeros, sparsity, predicted_loss``."""
+        level = self.level(sparsity)
+        return [
+            {
+                "name": name,
+                "shape": tuple(mask.shape),
+                "numel": mask.numel(),
+                "zeros": (zeros := int((~mask).sum())),
+                "sparsity": zeros / mask.numel(),
+                "predicted_loss": level.losses[name],
+            }
+            for name, mask in level.masks.items()
+        ]
+
+    def model_sparsity(self, sparsity: float | None = None) -> tuple[float, float]:
+        """Share of zeros over the prunable weights, and over all weights of the model."""
+        masks = self.level(sparsity).masks.values()
+        zeros = sum(int((~mask).sum()) for mask in masks)
+        return zeros / sum(mask.numel() for mask in masks), zeros / self.total_weights
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file (no pickle); masks take one bit per weight."""
+        tensors: dict[str, Tensor] = {}
+        for index, level in enumerate(self.levels):
+            for name, weight in level.weights.items():
+                tensors[f"{index}/weight/{name}"] = weight.detach().cpu().contiguous()
+                bits = np.packbits(level.masks[name].cpu().numpy().reshape(-1))
+                tensors[f"{index}/mask/{name}"] = torch.from_numpy(bits)
+        header = {
+            "format": FORMAT,
+            "version": VERSION,
+            "method": self.method,
+            "total_weights": self.total_weights,
+            "settings": self.settings,
+            "timings": self.timings,
+            "levels": [{"sparsity": level.sparsity, "losses": dict(level.losses)} for level in self.levels],
+        }
+        target = Path(path)
+        partial = target.with_name(target.name + ".partial")
+        save_file(tensors, partial, metadata={"capruner": json.dumps(header)})
+        partial.replace(target)
+
+
+def load_result(path: str | Path) -> PruningResult:
+    """Read what :meth:`PruningResult.save` wrote.
+
+    Raises:
+        ValueError: the file is not one of ours, is damaged, or comes from a newer version.
+        FileNotFoundError: no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no result file at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("capruner", "{}"))
+            if header.get("format") != FORMAT:
+                raise ValueError(f"{path} is a safetensors file, but not a pruning result of capruner")
+            if header["version"] > VERSION:
+                raise ValueError(
+                    f"{path} was written by a newer capruner (format {header['version']}, this one reads {VERSION})"
+                )
+            levels = [_read_level(file, index, entry) for index, entry in enumerate(header["levels"])]
+    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged or not a pruning result of capruner: {error}") from error
+    return PruningResult(header["method"], levels, header["total_weights"], header["settings"], header["timings"])
+
+
+def _read_level(file: Any, index: int, entry: Mapping[str, Any]) -> Level:
+    weights = {name: file.get_tensor(f"{index}/weight/{name}") for name in entry["losses"]}
+    masks = {}
+    for name, weight in weights.items():
+        bits = np.unpackbits(file.get_tensor(f"{index}/mask/{name}").numpy(), count=weight.numel())
+        masks[name] = torch.from_numpy(bits).bool().view(weight.shape)
+    return Level(entry["sparsity"], weights, masks, entry["losses"])

@@ -1,0 +1,289 @@
+"""What our modifiers share: SparseML's life cycle on one side, :func:`capruner.prune` on the other.
+
+SparseML lets a scorer hand scores to a mask creator, which decides the masks; the scorer then changes weights. Two truths about which weights stay are one
+too many: here the engine decides masks and weights together, and the scorer and the mask creator that SparseML insists on are empty.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, ClassVar
+
+from sparseml.pytorch.optim import ModifierProp
+from sparseml.pytorch.sparsification.pruning.mask_creator import PruningMaskCreator
+from sparseml.pytorch.sparsification.pruning.mask_params import ModuleParamPruningMask
+from sparseml.pytorch.sparsification.pruning.modifier_pruning_base import BaseGradualPruningModifier
+from sparseml.pytorch.sparsification.pruning.scorer import PruningParamsScorer
+from sparseml.pytorch.utils import NamedLayerParam
+from sparseml.utils import FROM_PARAM_TOKEN, interpolate
+from torch import Tensor, nn
+
+from capruner.pruning import prune
+from capruner.result import PruningResult
+from capruner.selection import select_parameters, unwrap
+from capruner.sparseml.sampling import GradSamplerBatches
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def recipe_parameter(name: str, doc: str) -> Any:
+    """A ``ModifierProp`` over ``self._name``: read from the recipe, saved with it, fixed once initialized."""
+
+    def get(self: Any) -> Any:
+        return getattr(self, f"_{name}")
+
+    def put(self: Any, value: Any) -> None:
+        setattr(self, f"_{name}", value)
+
+    get.__doc__, get.__name__ = doc, name
+    return ModifierProp()(get).setter(put)
+
+
+class _Unused(PruningParamsScorer, PruningMaskCreator):
+    """Fills the two places that SparseML's base class wants filled. Reaching it would mean that a mask was decided elsewhere."""
+
+    def score_parameters(self) -> list[Tensor]:
+        raise RuntimeError("masks and weights are decided by capruner.prune; nothing is scored through SparseML")
+
+    def create_sparsity_masks(self, tensors: Any, target: Any, global_sparsity: bool = False) -> list[Tensor]:
+        raise RuntimeError("masks and weights are decided by capruner.prune; no mask is created through SparseML")
+
+
+class CorrelationAwareModifier(BaseGradualPruningModifier):
+    """The life cycle; subclasses name their method and their recipe parameters."""
+
+    method: ClassVar[str]
+    _recipe: ClassVar[dict[str, Callable[[Any], Any]]]
+    """Recipe parameters that :func:`capruner.prune` takes by the same name, and what makes a value of YAML one of ours."""
+
+    def __init__(
+        self,
+        params: str | list[str],
+        init_sparsity: float | str,
+        final_sparsity: float | dict[float, list[str]],
+        start_epoch: float,
+        end_epoch: float,
+        update_frequency: float,
+        inter_func: str,
+        leave_enabled: bool,
+        global_sparsity: bool,
+        grad_sampler_kwargs: dict[str, Any] | None,
+        traces_backup_dir: str | None,
+        **recipe: Any,
+    ) -> None:
+        if isinstance(final_sparsity, Mapping):
+            if global_sparsity:
+                raise ValueError(
+                    "final_sparsity as a dict gives each layer a target of its own, global_sparsity: True gives all one; set global_sparsity: False"
+                )
+            final: Any = {float(s): list(names) for s, names in final_sparsity.items()}
+        else:
+            final = float(final_sparsity)  # SparseML itself trips over an int
+        super().__init__(
+            params=params,
+            init_sparsity=init_sparsity if init_sparsity == FROM_PARAM_TOKEN else float(init_sparsity),
+            final_sparsity=final,
+            inter_func=inter_func,
+            start_epoch=start_epoch,
+            end_epoch=end_epoch,
+            update_frequency=update_frequency,
+            global_sparsity=global_sparsity,
+            leave_enabled=leave_enabled,
+            parent_class_kwarg_names=[],
+        )
+        self._grad_sampler_kwargs = grad_sampler_kwargs or {}
+        self._traces_backup_dir = none_or(str)(traces_backup_dir)
+        for name, value in recipe.items():
+            try:
+                setattr(self, f"_{name}", self._recipe[name](value))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{type(self).__name__}: {name} cannot be {value!r} ({error})") from None
+        self._batches: GradSamplerBatches | None = None
+
+    # What SparseML calls
+
+    def initialize(self, module: nn.Module, epoch: float = 0, loggers: Any = None, **kwargs: Any) -> None:
+        """Take the ``grad_sampler``, find the parameters; in one-shot (``epoch=inf``) prune at once.
+
+        Raises:
+            RuntimeError: no usable ``grad_sampler``.
+            ValueError: parameters that cannot be selected.
+        """
+        self._batches = GradSamplerBatches(kwargs.get("grad_sampler"), self._grad_sampler_kwargs)
+        super().initialize(module, epoch, loggers, **kwargs)
+
+    def initialize_extras(self, module: nn.Module) -> None:
+        """A mask that another modifier has put on a parameter is taken over, so that a ladder of modifiers climbs on and does not start anew."""
+        super().initialize_extras(module)
+        self._adopt_masks()
+
+    def check_mask_update(self, module: nn.Module, epoch: float, steps_per_epoch: int, **kwargs: Any) -> None:
+        """Prune to the sparsity of this epoch. Called by SparseML after the backward pass and before the optimizer's step of an update epoch."""
+        started = self.started
+        if self.start_pending(epoch, steps_per_epoch):
+            self._adopt_masks()
+            self._module_masks.enabled = True
+            started = True
+        self._pre_step_completed = True
+        if started:
+            self._applied_sparsity = self.get_applied_sparsity_for_epoch(epoch, steps_per_epoch)
+            self._prune(module, self._applied_sparsity)
+            self._sparsity_applied = True
+        if self.end_pending(epoch, steps_per_epoch):
+            self._module_masks.pruning_end(self._leave_enabled)
+
+    def get_applied_sparsity_for_epoch(self, epoch: float, steps_per_epoch: int) -> list[float]:
+        """Per parameter; the final sparsity in one-shot and from ``end_epoch`` on."""
+        count = len(self._module_masks.layers)
+        first = self._init_sparsity if isinstance(self._init_sparsity, list) else [self._init_sparsity] * count
+        final = self._final_sparsity if isinstance(self._final_sparsity, list) else [self._final_sparsity] * count
+        if math.isinf(epoch) or epoch >= self.end_epoch:
+            return list(final)
+        start, end = self.start_epoch, self.end_epoch
+        return [interpolate(epoch, start, end, a, b, self.inter_func) for a, b in zip(first, final)]
+
+    def one_shot(self, module: nn.Module, sparsities: list[float], grad_sampler: Mapping[str, Any]) -> PruningResult:
+        """One calibration, with this recipe's parameters, for a whole list of sparsities. ``module`` is not changed; the modifier stays as it is.
+
+        Args:
+            sparsities: in [0, 1); the recipe's own ``final_sparsity`` is not looked at unless the list is empty.
+            grad_sampler: as SparseML wants it, see :class:`capruner.sparseml.sampling.GradSamplerBatches`.
+        """
+        batches = GradSamplerBatches(grad_sampler, self._grad_sampler_kwargs)
+        sparsity = sparsities or self.final_sparsity
+        params = (
+            [name for group in self.final_sparsity.values() for name in group]
+            if isinstance(self.final_sparsity, dict)
+            else self.params
+        )
+        return self._call_prune(module, batches, sparsity, params, None)
+
+    # What SparseML asks for
+
+    def _create_named_layers_and_params(self, module: nn.Module) -> list[NamedLayerParam]:
+        model = unwrap(module)
+        final = self._final_sparsity_orig
+        groups = final.items() if isinstance(final, dict) else [(None, self._params)]
+        found: dict[str, Any] = {}
+        for sparsity, names in groups:
+            for name in select_parameters(model, names):
+                found.setdefault(name, sparsity)
+        if isinstance(final, dict):
+            self._final_sparsity = list(found.values())
+        named = []
+        for name in found:
+            layer_name, _, param_name = name.rpartition(".")
+            layer = model.get_submodule(layer_name)
+            named.append(NamedLayerParam(layer_name, layer, param_name, getattr(layer, param_name)))
+        return named
+
+    def _get_mask_creator(self, param_names: list[str], params: list[nn.Parameter]) -> PruningMaskCreator:
+        return _Unused(params)
+
+    def _get_scorer(self, params: list[nn.Parameter]) -> PruningParamsScorer:
+        return _Unused(params)
+
+    # The two sides meet
+
+    @property
+    def _names(self) -> list[str]:
+        masks = self._module_masks
+        return [f"{layer}.{param}" if layer else param for layer, param in zip(masks.layer_names, masks.param_names)]
+
+    def _masks(self) -> dict[str, Tensor]:
+        return {name: mask != 0 for name, mask in zip(self._names, self._module_masks.param_masks)}
+
+    def _adopt_masks(self) -> None:
+        masks = self._module_masks
+        for index, (layer, param) in enumerate(zip(masks.layers, masks.param_names)):
+            for other in _masks_on(layer, param, besides=masks):
+                masks._param_masks[index] = masks._param_masks[index] * other.to(masks._param_masks[index])
+
+    def _prune(self, module: nn.Module, targets: list[float]) -> None:
+        names, masks = self._names, self._masks()
+        sizes = [masks[name].numel() for name in names]
+        sparsity: Any
+        if self.global_sparsity:
+            overall = sum(s * n for s, n in zip(targets, sizes)) / sum(sizes)
+            wanted = {tuple(names): overall}
+        else:
+            wanted = {(name,): s for name, s in zip(names, targets)}
+        reached = {group: sum(int((~masks[n]).sum()) for n in group) for group in wanted}
+        total = {group: sum(masks[n].numel() for n in group) for group in wanted}
+        if all(round(s * total[group]) <= reached[group] for group, s in wanted.items()):
+            if any(round(s * total[group]) < reached[group] for group, s in wanted.items()):
+                _LOGGER.info("sparsity is past this update's target already; masks stay as they are")
+            self._module_masks.apply()
+            return
+        # A layer that is past its target keeps what it has: pruned weights never come back.
+        wanted = {group: max(s, reached[group] / total[group]) for group, s in wanted.items()}
+        if self.global_sparsity:
+            sparsity = next(iter(wanted.values()))
+        else:
+            sparsity = {}
+            for (name,), s in wanted.items():
+                sparsity.setdefault(s, []).append(name)
+        assert self._batches is not None
+        result = self._call_prune(module, self._batches, sparsity, names, masks)
+        result.apply(module)
+        pruned = result.masks()
+        self._module_masks.set_param_masks(
+            [pruned[name].to(mask) for name, mask in zip(names, self._module_masks.param_masks)]
+        )
+
+    def _call_prune(
+        self,
+        module: nn.Module,
+        batches: GradSamplerBatches,
+        sparsity: Any,
+        params: Any,
+        masks: dict[str, Tensor] | None,
+    ) -> PruningResult:
+        recipe = {name: getattr(self, f"_{name}") for name in self._recipe}
+        return prune(
+            module,
+            batches,
+            batches.loss,
+            sparsity,
+            method=self.method,
+            params=params,
+            global_sparsity=self.global_sparsity,
+            masks=masks,
+            **recipe,
+        )
+
+
+def _masks_on(layer: nn.Module, param: str, besides: ModuleParamPruningMask) -> list[Tensor]:
+    """The masks that other SparseML modifiers hold on a parameter; their forward hooks are the only place where these can be seen."""
+    found = []
+    for hook in layer._forward_pre_hooks.values():
+        if not isinstance(hook, partial):
+            continue
+        owner = getattr(hook.func, "__self__", None)
+        if isinstance(owner, ModuleParamPruningMask) and owner is not besides and owner.enabled:
+            index = hook.args[0]
+            if owner.param_names[index] == param:
+                found.append(owner.param_masks[index])
+    return found
+
+
+def none_or(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A converter that lets None pass, also as the words ``None`` and ``null`` that public recipes write."""
+    return lambda value: None if value is None or value in ("None", "null") else convert(value)
+
+
+def flag(value: Any) -> bool:
+    """A YAML boolean; anything else is an error and not the truth of a non-empty string."""
+    if not isinstance(value, bool):
+        raise ValueError("expected true or false")
+    return value
+
+
+def whole(value: Any) -> int:
+    """A whole number; 4096.0 is one, 0.5 is not."""
+    if isinstance(value, bool) or int(value) != float(value):
+        raise ValueError("expected a whole number")
+    return int(value)

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from textbook import fisher_inverse_rank_one
+
+from capruner.fisher import BlockFisher
+from capruner.numerics import NotPositiveDefiniteError
+
+
+def gradients(m: int, n: int, B: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
+    return scale * torch.randn(m, n, B, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def relative_error(H: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((H.double() - reference).norm() / reference.norm())
+
+
+@pytest.mark.parametrize("solver", ["woodbury", "accumulate"])
+@settings(max_examples=20, deadline=None)
+@given(m=st.integers(1, 40), n=st.integers(1, 3), B=st.integers(1, 20), slab=st.integers(1, 17), seed=st.integers(0, 1000))
+def test_inverse_is_rank_one_updates(solver: str, m: int, n: int, B: int, slab: int, seed: int) -> None:
+    G = gradients(m, n, B, seed)
+    fisher = BlockFisher(n, B, m, 1e-3, solver=solver, dtype=torch.float64)
+    for start in range(0, m, slab):
+        fisher.add(G[start : start + slab])
+    H = fisher.inverse()
+    for block in range(n):
+        assert relative_error(H[block], fisher_inverse_rank_one(G[:, block], 1e-3)) < 1e-8
+    torch.testing.assert_close(H, H.mT, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("solver", "m"), [("accumulate", 512), ("woodbury", 512), ("woodbury", 32), ("auto", 32), ("auto", 512)])
+def test_float32_at_damp_1e_8(solver: str, m: int) -> None:
+    G = gradients(m, 2, 64, scale=1e-2)
+    fisher = BlockFisher(2, 64, m, 1e-8, solver=solver)
+    for slab in G.float().split(16):
+        fisher.add(slab)
+    H = fisher.inverse()
+    for block in range(2):
+        assert relative_error(H[block], fisher_inverse_rank_one(G[:, block], 1e-8)) < 1e-4
+
+
+@pytest.mark.parametrize("solver", ["woodbury", "accumulate"])
+def test_dead_weights_are_cut_off(solver: str) -> None:
+    G = gradients(30, 2, 12)
+    dead = torch.zeros(2, 12, dtype=torch.bool)
+    dead[0, [1, 5]] = dead[1, 11] = True
+    fisher = BlockFisher(2, 12, 30, 1e-2, solver=solver, dtype=torch.float64)
+    fisher.add(G)
+    H = fisher.inverse(dead)
+    for block in range(2):
+        gone = dead[block]
+        expected = fisher_inverse_rank_one(G[:, block] * ~gone, 1e-2)
+        torch.testing.assert_close(H[block][~gone][:, ~gone], expected[~gone][:, ~gone], rtol=1e-8, atol=1e-8)
+        assert (H[block][gone][:, ~gone] == 0).all()
+        assert torch.equal(H[block][gone][:, gone], torch.eye(int(gone.sum()), dtype=torch.float64))
+
+
+def test_relative_damp_scales_with_the_gradients() -> None:
+    G = gradients(40, 3, 8)
+    inverses = []
+    for scale in (1.0, 1e-3):
+        fisher = BlockFisher(3, 8, 40, 1e-2, relative_damp=True, dtype=torch.float64)
+        fisher.add(G * scale)
+        inverses.append(fisher.inverse() * scale**2)
+    torch.testing.assert_close(*inverses, rtol=1e-8, atol=1e-12)
+
+
+def test_relative_damp_of_a_block_without_gradients() -> None:
+    fisher = BlockFisher(1, 4, 2, 1e-2, relative_damp=True)
+    fisher.add(torch.zeros(2, 1, 4))
+    assert torch.equal(fisher.inverse()[0], torch.eye(4))
+
+
+def test_tf32_of_the_caller_changes_nothing() -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        fisher = BlockFisher(1, 4, 1, 1e-2)
+        fisher.add(torch.ones(1, 1, 4))
+        fisher.inverse()
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"damp": 0.0}, "damp must be"),
+        ({"damp": float("nan")}, "damp must be"),
+        ({"num_grads": 0}, "num_grads must be"),
+        ({"solver": "magic"}, "solver must be"),
+        ({"solver": "woodbury", "relative_damp": True}, "relative_damp needs"),
+    ],
+)
+def test_bad_arguments(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BlockFisher(**({"num_blocks": 1, "block_size": 2, "num_grads": 3, "damp": 1e-3} | arguments))
+
+
+def test_wrong_number_of_gradients() -> None:
+    fisher = BlockFisher(1, 2, 3, 1e-3)
+    fisher.add(torch.ones(2, 1, 2))
+    with pytest.raises(ValueError, match="2 gradients were added, num_grads says 3"):
+        fisher.inverse()
+    with pytest.raises(ValueError, match="more gradients"):
+        fisher.add(torch.ones(2, 1, 2))
+
+
+def test_used_up() -> None:
+    fisher = BlockFisher(1, 2, 1, 1e-3)
+    fisher.add(torch.ones(1, 1, 2))
+    fisher.inverse()
+    with pytest.raises(ValueError, match="taken before"):
+        fisher.inverse()
+    with pytest.raises(ValueError, match="inverted already"):
+        fisher.add(torch.ones(1, 1, 2))
+
+
+def test_a_block_that_will_not_factor_says_which_and_what_damping_to_try() -> None:
+    fisher = BlockFisher(2, 3, 4, 1e-30, solver="accumulate")
+    G = torch.zeros(4, 2, 3)
+    G[:, 0] = torch.eye(4)[:, :3] * 5
+    G[:, 1] = 7  # rank one: singular without damping
+    fisher.add(G)
+    with pytest.raises(NotPositiveDefiniteError, match=r"block 1 \(1 in all\).*try damp="):
+        fisher.inverse()
