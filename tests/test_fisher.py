@@ -20,7 +20,9 @@ def relative_error(H: torch.Tensor, reference: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("solver", ["woodbury", "accumulate"])
 @settings(max_examples=20, deadline=None)
-@given(m=st.integers(1, 40), n=st.integers(1, 3), B=st.integers(1, 20), slab=st.integers(1, 17), seed=st.integers(0, 1000))
+@given(
+    m=st.integers(1, 40), n=st.integers(1, 3), B=st.integers(1, 20), slab=st.integers(1, 17), seed=st.integers(0, 1000)
+)
 def test_inverse_is_rank_one_updates(solver: str, m: int, n: int, B: int, slab: int, seed: int) -> None:
     G = gradients(m, n, B, seed)
     fisher = BlockFisher(n, B, m, 1e-3, solver=solver, dtype=torch.float64)
@@ -32,7 +34,9 @@ def test_inverse_is_rank_one_updates(solver: str, m: int, n: int, B: int, slab: 
     torch.testing.assert_close(H, H.mT, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(("solver", "m"), [("accumulate", 512), ("woodbury", 512), ("woodbury", 32), ("auto", 32), ("auto", 512)])
+@pytest.mark.parametrize(
+    ("solver", "m"), [("accumulate", 512), ("woodbury", 512), ("woodbury", 32), ("auto", 32), ("auto", 512)]
+)
 def test_float32_at_damp_1e_8(solver: str, m: int) -> None:
     G = gradients(m, 2, 64, scale=1e-2)
     fisher = BlockFisher(2, 64, m, 1e-8, solver=solver)

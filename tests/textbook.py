@@ -45,7 +45,9 @@ def obs_weights(w: Tensor, H: Tensor, keep: Tensor) -> tuple[Tensor, float]:
     return v, float(0.5 * delta @ F @ delta)
 
 
-def random_fisher_inverse(n: int, B: int, seed: int = 0, condition: float = 1e3, dtype: torch.dtype = torch.float64) -> Tensor:
+def random_fisher_inverse(
+    n: int, B: int, seed: int = 0, condition: float = 1e3, dtype: torch.dtype = torch.float64
+) -> Tensor:
     """``(n, B, B)`` symmetric positive definite with eigenvalues between 1 and ``condition``."""
     generator = torch.Generator().manual_seed(seed)
     Q = torch.linalg.qr(torch.randn(n, B, B, generator=generator, dtype=torch.float64)).Q

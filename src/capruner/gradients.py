@@ -11,12 +11,14 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 from tqdm.auto import tqdm
 
@@ -174,10 +176,11 @@ def _sample_gradients(
     frozen |= {n: b for n, b in model.named_buffers()}
 
     def sample_loss(wanted: dict[str, Tensor], inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+        def functional(*args: Any, **kwargs: Any) -> Any:
+            return torch.func.functional_call(model, wanted | frozen, args, kwargs)
+
         inputs, targets = tree_map_only(Tensor, lambda t: t.unsqueeze(0), (inputs, targets))
-        loss = loss_fn(
-            call_model(lambda *a, **k: torch.func.functional_call(model, wanted | frozen, a, k), inputs), targets
-        )
+        loss = loss_fn(call_model(functional, inputs), targets)
         return loss, loss.detach()
 
     per_sample = torch.func.vmap(
@@ -192,8 +195,9 @@ def _sample_gradients(
         size = _batch_size(inputs, index)
         for start in range(0, min(size, num_grads - taken), slab):
             stop = min(start + slab, size, start + num_grads - taken)
-            part = tree_map_only(Tensor, lambda t, a=start, b=stop: t[a:b], (inputs, targets))
-            gradients, losses = per_sample({n: p.detach() for n, p in parameters.items()}, *part)
+            part = tree_map_only(Tensor, operator.itemgetter(slice(start, stop)), (inputs, targets))
+            with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no batching rule
+                gradients, losses = per_sample({n: p.detach() for n, p in parameters.items()}, *part)
             _check_loss(losses, index)
             yield _checked({n: g.to(_accumulation_dtype(g)) for n, g in gradients.items()}, f"batch {index}")
             taken += stop - start

@@ -208,7 +208,6 @@ def _eliminate_chunk(
         order.copy_(position)
 
 
-@full_precision()
 def compensate(weight: Tensor, fisher_inv: Tensor, keep: Tensor, *, blocks_in_parallel: int | None = None) -> Tensor:
     """The weights after the removal of the set ``~keep``: ``w − H[:,S] (H[S,S])⁻¹ w_S``, exactly 0 on ``S``.
 
@@ -222,52 +221,76 @@ def compensate(weight: Tensor, fisher_inv: Tensor, keep: Tensor, *, blocks_in_pa
         ``(n, B)``, a new tensor in the dtype of ``weight``. The solve itself runs in float64: it is a small share of the cost.
 
     Raises:
-        NotPositiveDefiniteError: ``H[S,S]`` of a block will not factor.
+        ValueError: shapes, dtypes or values that cannot be.
+        NotPositiveDefiniteError: a block of ``fisher_inv`` will not factor.
     """
-    return compensate_with_loss(weight, fisher_inv, keep, blocks_in_parallel=blocks_in_parallel)[0]
+    _check(weight, fisher_inv, keep=keep)
+    gone = ~keep
+    order = gone.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+    counts = gone.sum(dim=1)[None]
+    return compensate_prefixes(weight, fisher_inv, order, counts, blocks_in_parallel=blocks_in_parallel)[0][0]
 
 
 @full_precision()
-def compensate_with_loss(
-    weight: Tensor, fisher_inv: Tensor, keep: Tensor, *, blocks_in_parallel: int | None = None
+def compensate_prefixes(
+    weight: Tensor, fisher_inv: Tensor, order: Tensor, counts: Tensor, *, blocks_in_parallel: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`compensate`, with the predicted increase of the loss ``½ w_Sᵀ (H[S,S])⁻¹ w_S`` of each block, ``(n,)`` float64."""
-    _check(weight, fisher_inv, keep=keep)
+    """The weights after the first ``k`` of an order have left, for several ``k`` from one factorisation.
+
+    In the coordinates of the order let ``H = L Lᵀ`` and ``u = L⁻¹ w``. The leading part of ``L`` factors the leading part of ``H``, so
+
+        w − H[:, :k] (H[:k, :k])⁻¹ w[:k] = w − L[:, :k] u[:k],   loss = ½ ‖u[:k]‖²:
+
+    each further ``k`` costs one product with a vector.
+
+    Args:
+        weight: ``(n, B)``.
+        fisher_inv: ``(n, B, B)``, same dtype.
+        order: ``(n, B)`` integer, a permutation of each block.
+        counts: ``(levels, n)`` integer, ``k`` of each level and block.
+        blocks_in_parallel: blocks that are solved at once; no influence on the result.
+
+    Returns:
+        Weights ``(levels, n, B)`` in the dtype of ``weight``, and the predicted increase of the loss ``(levels, n)`` in float64.
+
+    Raises:
+        NotPositiveDefiniteError: a block will not factor.
+    """
     n, B = weight.shape
-    result = torch.empty_like(weight)
-    loss = torch.empty(n, dtype=torch.float64, device=weight.device)
+    result = weight.new_empty(len(counts), n, B)
+    losses = torch.empty(len(counts), n, dtype=torch.float64, device=weight.device)
+    steps = torch.arange(B, device=weight.device)
     chunk = blocks_in_parallel or chunk_size(B, element_size=8)
     for start in range(0, n, chunk):
         part = slice(start, start + chunk)
-        H = fisher_inv[part].double()
-        w = weight[part].double()
-        gone = ~keep[part]
-        # H[S,S] stays in place and the identity stands elsewhere: blocks with different |S| solve as one batch.
-        system = H * (gone[:, :, None] & gone[:, None, :])
-        system.diagonal(dim1=1, dim2=2).add_(keep[part].double())
-        factor = _factor(system, start, torch.finfo(fisher_inv.dtype).eps)
-        removed = (w * gone)[:, :, None]
-        z = torch.cholesky_solve(removed, factor)
-        loss[part] = 0.5 * (removed * z).sum(dim=(1, 2))
-        result[part] = (w - (H @ z)[:, :, 0]).masked_fill_(gone, 0).to(weight.dtype)
-    return result, loss
+        p = order[part].long()
+        H = fisher_inv[part].gather(1, p[:, :, None].expand(-1, -1, B)).gather(2, p[:, None].expand(-1, B, -1)).double()
+        w = weight[part].double().gather(1, p)
+        L = _factor(H, start, torch.finfo(fisher_inv.dtype).eps)
+        u = torch.linalg.solve_triangular(L, w[:, :, None], upper=False)[:, :, 0]
+        gone = steps < counts[:, part, None].to(steps.device)  # (levels, blocks, B)
+        losses[:, part] = 0.5 * (u * u * gone).sum(dim=2)
+        moved = (u * gone).movedim(0, 2)  # (blocks, B, levels)
+        pruned = (w[None] - (L @ moved).movedim(2, 0)).masked_fill_(gone, 0).to(weight.dtype)
+        result[:, part] = torch.empty_like(pruned).scatter_(2, p.expand_as(pruned), pruned)
+    return result, losses
 
 
-def _factor(system: Tensor, first_block: int, eps: float) -> Tensor:
-    """Cholesky factors ``(n, B, B)`` of ``system``; blocks on the edge of their own rounding error are lifted by just that error."""
-    factor, info = torch.linalg.cholesky_ex(system)
+def _factor(H: Tensor, first_block: int, eps: float) -> Tensor:
+    """Cholesky factors ``(n, B, B)`` of ``H``; blocks on the edge of their own rounding error are lifted by just that error."""
+    factor, info = torch.linalg.cholesky_ex(H)
     if not info.any():
         return factor
     bad = info.nonzero()[:, 0]
     # A float32 inverse is known to eps·max(diag) at best: a shift of that size changes nothing that is known.
-    shift = 4 * eps * system[bad].diagonal(dim1=1, dim2=2).amax(dim=1)
-    lifted = system[bad]
+    lifted = H[bad]
+    shift = 4 * eps * lifted.diagonal(dim1=1, dim2=2).amax(dim=1)
     lifted.diagonal(dim1=1, dim2=2).add_(shift[:, None])
     factor[bad], info = torch.linalg.cholesky_ex(lifted)
     if info.any():
         worst = int(bad[int(info.nonzero()[0])]) + first_block
         raise NotPositiveDefiniteError(
-            f"the system of block {worst} will not factor ({int((info > 0).sum())} blocks in all): the inverse Fisher matrix is "
-            "not positive definite to working precision; raise `damp` tenfold, or take more gradients"
+            f"inverse Fisher block {worst} will not factor ({int((info > 0).sum())} blocks in all): it is not positive definite to working "
+            "precision; raise `damp` tenfold, or take more gradients"
         )
     return factor

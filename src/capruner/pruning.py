@@ -146,19 +146,17 @@ def prune(
 
     levels: list[Level] = []
     if num_recomputations == 1:
-        pruner = calibrated()
-        levels = [_level(s, pruner.solve(targets), parameters, layouts) for s, targets in rungs]
+        solutions = calibrated().solve([targets for _, targets in rungs])
+        levels = [_level(s, solution, parameters, layouts) for (s, _), solution in zip(rungs, solutions)]
     else:
         climb = INTERPOLATIONS[recomputation_inter_func]
         with _weights_restored(parameters), torch.no_grad():
             for s, targets in rungs:
                 starts = [_pruned_share(target.names, kept) for target in targets]
                 for step in range(1, num_recomputations + 1):
-                    pruner = calibrated()
                     t = step / num_recomputations
                     now = [Target(g.names, climb(start, g.sparsity, t)) for g, start in zip(targets, starts)]
-                    level = _level(s, pruner.solve(now), parameters, layouts)
-                    del pruner  # frees the inverses before the next calibration takes as much again
+                    level = _level(s, calibrated().solve([now])[0], parameters, layouts)
                     kept = dict(level.masks)
                     for name, p in parameters.items():
                         p.copy_(level.weights[name])

@@ -16,7 +16,7 @@ from capruner.allocation import Score, allocate, step_scores
 from capruner.fisher import BlockFisher, Solver
 from capruner.layout import BlockLayout
 from capruner.numerics import NotPositiveDefiniteError
-from capruner.obs import Elimination, compensate_with_loss
+from capruner.obs import Elimination, compensate_prefixes
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,8 @@ class Method(ABC):
         """After the last gradient: ``(n, B)`` float32 weights of each layer, and bool of those that an earlier mask removed."""
 
     @abstractmethod
-    def solve(self, targets: Sequence[Target]) -> dict[str, LayerSolution]:
-        """Masks and weights of every layer at these targets.
+    def solve(self, rungs: Sequence[Sequence[Target]]) -> list[dict[str, LayerSolution]]:
+        """Masks and weights of every layer, for each set of targets.
 
         Raises:
             ValueError: a target out of reach.
@@ -124,19 +124,31 @@ class RankedMethod(Method):
         self._eliminations[name] = Elimination(order, elimination.losses)
         self._scores[name] = step_scores(elimination.losses, self.settings.score)
 
-    def solve(self, targets: Sequence[Target]) -> dict[str, LayerSolution]:
+    def solve(self, rungs: Sequence[Sequence[Target]]) -> list[dict[str, LayerSolution]]:
         with self.clock("allocate"):
-            keeps: dict[str, Tensor] = {}
-            for target in targets:
-                numel = sum(self.layouts[name].numel for name in target.names)
-                counts = allocate([self._scores[n] for n in target.names], round(target.sparsity * numel), target.names)
-                keeps |= {n: self._eliminations[n].keep_mask(c) for n, c in zip(target.names, counts)}
+            counts = [self._counts(targets) for targets in rungs]
+        solutions: list[dict[str, LayerSolution]] = [{} for _ in rungs]
         with self.clock("compensate"):
-            return {name: self._compensate(name, keeps[name]) for name in self.layouts}
+            for name in self.layouts:
+                elimination = self._eliminations[name]
+                of_layer = torch.stack([c[name] for c in counts])
+                weights, losses = self._compensate(name, elimination.order, of_layer)
+                for solution, w, k, loss in zip(solutions, weights, of_layer, losses):
+                    solution[name] = LayerSolution(w, elimination.keep_mask(k), float(loss.sum()))
+        return solutions
+
+    def _counts(self, targets: Sequence[Target]) -> dict[str, Tensor]:
+        """Per layer ``(n,)``: steps that each block takes."""
+        counts: dict[str, Tensor] = {}
+        for target in targets:
+            numel = sum(self.layouts[name].numel for name in target.names)
+            scores = [self._scores[name] for name in target.names]
+            counts |= zip(target.names, allocate(scores, round(target.sparsity * numel), target.names))
+        return counts
 
     @abstractmethod
-    def _compensate(self, name: str, keep: Tensor) -> LayerSolution:
-        """The weights of one layer for a mask."""
+    def _compensate(self, name: str, order: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights ``(levels, n, B)`` and losses ``(levels, n)`` of a layer whose blocks take ``(levels, n)`` steps."""
 
 
 class SecondOrderMethod(RankedMethod):
@@ -183,14 +195,17 @@ class SecondOrderMethod(RankedMethod):
     def _order(self, weight: Tensor, fisher_inv: Tensor, dead: Tensor, padding: Tensor) -> Elimination:
         """The order in which the weights of each block leave."""
 
-    def _compensate(self, name: str, keep: Tensor) -> LayerSolution:
+    def _compensate(self, name: str, order: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         try:
-            weight, loss = compensate_with_loss(
-                self._weights[name], self._inverses[name], keep, blocks_in_parallel=self.settings.blocks_in_parallel
+            return compensate_prefixes(
+                self._weights[name],
+                self._inverses[name],
+                order,
+                counts,
+                blocks_in_parallel=self.settings.blocks_in_parallel,
             )
         except NotPositiveDefiniteError as error:
             raise NotPositiveDefiniteError(f"{name}: {error}") from None
-        return LayerSolution(weight, keep, float(loss.sum()))
 
 
 def rank_once(saliency: Tensor, dead: Tensor, padding: Tensor) -> Elimination:

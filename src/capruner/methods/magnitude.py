@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
-from capruner.methods.base import LayerSolution, RankedMethod, rank_once
+from capruner.methods.base import RankedMethod, rank_once
+from capruner.obs import Elimination
 
 
 class Magnitude(RankedMethod):
@@ -24,5 +26,7 @@ class Magnitude(RankedMethod):
         for name, layout in self.layouts.items():
             self._rank(name, rank_once(weights[name].abs(), dead[name], layout.is_padding(weights[name].device)))
 
-    def _compensate(self, name: str, keep: Tensor) -> LayerSolution:
-        return LayerSolution(self._weights[name].masked_fill(~keep, 0), keep, 0.0)
+    def _compensate(self, name: str, order: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        gone = torch.stack([~Elimination(order, order).keep_mask(k) for k in counts])
+        weights = self._weights[name].expand(len(counts), -1, -1).masked_fill(gone, 0)
+        return weights, torch.zeros(counts.shape, device=order.device)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar
 
-from sparseml.pytorch.optim import ModifierProp
+from sparseml.pytorch.sparsification.modifier import ModifierProp
 from sparseml.pytorch.sparsification.pruning.mask_creator import PruningMaskCreator
 from sparseml.pytorch.sparsification.pruning.mask_params import ModuleParamPruningMask
 from sparseml.pytorch.sparsification.pruning.modifier_pruning_base import BaseGradualPruningModifier

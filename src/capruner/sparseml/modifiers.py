@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparseml.pytorch.optim import PyTorchModifierYAML
+from sparseml.pytorch.sparsification.modifier import PyTorchModifierYAML
 
 from capruner.sparseml.base import CorrelationAwareModifier, flag, none_or, recipe_parameter, whole
 
