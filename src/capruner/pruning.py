@@ -239,7 +239,7 @@ def _working_dtype(parameter: Tensor) -> torch.dtype:
 
 def _slab(layouts: Mapping[str, BlockLayout]) -> int:
     """Gradients per slab: enough for efficient matrix products, few enough to stay a small share of the ``d·B`` of the Fisher blocks."""
-    return max(16, max(layout.block_size for layout in layouts.values()) // 12)
+    return max(6, max(layout.block_size for layout in layouts.values()) // 12)
 
 
 def _level(
