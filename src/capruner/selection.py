@@ -92,10 +92,10 @@ def _resolve(model: nn.Module, entry: str, names: dict[str, nn.Parameter]) -> li
         modules = dict(model.named_modules(remove_duplicate=False))
         if entry not in modules or not entry:
             near = _nearest(entry, [*names, *filter(None, modules)])
-            raise SelectionError(f"params: no parameter or module is called {entry!r}{near}")
+            raise SelectionError(f"params: no parameter or module is called '{entry}'{near}")
         found = _layer_weights(entry, modules[entry], names)
     if not found:
-        raise SelectionError(f"params: {entry!r} holds no Linear or convolution layer; name the parameters themselves")
+        raise SelectionError(f"params: '{entry}' holds no Linear or convolution layer; name the parameters themselves")
     return found
 
 
@@ -137,10 +137,11 @@ def _alternatives(pattern: str) -> list[_Alternative]:
         found.append(alternative)
         return alternative
 
-    current = begin(0, None, [])
-    skip = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?#[^)]*\)|\(\?P=\w+\)|\(\?[a-zA-Z]+\)", re.DOTALL)
+    # Flags such as (?i) have to stay in front of everything.
+    position = len(re.match(r"(?:\(\?[a-zA-Z]+\))*", pattern).group())  # type: ignore[union-attr]
+    current = begin(position, None, [])
+    skip = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?#[^)]*\)|\(\?P=\w+\)", re.DOTALL)
     opening = re.compile(r"\((?:\?(?:P?<\w+>|<?[=!]|\(\w+\)|[a-zA-Z]*(?:-[a-zA-Z]+)?:|>))?")
-    position = 0
     while position < len(pattern):
         if match := skip.match(pattern, position):
             position = match.end()
@@ -177,10 +178,10 @@ def _match(entry: str, names: dict[str, nn.Parameter]) -> list[str]:
     try:
         found = matches(pattern)
     except re.error as error:
-        raise SelectionError(f"params: {entry!r} is not a regular expression: {error}") from None
+        raise SelectionError(f"params: '{entry}' is not a regular expression: {error}") from None
     if not found:
         hint = _class_hint(pattern, matches)
-        raise SelectionError(f"params: no parameter name matches {entry!r}{hint}{_nearest(pattern, names)}")
+        raise SelectionError(f"params: no parameter name matches '{entry}'{hint}{_nearest(pattern, names)}")
     for alternative in _alternatives(pattern):
         if len(alternative.siblings) < 2:
             continue
@@ -194,7 +195,7 @@ def _match(entry: str, names: dict[str, nn.Parameter]) -> list[str]:
         if not matches(alone) and matches(_without(pattern, [alternative])) == found:
             text = pattern[alternative.start : alternative.end]
             raise SelectionError(
-                f"params: the alternative {text!r} of {entry!r} matches no parameter name, although others of its pattern do"
+                f"params: the alternative '{text}' of '{entry}' matches no parameter name, although others of its pattern do"
                 f"{_class_hint(alone, matches)}{_nearest(text, names)}"
             )
     return found
