@@ -9,7 +9,7 @@ the recipe modifiers live in ``capruner.sparseml``.
 
 from capruner.numerics import NotPositiveDefiniteError
 from capruner.obs import Elimination, compensate, eliminate
-from capruner.pruning import prune
+from capruner.pruning import compensate_masks, prune
 from capruner.result import PruningResult, load_result
 
 __version__ = "0.1.0"
@@ -20,6 +20,7 @@ __all__ = [
     "PruningResult",
     "__version__",
     "compensate",
+    "compensate_masks",
     "eliminate",
     "load_result",
     "prune",

@@ -51,7 +51,7 @@ class Elimination:
         return torch.empty_like(stays).scatter_(1, self.order.long(), stays)
 
 
-def _check(weight: Tensor, fisher_inv: Tensor, **masks: Tensor | None) -> None:
+def check_blocks(weight: Tensor, fisher_inv: Tensor, **masks: Tensor | None) -> None:
     if weight.dim() != 2 or fisher_inv.shape != (*weight.shape, weight.shape[-1]):
         raise ValueError(
             f"expected weight (n, B) and fisher_inv (n, B, B), got {tuple(weight.shape)} and {tuple(fisher_inv.shape)}"
@@ -110,7 +110,7 @@ def eliminate(
     Raises:
         ValueError: shapes, dtypes or values that cannot be; :class:`NotPositiveDefiniteError` if a diagonal entry is not positive.
     """
-    _check(weight, fisher_inv, dead=dead, frozen=frozen)
+    check_blocks(weight, fisher_inv, dead=dead, frozen=frozen)
     n, B = weight.shape
     if n_m is not None and (B % n_m[1] or not 0 < n_m[0] < n_m[1]):
         raise ValueError(
@@ -224,7 +224,7 @@ def compensate(weight: Tensor, fisher_inv: Tensor, keep: Tensor, *, blocks_in_pa
         ValueError: shapes, dtypes or values that cannot be.
         NotPositiveDefiniteError: a block of ``fisher_inv`` will not factor.
     """
-    _check(weight, fisher_inv, keep=keep)
+    check_blocks(weight, fisher_inv, keep=keep)
     gone = ~keep
     order = gone.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
     counts = gone.sum(dim=1)[None]

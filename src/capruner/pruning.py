@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from capruner.allocation import Score
+from capruner.calibration import Calibration, supporting
 from capruner.fisher import Solver
-from capruner.gradients import GradientMode, LossFunction, calibrating, gradient_slabs
-from capruner.layout import BlockLayout
-from capruner.methods import METHODS, LayerSolution, Method, Settings, Stopwatch, Target
+from capruner.gradients import GradientMode, LossFunction
+from capruner.methods import METHODS, OBS, Settings, Target
+from capruner.patterns import Pattern, parse_mask_type
 from capruner.result import Level, PruningResult
 from capruner.selection import select_parameters, unwrap
 
@@ -38,7 +39,7 @@ def prune(
     *,
     method: str = "cap",
     params: str | Sequence[str] = "__ALL_PRUNABLE__",
-    mask_type: str = "unstructured",
+    mask_type: str | int = "unstructured",
     global_sparsity: bool = True,
     num_grads: int = 4096,
     fisher_block_size: int = 192,
@@ -51,6 +52,8 @@ def prune(
     solver: Solver = "auto",
     blocks_in_parallel: int | None = None,
     fisher_inv_device: str | None = None,
+    block_size: int | None = None,
+    skip_unsupported: bool = False,
     masks: Mapping[str, Tensor] | Literal["zeros"] | None = None,
     progress: bool = True,
 ) -> PruningResult:
@@ -65,13 +68,14 @@ def prune(
         loss_fn: ``loss_fn(outputs, targets)``, the mean over a batch.
         sparsity: share of the selected weights to remove, in [0, 1); a list of them; or SparseML's dict ``{sparsity: [params]}``, which gives
             layers targets of their own (``params`` is not looked at then).
-        method: ``"cap"``, ``"obs"`` (WoodFisher) or ``"magnitude"``.
+        method: ``"cap"``, ``"fast_cap"``, and what to compare with: ``"obs"`` (WoodFisher), ``"magnitude"``.
         params: parameter or module names, ``re:`` patterns, ``__ALL__``, ``__ALL_PRUNABLE__`` (weights of Linear and convolutions).
-        mask_type: ``"unstructured"``.
+        mask_type: ``"unstructured"``, ``"2:4"`` (2 of 4 stay) or any other N:M, ``"block4"``; see :mod:`capruner.patterns`.
         global_sparsity: the target holds over all layers together; False: in each.
         num_grads: gradients to estimate the Fisher matrix from: batches, or samples with ``gradients="sample"``.
         fisher_block_size: weights per Fisher block ``B``; memory is ``weights · B · 4`` bytes.
-        damp: ``λ`` added to the diagonal of the Fisher matrix, absolute (a squared gradient) unless ``relative_damp``.
+        damp: ``λ`` added to the diagonal of the Fisher matrix, absolute (a squared gradient) unless ``relative_damp``; always
+            relative to the mean diagonal for ``fast_cap`` (1e-2, say).
         num_recomputations: climb to each sparsity in that many steps, each with a fresh calibration at the weights reached.
         recomputation_inter_func: how sparsity climbs over them: ``"linear"``, ``"cubic"``, ``"geometric"``.
         gradients: ``"batch"`` (one gradient from each batch) or ``"sample"``.
@@ -80,6 +84,8 @@ def prune(
         solver: see :mod:`capruner.fisher`.
         blocks_in_parallel: blocks worked on at once; from the block size when None. No influence on the result.
         fisher_inv_device: where inverse Fisher blocks live, ``"cpu"`` say, when they do not fit beside the model.
+        block_size: ``fast_cap`` only: columns per mask decision; all of a block when None.
+        skip_unsupported: leave parameters dense that cannot hold the mask type (``result.settings["skipped"]`` names them) instead of raising.
         masks: what earlier pruning removed, ``{name: bool, True = stays}``, or ``"zeros"``: every weight that is exactly 0. Those stay removed.
         progress: show progress bars.
 
@@ -90,8 +96,6 @@ def prune(
     model = unwrap(model)
     if method not in METHODS:
         raise ValueError(f"method must be one of {sorted(METHODS)}, got {method!r}")
-    if mask_type != "unstructured":
-        raise ValueError(f"mask_type must be 'unstructured', got {mask_type!r}")
     if recomputation_inter_func not in INTERPOLATIONS:
         raise ValueError(
             f"recomputation_inter_func must be one of {sorted(INTERPOLATIONS)}, got {recomputation_inter_func!r}"
@@ -100,6 +104,10 @@ def prune(
         raise ValueError(f"num_recomputations must be at least 1, got {num_recomputations}")
     if batches is None and METHODS[method].uses_gradients:
         raise ValueError(f"method {method!r} needs calibration data: give `batches`")
+    pattern = parse_mask_type(mask_type)
+    for what, size in (("fisher_block_size", fisher_block_size), ("block_size", block_size)):
+        if isinstance(size, int) and size > 0 and size % pattern.group:
+            raise ValueError(f"{what} must be a multiple of {pattern.group} for mask_type {pattern}, got {size}")
     settings = Settings(
         num_grads=num_grads,
         fisher_block_size=fisher_block_size,
@@ -109,46 +117,23 @@ def prune(
         score=score,
         blocks_in_parallel=blocks_in_parallel,
         fisher_inv_device=fisher_inv_device,
+        block_size=block_size,
+        pattern=pattern,
     )
-    parameters, rungs = _targets(model, params, sparsity, global_sparsity)
-    layouts = {name: BlockLayout.of(p.shape, fisher_block_size) for name, p in parameters.items()}
+    parameters, groups = _selected(model, params, sparsity)
+    parameters, skipped = supporting(pattern, parameters, skip_unsupported)
+    rungs = _rungs(parameters, groups, sparsity, global_sparsity, pattern)
     kept = _initial_masks(parameters, masks)
-    clock = Stopwatch()
-
-    def calibrated() -> Method:
-        pruner = METHODS[method](layouts, settings, clock)
-        if pruner.uses_gradients:
-            assert batches is not None
-            with calibrating(model):
-                slabs = gradient_slabs(
-                    model,
-                    batches,
-                    loss_fn,
-                    parameters,
-                    num_grads,
-                    mode=gradients,
-                    slab=_slab(layouts),
-                    progress=progress,
-                )
-                while True:
-                    with clock("gradients"):
-                        slab = next(slabs, None)
-                    if slab is None:
-                        break
-                    pruner.add(slab)
-        dead = {n: layouts[n].to_blocks(~k, torch.bool) for n, k in kept.items()}
-        weights = {
-            n: layouts[n].to_blocks(p.detach(), _working_dtype(p)).masked_fill(dead[n], 0)
-            for n, p in parameters.items()
-        }
-        pruner.prepare(weights, dead)
-        return pruner
-
+    calibration = Calibration(model, batches, loss_fn, parameters, settings, gradients, progress)
     levels: list[Level] = []
     if num_recomputations == 1:
-        solutions = calibrated().solve([targets for _, targets in rungs])
-        levels = [_level(s, solution, parameters, layouts) for (s, _), solution in zip(rungs, solutions)]
+        solutions = calibration.run(METHODS[method], kept).solve([targets for _, targets in rungs])
+        levels = [calibration.level(s, solution) for (s, _), solution in zip(rungs, solutions)]
     else:
+        if pattern.n_m is not None:
+            raise ValueError(
+                f"mask_type {pattern} is reached in one step; num_recomputations must be 1, got {num_recomputations}"
+            )
         climb = INTERPOLATIONS[recomputation_inter_func]
         with _weights_restored(parameters), torch.no_grad():
             for s, targets in rungs:
@@ -156,7 +141,7 @@ def prune(
                 for step in range(1, num_recomputations + 1):
                     t = step / num_recomputations
                     now = [Target(g.names, climb(start, g.sparsity, t)) for g, start in zip(targets, starts)]
-                    level = _level(s, calibrated().solve([now])[0], parameters, layouts)
+                    level = calibration.level(s, calibration.run(METHODS[method], kept).solve([now])[0])
                     kept = dict(level.masks)
                     for name, p in parameters.items():
                         p.copy_(level.weights[name])
@@ -167,38 +152,120 @@ def prune(
         total_weights=sum(p.numel() for p in model.parameters()),
         settings=asdict(settings)
         | {
+            "pattern": str(pattern),
             "num_recomputations": num_recomputations,
             "recomputation_inter_func": recomputation_inter_func,
             "gradients": gradients,
             "global_sparsity": global_sparsity,
-            "mask_type": mask_type,
+            "skipped": skipped,
         },
-        timings=clock.seconds,
+        timings=calibration.clock.seconds,
     )
 
 
-def _targets(
-    model: nn.Module, params: str | Sequence[str], sparsity: Sparsity | Sequence[float], global_sparsity: bool
-) -> tuple[dict[str, nn.Parameter], list[tuple[float, list[Target]]]]:
-    """The parameters to prune, and per sparsity (ascending) its targets."""
-    if isinstance(sparsity, Mapping):
-        parameters: dict[str, nn.Parameter] = {}
-        own: list[Target] = []
-        for value, names in sparsity.items():
-            selected = {n: p for n, p in select_parameters(model, names).items() if n not in parameters}
-            parameters |= selected
-            own += [Target((n,), _checked_sparsity(value)) for n in selected]
-        overall = sum(t.sparsity * parameters[t.names[0]].numel() for t in own) / sum(
-            p.numel() for p in parameters.values()
+def compensate_masks(
+    model: nn.Module,
+    batches: Iterable[tuple[Any, Any]],
+    loss_fn: LossFunction,
+    masks: Mapping[str, Tensor],
+    *,
+    num_grads: int = 4096,
+    fisher_block_size: int = 192,
+    damp: float = 1e-8,
+    gradients: GradientMode = "batch",
+    relative_damp: bool = False,
+    solver: Solver = "auto",
+    blocks_in_parallel: int | None = None,
+    fisher_inv_device: str | None = None,
+    progress: bool = True,
+) -> PruningResult:
+    """The exact OBS weights for masks from anywhere: another pruner's, NVIDIA's, hand-made.
+
+    Args:
+        masks: ``{parameter name: tensor}``, True or non-zero = stays. Parameters without a mask are left alone.
+        model, batches, loss_fn, num_grads, ...: see :func:`prune`.
+
+    Returns:
+        A result with one level; ``result.apply(model)`` needs no sparsity.
+
+    Raises:
+        ValueError: as :func:`prune`; a mask that names no parameter or has another shape.
+    """
+    model = unwrap(model)
+    parameters = select_parameters(model, list(masks))
+    kept = _initial_masks(parameters, masks)
+    settings = Settings(
+        num_grads=num_grads,
+        fisher_block_size=fisher_block_size,
+        damp=float(damp),
+        relative_damp=relative_damp,
+        solver=solver,
+        blocks_in_parallel=blocks_in_parallel,
+        fisher_inv_device=fisher_inv_device,
+    )
+    calibration = Calibration(model, batches, loss_fn, parameters, settings, gradients, progress)
+    # OBS keeps the inverses; the masks come to the solver as an order whose prefix is what leaves.
+    nothing_yet = {name: torch.ones_like(mask) for name, mask in kept.items()}
+    pruner = calibration.run(OBS, nothing_yet)
+    assert isinstance(pruner, OBS)
+    solution = pruner.solve_masks(
+        {name: calibration.layouts[name].to_blocks(~mask, torch.bool) for name, mask in kept.items()}
+    )
+    return PruningResult(
+        method="masks",
+        levels=[calibration.level(_pruned_share(tuple(kept), kept), solution)],
+        total_weights=sum(p.numel() for p in model.parameters()),
+        settings=asdict(settings) | {"pattern": "given", "gradients": gradients},
+        timings=calibration.clock.seconds,
+    )
+
+
+def _selected(
+    model: nn.Module, params: str | Sequence[str], sparsity: Sparsity | Sequence[float]
+) -> tuple[dict[str, nn.Parameter], dict[str, float] | None]:
+    """The parameters to prune; with a dict of sparsities the target of each."""
+    if not isinstance(sparsity, Mapping):
+        return select_parameters(model, params), None
+    if not sparsity:
+        raise ValueError("the dict of sparsities is empty; give {sparsity: [params]}")
+    parameters: dict[str, nn.Parameter] = {}
+    own: dict[str, float] = {}
+    for value, names in sparsity.items():
+        for name, parameter in select_parameters(model, names).items():
+            parameters.setdefault(name, parameter)
+            own.setdefault(name, _checked_sparsity(value))
+    return parameters, own
+
+
+def _rungs(
+    parameters: Mapping[str, nn.Parameter],
+    own: Mapping[str, float] | None,
+    sparsity: Sparsity | Sequence[float],
+    global_sparsity: bool,
+    pattern: Pattern,
+) -> list[tuple[float, list[Target]]]:
+    """Per sparsity, ascending, its targets."""
+    if own is not None:
+        total = sum(p.numel() for p in parameters.values())
+        overall = sum(own[name] * p.numel() for name, p in parameters.items()) / total
+        rungs = [(overall, [Target((name,), own[name]) for name in parameters])]
+    else:
+        assert not isinstance(sparsity, Mapping)
+        listed = [sparsity] if isinstance(sparsity, int | float) else list(sparsity)
+        if not listed:
+            raise ValueError("the list of sparsities is empty; give at least one, 0.5 say")
+        groups = [tuple(parameters)] if global_sparsity else [(name,) for name in parameters]
+        ascending = sorted({_checked_sparsity(s) for s in listed})
+        rungs = [(s, [Target(group, s) for group in groups]) for s in ascending]
+    if pattern.sparsity is not None:
+        wrong = sorted(
+            {t.sparsity for _, targets in rungs for t in targets if abs(t.sparsity - pattern.sparsity) > 1e-6}
         )
-        return parameters, [(overall, own)]
-    parameters = select_parameters(model, params)
-    listed = [sparsity] if isinstance(sparsity, int | float) else list(sparsity)
-    if not listed:
-        raise ValueError("the list of sparsities is empty; give at least one, 0.5 say")
-    ascending = sorted({_checked_sparsity(s) for s in listed})
-    groups = [tuple(parameters)] if global_sparsity else [(name,) for name in parameters]
-    return parameters, [(s, [Target(group, s) for group in groups]) for s in ascending]
+        if wrong:
+            raise ValueError(
+                f"mask_type {pattern} means that {pattern.stay} of {pattern.group} weights stay, a sparsity of {pattern.sparsity:g}; got {wrong}"
+            )
+    return rungs
 
 
 def _checked_sparsity(value: Any) -> float:
@@ -231,32 +298,6 @@ def _initial_masks(
             )
         kept[name] = mask.to(kept[name].device) != 0
     return kept
-
-
-def _working_dtype(parameter: Tensor) -> torch.dtype:
-    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
-
-
-def _slab(layouts: Mapping[str, BlockLayout]) -> int:
-    """Gradients per slab: enough for efficient matrix products, few enough to stay a small share of the ``d·B`` of the Fisher blocks."""
-    return max(6, max(layout.block_size for layout in layouts.values()) // 12)
-
-
-def _level(
-    sparsity: float,
-    solutions: Mapping[str, LayerSolution],
-    parameters: Mapping[str, Tensor],
-    layouts: Mapping[str, BlockLayout],
-) -> Level:
-    weights, masks, losses = {}, {}, {}
-    for name, p in parameters.items():
-        solution = solutions[name]
-        masks[name] = layouts[name].from_blocks(solution.keep).to(p.device)
-        weights[name] = layouts[name].from_blocks(solution.weight).to(p)
-        if not torch.isfinite(weights[name]).all():
-            raise ValueError(f"the pruned weights of {name} are not finite in {p.dtype}; raise damp")
-        losses[name] = solution.loss
-    return Level(sparsity, weights, masks, losses)
 
 
 def _pruned_share(names: Sequence[str], kept: Mapping[str, Tensor]) -> float:

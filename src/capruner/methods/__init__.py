@@ -2,9 +2,21 @@
 
 from capruner.methods.base import LayerSolution, Method, Settings, Stopwatch, Target
 from capruner.methods.cap import CAP
+from capruner.methods.fast_cap import FastCAP
 from capruner.methods.magnitude import Magnitude
 from capruner.methods.obs import OBS
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (CAP, OBS, Magnitude)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (CAP, FastCAP, OBS, Magnitude)}
 
-__all__ = ["CAP", "METHODS", "OBS", "LayerSolution", "Magnitude", "Method", "Settings", "Stopwatch", "Target"]
+__all__ = [
+    "CAP",
+    "METHODS",
+    "OBS",
+    "FastCAP",
+    "LayerSolution",
+    "Magnitude",
+    "Method",
+    "Settings",
+    "Stopwatch",
+    "Target",
+]

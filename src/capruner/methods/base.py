@@ -17,6 +17,7 @@ from capruner.fisher import BlockFisher, Solver
 from capruner.layout import BlockLayout
 from capruner.numerics import NotPositiveDefiniteError
 from capruner.obs import Elimination, compensate_prefixes
+from capruner.patterns import Pattern
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Settings:
     score: Score = "marginal"
     blocks_in_parallel: int | None = None
     fisher_inv_device: str | None = None
+    block_size: int | None = None
+    pattern: Pattern = field(default_factory=Pattern)
 
 
 @dataclass(frozen=True)
@@ -116,13 +119,15 @@ class RankedMethod(Method):
         super().__init__(layouts, settings, clock)
         self._eliminations: dict[str, Elimination] = {}
         self._scores: dict[str, Tensor] = {}
+        self._unit = 1 if settings.pattern.n_m is not None else settings.pattern.group
 
     def _rank(self, name: str, elimination: Elimination) -> None:
         # Two bytes per weight instead of eight: the order is kept for every weight of the model.
         small = elimination.order.shape[1] <= torch.iinfo(torch.int16).max
         order = elimination.order.to(torch.int16) if small else elimination.order
         self._eliminations[name] = Elimination(order, elimination.losses)
-        self._scores[name] = step_scores(elimination.losses, self.settings.score)
+        # Groups that leave together compete as one.
+        self._scores[name] = step_scores(elimination.losses[:, :: self._unit], self.settings.score)
 
     def solve(self, rungs: Sequence[Sequence[Target]]) -> list[dict[str, LayerSolution]]:
         with self.clock("allocate"):
@@ -141,9 +146,13 @@ class RankedMethod(Method):
         """Per layer ``(n,)``: steps that each block takes."""
         counts: dict[str, Tensor] = {}
         for target in targets:
-            numel = sum(self.layouts[name].numel for name in target.names)
             scores = [self._scores[name] for name in target.names]
-            counts |= zip(target.names, allocate(scores, round(target.sparsity * numel), target.names))
+            if self.settings.pattern.n_m is not None:  # the pattern itself says how far each block goes
+                steps = [(s < torch.inf).sum(dim=1) for s in scores]
+            else:
+                units = sum(self.layouts[name].numel for name in target.names) / self._unit
+                steps = allocate(scores, round(target.sparsity * units), target.names)
+            counts |= {name: s * self._unit for name, s in zip(target.names, steps)}
         return counts
 
     @abstractmethod
@@ -191,6 +200,17 @@ class SecondOrderMethod(RankedMethod):
                 raise NotPositiveDefiniteError(f"{name}: {error}") from None
             self._weights[name], self._inverses[name] = weight, H
 
+    def solve_masks(self, gone: Mapping[str, Tensor]) -> dict[str, LayerSolution]:
+        """The weights for given masks: ``(n, B)`` bool per layer, True = leaves."""
+        solution = {}
+        with self.clock("compensate"):
+            for name, leaves in gone.items():
+                leaves = leaves.to(self._weights[name].device)
+                order = leaves.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+                weights, losses = self._compensate(name, order, leaves.sum(dim=1)[None])
+                solution[name] = LayerSolution(weights[0], ~leaves, float(losses.sum()))
+        return solution
+
     @abstractmethod
     def _order(self, weight: Tensor, fisher_inv: Tensor, dead: Tensor, padding: Tensor) -> Elimination:
         """The order in which the weights of each block leave."""
@@ -206,10 +226,3 @@ class SecondOrderMethod(RankedMethod):
             )
         except NotPositiveDefiniteError as error:
             raise NotPositiveDefiniteError(f"{name}: {error}") from None
-
-
-def rank_once(saliency: Tensor, dead: Tensor, padding: Tensor) -> Elimination:
-    """The order of one scoring: ``(n, B)`` saliencies sorted in each block; the dead first, padding never."""
-    saliency = saliency.masked_fill(dead, -torch.inf).masked_fill_(padding, torch.inf)
-    losses, order = saliency.sort(dim=1, stable=True)
-    return Elimination(order, losses)

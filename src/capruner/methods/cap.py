@@ -1,4 +1,4 @@
-"""CAP, the Correlation-Aware Pruner (arXiv 2210.09223): greedy elimination block by block, allocation over blocks, closed-form OBS weights."""
+"""CAP, the Correlation-Aware Pruner (arXiv 2210.09223): greedy elimination per block, allocation over blocks, closed-form OBS weights."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from torch import Tensor
 
 from capruner.methods.base import SecondOrderMethod
 from capruner.obs import Elimination, eliminate
+from capruner.patterns import eliminate_groups
 
 
 class CAP(SecondOrderMethod):
@@ -14,6 +15,9 @@ class CAP(SecondOrderMethod):
     name = "cap"
 
     def _order(self, weight: Tensor, fisher_inv: Tensor, dead: Tensor, padding: Tensor) -> Elimination:
-        return eliminate(
-            weight, fisher_inv, dead=dead, frozen=padding, blocks_in_parallel=self.settings.blocks_in_parallel
-        )
+        pattern, parallel = self.settings.pattern, self.settings.blocks_in_parallel
+        if self._unit > 1:
+            return eliminate_groups(
+                weight, fisher_inv, pattern.group, dead=dead, frozen=padding, blocks_in_parallel=parallel
+            )
+        return eliminate(weight, fisher_inv, dead=dead, frozen=padding, n_m=pattern.n_m, blocks_in_parallel=parallel)

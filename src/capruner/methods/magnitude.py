@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from capruner.methods.base import RankedMethod, rank_once
+from capruner.methods.base import RankedMethod
 from capruner.obs import Elimination
+from capruner.patterns import rank_once
 
 
 class Magnitude(RankedMethod):
@@ -24,7 +25,12 @@ class Magnitude(RankedMethod):
     def prepare(self, weights: Mapping[str, Tensor], dead: Mapping[str, Tensor]) -> None:
         self._weights = weights
         for name, layout in self.layouts.items():
-            self._rank(name, rank_once(weights[name].abs(), dead[name], layout.is_padding(weights[name].device)))
+            saliency = weights[name].abs()
+            if self._unit > 1:
+                groups = saliency.unflatten(1, (-1, self._unit)).square().sum(dim=2)
+                saliency = groups.repeat_interleave(self._unit, dim=1)
+            padding = layout.is_padding(saliency.device)
+            self._rank(name, rank_once(saliency, self.settings.pattern, dead[name], padding))
 
     def _compensate(self, name: str, order: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         gone = torch.stack([~Elimination(order, order).keep_mask(k) for k in counts])

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from capruner.methods.base import SecondOrderMethod, rank_once
+from capruner.methods.base import SecondOrderMethod
 from capruner.obs import Elimination
+from capruner.patterns import group_saliency, rank_once
 
 
 class OBS(SecondOrderMethod):
-    """Every weight is scored as if it left alone, ``w² / (2 H_pp)``; the set that leaves gets its exact joint update."""
+    """Every weight (or group of weights) is scored as if it left alone; the set that leaves gets its exact joint update."""
 
     name = "obs"
 
     def _order(self, weight: Tensor, fisher_inv: Tensor, dead: Tensor, padding: Tensor) -> Elimination:
-        saliency = weight * weight / (2 * fisher_inv.diagonal(dim1=1, dim2=2))
-        return rank_once(saliency, dead, padding)
+        if self._unit == 1:
+            saliency = weight * weight / (2 * fisher_inv.diagonal(dim1=1, dim2=2))
+        else:
+            size = (-1, self._unit)
+            systems = fisher_inv.unflatten(1, size).unflatten(3, size).diagonal(dim1=1, dim2=3).movedim(3, 1)
+            saliency = group_saliency(weight.unflatten(1, size), systems).repeat_interleave(self._unit, dim=1)
+        return rank_once(saliency, self.settings.pattern, dead, padding)
