@@ -16,11 +16,11 @@ os.environ.setdefault("NM_DISABLE_ANALYTICS", "1")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # deprecations inside SparseML and what it imports
     try:
-        from capruner.sparseml.modifiers import CAPruningModifier
+        from capruner.sparseml.modifiers import CAPruningModifier, FastCAPruningModifier
     except ImportError as error:
         raise ImportError(
             f"capruner.sparseml needs SparseML 1.8.0, which does not import on Python {sys.version_info.major}.{sys.version_info.minor} here "
             f"({error}): pip install 'capruner[sparseml]' (Python 3.11)"
         ) from error
 
-__all__ = ["CAPruningModifier"]
+__all__ = ["CAPruningModifier", "FastCAPruningModifier"]

@@ -21,6 +21,8 @@ from sparseml.pytorch.utils import NamedLayerParam
 from sparseml.utils import FROM_PARAM_TOKEN, interpolate
 from torch import Tensor, nn
 
+from capruner.calibration import supporting
+from capruner.patterns import parse_mask_type
 from capruner.pruning import prune
 from capruner.result import PruningResult
 from capruner.selection import select_parameters, unwrap
@@ -103,6 +105,18 @@ class CorrelationAwareModifier(BaseGradualPruningModifier):
                 raise ValueError(f"{type(self).__name__}: {name} cannot be {value!r} ({error})") from None
         self._batches: GradSamplerBatches | None = None
 
+    mask_type = recipe_parameter("mask_type", "Pattern of the zeros.")
+    num_grads = recipe_parameter("num_grads", "Gradients per calibration.")
+    damp = recipe_parameter("damp", "Damping of the Fisher matrix.")
+    fisher_block_size = recipe_parameter("fisher_block_size", "Weights per Fisher block.")
+    grad_sampler_kwargs = recipe_parameter("grad_sampler_kwargs", "Handed to the data_loader_builder.")
+    num_recomputations = recipe_parameter("num_recomputations", "Fresh calibrations within one update.")
+    recomputation_inter_func = recipe_parameter("recomputation_inter_func", "How sparsity climbs over recomputations.")
+    fisher_inv_device = recipe_parameter("fisher_inv_device", "Where inverse Fisher blocks live.")
+    traces_backup_dir = recipe_parameter("traces_backup_dir", "Accepted; there are no traces to back up.")
+    gradients = recipe_parameter("gradients", "One gradient per batch or per sample.")
+    skip_unsupported = recipe_parameter("skip_unsupported", "Leave dense what cannot hold the mask type.")
+
     # What SparseML calls
 
     def initialize(self, module: nn.Module, epoch: float = 0, loggers: Any = None, **kwargs: Any) -> None:
@@ -168,9 +182,15 @@ class CorrelationAwareModifier(BaseGradualPruningModifier):
         final = self._final_sparsity_orig
         groups = final.items() if isinstance(final, dict) else [(None, self._params)]
         found: dict[str, Any] = {}
+        parameters: dict[str, nn.Parameter] = {}
         for sparsity, names in groups:
-            for name in select_parameters(model, names):
+            for name, parameter in select_parameters(model, names).items():
                 found.setdefault(name, sparsity)
+                parameters[name] = parameter
+        _, skipped = supporting(parse_mask_type(self._mask_type), parameters, self._skip_unsupported)
+        for name in skipped:
+            _LOGGER.info("%s cannot hold mask_type %s and stays dense", name, self._mask_type)
+            del found[name]
         if isinstance(final, dict):
             self._final_sparsity = list(found.values())
         named = []

@@ -6,6 +6,7 @@ from typing import Any
 
 from sparseml.pytorch.sparsification.modifier import PyTorchModifierYAML
 
+from capruner.patterns import parse_mask_type
 from capruner.sparseml.base import CorrelationAwareModifier, flag, none_or, recipe_parameter, whole
 
 
@@ -38,7 +39,8 @@ class CAPruningModifier(CorrelationAwareModifier):
         final_sparsity: sparsity at ``end_epoch``, or a dict ``{sparsity: [params]}`` (with ``global_sparsity: False``).
         start_epoch, end_epoch, update_frequency, inter_func, leave_enabled: SparseML's schedule.
         global_sparsity: one target over all layers; False: each layer its own.
-        mask_type: ``unstructured``.
+        mask_type: ``unstructured``, ``block4``, ``2:4`` or any N:M (N of M stay), quoted or not; ``N:M`` takes its numbers from ``n`` and ``m``.
+        n, m: for ``mask_type: N:M``; saved as part of ``mask_type``.
         num_grads: gradients per calibration.
         damp: ``λ`` on the diagonal of the Fisher matrix; absolute unless ``relative_damp``.
         fisher_block_size: weights per Fisher block. Any size: blocks are padded, never snapped to a divisor.
@@ -52,6 +54,7 @@ class CAPruningModifier(CorrelationAwareModifier):
         gradients: ``batch`` or ``sample``.
         score: ``marginal`` or ``cumulative``.
         relative_damp: ``damp`` is a fraction of the mean diagonal of each block.
+        skip_unsupported: leave parameters dense that cannot hold the mask type, instead of raising.
     """
 
     method = "cap"
@@ -67,6 +70,7 @@ class CAPruningModifier(CorrelationAwareModifier):
         "gradients": str,
         "score": str,
         "relative_damp": flag,
+        "skip_unsupported": flag,
     }
 
     def __init__(
@@ -80,7 +84,7 @@ class CAPruningModifier(CorrelationAwareModifier):
         leave_enabled: bool = True,
         inter_func: str = "cubic",
         global_sparsity: bool = True,
-        mask_type: str = "unstructured",
+        mask_type: str | int = "unstructured",
         num_grads: int = 1024,
         damp: float = 1e-7,
         fisher_block_size: int = 50,
@@ -93,6 +97,9 @@ class CAPruningModifier(CorrelationAwareModifier):
         gradients: str = "batch",
         score: str = "marginal",
         relative_damp: bool = False,
+        skip_unsupported: bool = False,
+        n: int | None = None,
+        m: int | None = None,
     ) -> None:
         super().__init__(
             params=params,
@@ -106,7 +113,7 @@ class CAPruningModifier(CorrelationAwareModifier):
             global_sparsity=global_sparsity,
             grad_sampler_kwargs=grad_sampler_kwargs,
             traces_backup_dir=traces_backup_dir,
-            mask_type=mask_type,
+            mask_type=parse_mask_type(mask_type, n, m),
             num_grads=num_grads,
             damp=damp,
             fisher_block_size=fisher_block_size,
@@ -117,18 +124,98 @@ class CAPruningModifier(CorrelationAwareModifier):
             gradients=gradients,
             score=score,
             relative_damp=relative_damp,
+            skip_unsupported=skip_unsupported,
         )
 
-    mask_type = recipe_parameter("mask_type", "Pattern of the zeros.")
-    num_grads = recipe_parameter("num_grads", "Gradients per calibration.")
-    damp = recipe_parameter("damp", "Damping of the Fisher matrix.")
-    fisher_block_size = recipe_parameter("fisher_block_size", "Weights per Fisher block.")
-    grad_sampler_kwargs = recipe_parameter("grad_sampler_kwargs", "Handed to the data_loader_builder.")
-    num_recomputations = recipe_parameter("num_recomputations", "Fresh calibrations within one update.")
-    recomputation_inter_func = recipe_parameter("recomputation_inter_func", "How sparsity climbs over recomputations.")
     blocks_in_parallel = recipe_parameter("blocks_in_parallel", "Blocks worked on at once; null: chosen.")
-    fisher_inv_device = recipe_parameter("fisher_inv_device", "Where inverse Fisher blocks live.")
-    traces_backup_dir = recipe_parameter("traces_backup_dir", "Accepted; there are no traces to back up.")
-    gradients = recipe_parameter("gradients", "One gradient per batch or per sample.")
     score = recipe_parameter("score", "Marginal or cumulative losses compete.")
     relative_damp = recipe_parameter("relative_damp", "damp is a fraction of each block's mean diagonal.")
+
+
+@PyTorchModifierYAML()
+class FastCAPruningModifier(CorrelationAwareModifier):
+    """FastCAP: one Fisher matrix per layer, for models whose Fisher blocks do not fit or when minutes matter.
+
+    | Sample yaml:
+    |   !FastCAPruningModifier
+    |       params: __ALL_PRUNABLE__
+    |       init_sparsity: 0.4
+    |       final_sparsity: 0.9
+    |       start_epoch: 0.0
+    |       end_epoch: 8.0
+    |       update_frequency: 2.0
+    |       num_grads: 128
+    |       damp: 1.0e-2
+    |       fisher_block_size: 192
+
+    Args as :class:`CAPruningModifier`, but:
+        global_sparsity: False, as published: each layer has the same target. True: one target over all layers, shared out by one threshold.
+        damp: relative to the mean diagonal of each layer's Fisher matrix.
+        block_size: columns per mask decision; null: all of a block.
+    """
+
+    method = "fast_cap"
+    _recipe = {  # noqa: RUF012 (typed in the base class)
+        "mask_type": str,
+        "num_grads": whole,
+        "damp": float,
+        "fisher_block_size": whole,
+        "block_size": none_or(whole),
+        "num_recomputations": whole,
+        "recomputation_inter_func": str,
+        "fisher_inv_device": none_or(str),
+        "gradients": str,
+        "skip_unsupported": flag,
+    }
+
+    def __init__(
+        self,
+        params: str | list[str],
+        init_sparsity: float | str,
+        final_sparsity: float | dict[float, list[str]],
+        start_epoch: float,
+        end_epoch: float,
+        update_frequency: float,
+        leave_enabled: bool = True,
+        inter_func: str = "cubic",
+        global_sparsity: bool = False,
+        mask_type: str | int = "unstructured",
+        num_grads: int = 1024,
+        damp: float = 1e-2,
+        fisher_block_size: int = 192,
+        block_size: int | None = None,
+        grad_sampler_kwargs: dict[str, Any] | None = None,
+        num_recomputations: int = 1,
+        recomputation_inter_func: str = "linear",
+        fisher_inv_device: str | None = None,
+        traces_backup_dir: str | None = None,
+        gradients: str = "batch",
+        skip_unsupported: bool = False,
+        n: int | None = None,
+        m: int | None = None,
+    ) -> None:
+        super().__init__(
+            params=params,
+            init_sparsity=init_sparsity,
+            final_sparsity=final_sparsity,
+            start_epoch=start_epoch,
+            end_epoch=end_epoch,
+            update_frequency=update_frequency,
+            inter_func=inter_func,
+            leave_enabled=leave_enabled,
+            global_sparsity=global_sparsity,
+            grad_sampler_kwargs=grad_sampler_kwargs,
+            traces_backup_dir=traces_backup_dir,
+            mask_type=parse_mask_type(mask_type, n, m),
+            num_grads=num_grads,
+            damp=damp,
+            fisher_block_size=fisher_block_size,
+            block_size=block_size,
+            num_recomputations=num_recomputations,
+            recomputation_inter_func=recomputation_inter_func,
+            fisher_inv_device=fisher_inv_device,
+            gradients=gradients,
+            skip_unsupported=skip_unsupported,
+        )
+
+    block_size = recipe_parameter("block_size", "Columns per mask decision; null: all of a block.")
