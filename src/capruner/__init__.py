@@ -7,6 +7,7 @@ The method reads top to bottom in ``gradients``, ``fisher``, ``obs``, ``allocati
 the recipe modifiers live in ``capruner.sparseml``.
 """
 
+from capruner.batchnorm import recalibrate_bn
 from capruner.numerics import NotPositiveDefiniteError
 from capruner.obs import Elimination, compensate, eliminate
 from capruner.pruning import compensate_masks, prune
@@ -24,4 +25,5 @@ __all__ = [
     "eliminate",
     "load_result",
     "prune",
+    "recalibrate_bn",
 ]

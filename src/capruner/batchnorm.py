@@ -1,0 +1,64 @@
+"""BatchNorm statistics after pruning: the activations that they describe have changed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map_only
+
+from capruner.gradients import call_model
+
+
+@torch.no_grad()
+def recalibrate_bn(model: nn.Module, batches: Iterable[tuple[Any, Any]], num_batches: int = 64) -> int:
+    """Estimate the running mean and variance of every BatchNorm anew, as the plain average over ``num_batches`` forward passes.
+
+    Only BatchNorm layers are in training mode meanwhile (dropout and stochastic depth stay off); weights are not touched, modes and momenta are restored.
+    Report the accuracy after it beside the one before: it is a second, cheap repair, and not part of the pruning.
+
+    Args:
+        batches: ``(inputs, targets)`` pairs; targets are not looked at.
+        num_batches: at most so many are drawn.
+
+    Returns:
+        Number of BatchNorm layers; 0 means that nothing was done.
+
+    Raises:
+        ValueError: ``num_batches`` is not positive, or ``batches`` is empty. The statistics are then as they were.
+    """
+    if num_batches < 1:
+        raise ValueError(f"num_batches must be at least 1, got {num_batches}")
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not layers:
+        return 0
+    device = next(model.parameters()).device
+    modes = {module: module.training for module in model.modules()}
+    momenta = [layer.momentum for layer in layers]
+    saved = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    drawn = 0
+    try:
+        model.eval()
+        for layer in layers:
+            layer.reset_running_stats()
+            layer.momentum = None  # torch's word for a cumulative average
+            layer.train()
+        for inputs, _ in itertools.islice(batches, num_batches):
+            call_model(model, tree_map_only(Tensor, lambda t: t.to(device), inputs))
+            drawn += 1
+        if not drawn:
+            raise ValueError("no batch came out of the data for BatchNorm recalibration")
+    except BaseException:
+        for name, buffer in model.named_buffers():
+            buffer.copy_(saved[name])
+        raise
+    finally:
+        for layer, momentum in zip(layers, momenta):
+            layer.momentum = momentum
+        for module, training in modes.items():
+            module.training = training
+    return len(layers)

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import capruner
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(24, 32), nn.Tanh(), nn.Linear(32, 6)).double()
+
+
+def data(count: int = 64) -> list[tuple[Tensor, Tensor]]:
+    torch.manual_seed(1)
+    mix = torch.randn(24, 24, dtype=torch.float64)
+    return [(torch.randn(2, 24, dtype=torch.float64) @ mix, torch.randint(6, (2,))) for _ in range(count)]
+
+
+def shared_fisher(model: nn.Module, batches: list[tuple[Tensor, Tensor]], name: str, B: int, damp: float) -> Tensor:
+    parameter = dict(model.named_parameters())[name]
+    total = torch.zeros(B, B, dtype=torch.float64)
+    for x, y in batches:
+        g = torch.autograd.grad(nn.functional.cross_entropy(model(x), y), parameter)[0].reshape(-1, B)
+        total += g.mT @ g / len(g)
+    F = total / len(batches)
+    return F + damp * F.diagonal().mean() * torch.eye(B, dtype=torch.float64)
+
+
+def run(model: nn.Module, s: float | list[float] | dict = 0.6, **more: object) -> capruner.PruningResult:
+    arguments = {
+        "method": "fast_cap",
+        "num_grads": 64,
+        "fisher_block_size": 24,
+        "damp": 1e-2,
+        "global_sparsity": False,
+        "progress": False,
+    }
+    return capruner.prune(model, data(), nn.functional.cross_entropy, s, **(arguments | more))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("block_size", [None, 1, 5, 24])
+def test_the_sweep_is_the_textbook_column_by_column(block_size: int | None) -> None:
+    model = net()
+    weight = run(model, block_size=block_size).level().weights["0.weight"].view(-1, 24)
+    mask = run(model, block_size=block_size).masks()["0.weight"].view(-1, 24)
+    F = shared_fisher(model, data(), "0.weight", 24, 1e-2)
+    W = model[0].weight.detach().reshape(-1, 24).clone()
+    # Left to right: remove the column's weights that the mask removes, re-fit the columns to the right by the inverse Fisher matrix of those left.
+    for i in range(24):
+        H = torch.linalg.inv(F[i:, i:])
+        gone = ~mask[:, i]
+        W[gone, i:] -= (W[gone, i] / H[0, 0])[:, None] * H[0]
+        W[gone, i] = 0
+    torch.testing.assert_close(weight, W, rtol=1e-7, atol=1e-10)
+
+
+def test_it_is_not_magnitude_pruning_and_its_quadratic_loss_is_lower_in_every_layer() -> None:
+    model = net()
+    fast, magnitude = run(model), run(model, method="magnitude")
+    for name in ("0.weight", "2.weight"):
+        F = shared_fisher(model, data(), name, 24, 1e-2)
+        start = dict(model.named_parameters())[name].detach().reshape(-1, 24)
+        loss = {}
+        for result in (fast, magnitude):
+            delta = result.level().weights[name].reshape(-1, 24) - start
+            loss[result.method] = float(0.5 * ((delta @ F) * delta).sum())
+        assert loss["fast_cap"] < loss["magnitude"]
+        assert fast.level().losses[name] == pytest.approx(loss["fast_cap"], rel=1e-6)
+        kept = fast.masks()[name]
+        assert not torch.equal(fast.level().weights[name][kept], dict(model.named_parameters())[name].detach()[kept])
+
+
+def test_layers_meet_their_own_targets_exactly() -> None:
+    result = run(net(), {0.3: ["0.weight"], 0.81: ["2.weight"]})
+    assert [row["zeros"] for row in result.layer_report()] == [round(0.3 * 768), round(0.81 * 192)]
+
+
+@pytest.mark.parametrize("block_size", [None, 7])
+def test_dead_weights_anywhere_are_counted_and_stay_dead(block_size: int | None) -> None:
+    model = net()
+    masks = {"0.weight": torch.ones(32, 24, dtype=torch.bool)}
+    masks["0.weight"][:, [3, 17, 20, 21, 22, 23]] = False
+    result = run(model, 0.5, masks=masks, block_size=block_size)
+    mask = result.masks()["0.weight"]
+    assert not (mask & ~masks["0.weight"]).any()
+    assert int((~mask).sum()) == 384
+    with pytest.raises(ValueError, match="already are by an earlier mask"):
+        run(model, 0.1, masks=masks)
+
+
+def test_one_calibration_serves_a_list() -> None:
+    batches = data()
+    drawn = 0
+
+    def counted() -> object:
+        nonlocal drawn
+        for item in batches:
+            drawn += 1
+            yield item
+
+    result = capruner.prune(
+        net(),
+        counted(),
+        sparsity=[0.5, 0.75, 0.9],
+        method="fast_cap",
+        num_grads=64,
+        damp=1e-2,
+        fisher_block_size=24,
+        progress=False,
+    )  # type: ignore[arg-type]
+    assert drawn == 64
+    assert result.sparsities == [0.5, 0.75, 0.9]
+    single = run(net(), 0.75, global_sparsity=True)
+    assert torch.equal(single.masks()["0.weight"], result.masks(0.75)["0.weight"])
+
+
+def test_padding() -> None:
+    result = run(net(), 0.5, fisher_block_size=50)  # neither 768 nor 192 is a multiple of 50
+    assert [row["zeros"] for row in result.layer_report()] == [384, 96]
