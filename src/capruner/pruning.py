@@ -43,7 +43,7 @@ def prune(
     global_sparsity: bool = True,
     num_grads: int = 4096,
     fisher_block_size: int = 192,
-    damp: float = 1e-8,
+    damp: float | None = None,
     num_recomputations: int = 1,
     recomputation_inter_func: str = "linear",
     gradients: GradientMode = "batch",
@@ -75,7 +75,7 @@ def prune(
         num_grads: gradients to estimate the Fisher matrix from: batches, or samples with ``gradients="sample"``.
         fisher_block_size: weights per Fisher block ``B``; memory is ``weights · B · 4`` bytes.
         damp: ``λ`` added to the diagonal of the Fisher matrix, absolute (a squared gradient) unless ``relative_damp``; always
-            relative to the mean diagonal for ``fast_cap`` (1e-2, say).
+            relative to the mean diagonal for ``fast_cap``. None: the method's default, 1e-8, and 0.1 for ``fast_cap``.
         num_recomputations: climb to each sparsity in that many steps, each with a fresh calibration at the weights reached.
         recomputation_inter_func: how sparsity climbs over them: ``"linear"``, ``"cubic"``, ``"geometric"``.
         gradients: ``"batch"`` (one gradient from each batch) or ``"sample"``.
@@ -111,7 +111,7 @@ def prune(
     settings = Settings(
         num_grads=num_grads,
         fisher_block_size=fisher_block_size,
-        damp=float(damp),
+        damp=METHODS[method].default_damp if damp is None else float(damp),
         relative_damp=relative_damp,
         solver=solver,
         score=score,

@@ -89,6 +89,7 @@ class Method(ABC):
 
     name: ClassVar[str]
     uses_gradients: ClassVar[bool] = True
+    default_damp: ClassVar[float] = 1e-8
 
     def __init__(self, layouts: Mapping[str, BlockLayout], settings: Settings, clock: Stopwatch) -> None:
         self.layouts = dict(layouts)

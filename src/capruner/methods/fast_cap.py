@@ -6,6 +6,9 @@ larger than ``B × B`` and the weights themselves is held.
 With ``H = F⁻¹`` of the average Fisher block and ``U`` its upper Cholesky factor (``H = Uᵀ U``), column ``i`` of the ``(n, B)`` weights has, with all
 columns to its left decided, the conditional variance ``U_ii²``. In each column-block the cheapest ``w² / U_ii²`` leave; then from left to right
 ``e = (w_i − q_i) / U_ii`` is spread over the columns to the right, ``W ← W − e U[i, :]``.
+
+Beyond the published method each block keeps one number of its own, its mean squared gradient relative to the layer's, ``s_b``: the Fisher matrix of block ``b`` is
+taken to be ``s_b F``. Updates do not depend on it, but scores do: ``s_b w² / U_ii²``. Without it all neurons of a layer would count as equally sensitive.
 """
 
 from __future__ import annotations
@@ -31,11 +34,13 @@ class FastCAP(Method):
     """
 
     name = "fast_cap"
+    default_damp = 0.1
 
     def __init__(self, layouts: Mapping[str, BlockLayout], settings: Settings, clock: Stopwatch) -> None:
         super().__init__(layouts, settings, clock)
         self._fishers: dict[str, BlockFisher] = {}
         self._factors: dict[str, Tensor] = {}
+        self._scales: dict[str, Tensor] = {}  # (n, 1) per layer
         self._weights: Mapping[str, Tensor] = {}
         self._dead: Mapping[str, Tensor] = {}
 
@@ -53,7 +58,9 @@ class FastCAP(Method):
                         device=self.settings.fisher_inv_device or rows.device,
                         dtype=rows.dtype,
                     )
+                    self._scales[name] = torch.zeros(layout.num_blocks, 1, dtype=rows.dtype, device=rows.device)
                 self._fishers[name].add(rows.flatten(0, 1)[:, None])
+                self._scales[name] += rows.square().sum(dim=(0, 2))[:, None]
 
     def prepare(self, weights: Mapping[str, Tensor], dead: Mapping[str, Tensor]) -> None:
         self._weights, self._dead = weights, dead
@@ -64,6 +71,11 @@ class FastCAP(Method):
                 except NotPositiveDefiniteError as error:
                     raise NotPositiveDefiniteError(f"{name}: {error}") from None
                 self._factors[name] = torch.linalg.cholesky(H, upper=True).to(weights[name])
+                mean = self._scales[name].mean()
+                # A layer without any gradient has no scale; a block without one is damped like the others, so that it still costs something.
+                self._scales[name] = (
+                    self._scales[name] / mean + self.settings.damp if mean > 0 else torch.ones_like(self._scales[name])
+                )
             self._fishers.clear()
 
     def solve(self, rungs: Sequence[Sequence[Target]]) -> list[dict[str, LayerSolution]]:
@@ -82,7 +94,7 @@ class FastCAP(Method):
             scores = []
             for name in target.names:
                 variance = self._factors[name].square().sum(dim=0)  # diagonal of H = UᵀU
-                saliency = self._weights[name].square() / (2 * variance)
+                saliency = self._scales[name] * self._weights[name].square() / (2 * variance)
                 padding = self.layouts[name].is_padding(saliency.device)
                 ranked = rank_once(saliency, self.settings.pattern, self._dead[name], padding).losses
                 scores.append(ranked.flatten().sort().values[None])
@@ -120,7 +132,7 @@ class FastCAP(Method):
                     count - taken - later_dead,
                     here_dead + here,
                 )
-                saliency = W[:, columns].square() / U.diagonal()[columns].square()
+                saliency = self._scales[name] * W[:, columns].square() / U.diagonal()[columns].square()
                 saliency = saliency.masked_fill(dead[:, columns], -torch.inf).masked_fill(
                     padding[:, columns], torch.inf
                 )
@@ -139,5 +151,5 @@ class FastCAP(Method):
                 W[:, i:stop] -= torch.outer(error, U[i, i:stop])
                 errors[:, i - start] = error
             W[:, stop:] -= errors @ U[columns, stop:]
-            loss += float(errors.double().square().sum()) / 2
+            loss += float((self._scales[name] * errors.double().square()).sum()) / 2
         return LayerSolution(W.masked_fill(gone, 0), ~gone, loss)
