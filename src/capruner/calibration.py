@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from capruner.distributed import Shards
 from capruner.gradients import GradientMode, LossFunction, calibrating, gradient_slabs
 from capruner.layout import BlockLayout
-from capruner.methods import LayerSolution, Method, Settings, Stopwatch
+from capruner.methods import LayerSolution, Method, Settings, Stopwatch, Target
 from capruner.patterns import Pattern, unsupported
 from capruner.result import Level
 from capruner.selection import SelectionError
@@ -44,15 +45,18 @@ class Calibration:
 
     def run(self, method: type[Method], kept: Mapping[str, Tensor]) -> Method:
         """Calibrate ``method`` at the model's present weights, of which ``kept`` (bool, True = stays) says what earlier pruning left."""
-        pruner = method(self.layouts, self.settings, self.clock)
+        shards = Shards(self.layouts, method.whole_layers)
+        pruner = method(shards, self.settings, self.clock)
         if pruner.uses_gradients:
-            self._feed(pruner)
-        dead = {name: self.layouts[name].to_blocks(~kept[name], torch.bool) for name in self.parameters}
-        weights = {
-            name: self.layouts[name].to_blocks(p.detach(), _working_dtype(p)).masked_fill(dead[name], 0)
-            for name, p in self.parameters.items()
-        }
-        pruner.prepare(weights, dead)
+            with shards.together("drawing gradients"):
+                self._feed(pruner)
+        dead, weights = {}, {}
+        for name, p in self.parameters.items():
+            own = shards.own(name)
+            dead[name] = self.layouts[name].to_blocks(~kept[name], torch.bool)[own]
+            weights[name] = self.layouts[name].to_blocks(p.detach(), _working_dtype(p))[own].masked_fill(dead[name], 0)
+        with shards.together("inverting Fisher blocks"):
+            pruner.prepare(weights, dead)
         return pruner
 
     def _feed(self, pruner: Method) -> None:
@@ -60,33 +64,47 @@ class Calibration:
             raise ValueError(f"method {pruner.name!r} needs calibration data: give `batches`")
         # Enough rows for efficient matrix products, few enough to stay a small share of the d·B of the Fisher blocks.
         slab = max(6, max(layout.block_size for layout in self.layouts.values()) // 12)
+        shards = pruner.shards
+        # Of num_grads each process draws its share; the first ones draw what is left over.
+        mine = self.settings.num_grads // shards.size + (shards.rank < self.settings.num_grads % shards.size)
         with calibrating(self.model):
             slabs = gradient_slabs(
                 self.model,
                 self.batches,
                 self.loss_fn,
                 self.parameters,
-                self.settings.num_grads,
+                mine,
                 mode=self.gradients,
-                slab=slab,
-                progress=self.progress,
+                slab=max(1, slab // shards.size),
+                progress=self.progress and shards.rank == 0,
             )
             while True:
                 with self.clock("gradients"):
-                    gradients = next(slabs, None)
-                if gradients is None:
+                    gradients = next(slabs, None) if mine else None
+                with self.clock("exchange"):
+                    rows = shards.exchange(None if gradients is None else self._in_blocks(gradients))
+                if rows is None:
                     return
-                pruner.add(gradients)
+                pruner.add(rows)
 
-    def level(self, sparsity: float, solutions: Mapping[str, LayerSolution]) -> Level:
-        """Solutions in blocks as tensors like the parameters."""
+    def _in_blocks(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: self.layouts[name].to_blocks(rows, rows.dtype) for name, rows in gradients.items()}
+
+    def solve(self, pruner: Method, rungs: Sequence[tuple[float, Sequence[Target]]]) -> list[Level]:
+        """The model at each ``(sparsity, targets)``, as tensors like the parameters; the same on every process."""
+        solutions = pruner.solve([targets for _, targets in rungs])
+        return [self.level(pruner.shards, s, solution) for (s, _), solution in zip(rungs, solutions)]
+
+    def level(self, shards: Shards, sparsity: float, solutions: Mapping[str, LayerSolution]) -> Level:
+        """One level from the solutions of all processes."""
         weights, masks, losses = {}, {}, {}
         for name, p in self.parameters.items():
-            masks[name] = self.layouts[name].from_blocks(solutions[name].keep).to(p.device)
-            weights[name] = self.layouts[name].from_blocks(solutions[name].weight).to(p)
+            solution = solutions[name]
+            masks[name] = self.layouts[name].from_blocks(shards.gather(name, solution.keep)).to(p.device)
+            weights[name] = self.layouts[name].from_blocks(shards.gather(name, solution.weight)).to(p)
             if not torch.isfinite(weights[name]).all():
                 raise ValueError(f"the pruned weights of {name} are not finite in {p.dtype}; raise damp")
-            losses[name] = solutions[name].loss
+            losses[name] = shards.sum(solution.loss)
         return Level(sparsity, weights, masks, losses)
 
 

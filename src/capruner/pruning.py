@@ -127,8 +127,7 @@ def prune(
     calibration = Calibration(model, batches, loss_fn, parameters, settings, gradients, progress)
     levels: list[Level] = []
     if num_recomputations == 1:
-        solutions = calibration.run(METHODS[method], kept).solve([targets for _, targets in rungs])
-        levels = [calibration.level(s, solution) for (s, _), solution in zip(rungs, solutions)]
+        levels = calibration.solve(calibration.run(METHODS[method], kept), rungs)
     else:
         if pattern.n_m is not None:
             raise ValueError(
@@ -141,7 +140,7 @@ def prune(
                 for step in range(1, num_recomputations + 1):
                     t = step / num_recomputations
                     now = [Target(g.names, climb(start, g.sparsity, t)) for g, start in zip(targets, starts)]
-                    level = calibration.level(s, calibration.run(METHODS[method], kept).solve([now])[0])
+                    level = calibration.solve(calibration.run(METHODS[method], kept), [(s, now)])[0]
                     kept = dict(level.masks)
                     for name, p in parameters.items():
                         p.copy_(level.weights[name])
@@ -208,12 +207,11 @@ def compensate_masks(
     nothing_yet = {name: torch.ones_like(mask) for name, mask in kept.items()}
     pruner = calibration.run(OBS, nothing_yet)
     assert isinstance(pruner, OBS)
-    solution = pruner.solve_masks(
-        {name: calibration.layouts[name].to_blocks(~mask, torch.bool) for name, mask in kept.items()}
-    )
+    gone = {n: calibration.layouts[n].to_blocks(~k, torch.bool)[pruner.shards.own(n)] for n, k in kept.items()}
+    level = calibration.level(pruner.shards, _pruned_share(tuple(kept), kept), pruner.solve_masks(gone))
     return PruningResult(
         method="masks",
-        levels=[calibration.level(_pruned_share(tuple(kept), kept), solution)],
+        levels=[level],
         total_weights=sum(p.numel() for p in model.parameters()),
         settings=asdict(settings) | {"pattern": "given", "gradients": gradients},
         timings=calibration.clock.seconds,

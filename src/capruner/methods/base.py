@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from capruner.allocation import Score, allocate, step_scores
+from capruner.distributed import Shards
 from capruner.fisher import BlockFisher, Solver
-from capruner.layout import BlockLayout
 from capruner.numerics import NotPositiveDefiniteError
 from capruner.obs import Elimination, compensate_prefixes
 from capruner.patterns import Pattern
@@ -46,7 +46,7 @@ class Target:
 
 @dataclass(frozen=True)
 class LayerSolution:
-    """One layer at one sparsity, in blocks.
+    """One layer at one sparsity: the blocks that this process owns.
 
     Attributes:
         weight: ``(n, B)``, exactly 0 where not kept.
@@ -77,12 +77,12 @@ class Stopwatch:
 
 
 class Method(ABC):
-    """One calibration of one set of layers.
+    """One calibration of one set of layers. Every tensor covers the blocks that this process owns, all of them where it is alone.
 
     Life: ``add`` every gradient, ``prepare`` once, ``solve`` as often as wanted.
 
     Args:
-        layouts: the layers, in the order in which ties are broken.
+        shards: the layers, in the order in which ties are broken, and who owns which of their blocks.
         settings: the knobs.
         clock: collects the seconds of each stage.
     """
@@ -90,15 +90,18 @@ class Method(ABC):
     name: ClassVar[str]
     uses_gradients: ClassVar[bool] = True
     default_damp: ClassVar[float] = 1e-8
+    whole_layers: ClassVar[bool] = False
+    """True for methods that cannot share a layer out over processes."""
 
-    def __init__(self, layouts: Mapping[str, BlockLayout], settings: Settings, clock: Stopwatch) -> None:
-        self.layouts = dict(layouts)
+    def __init__(self, shards: Shards, settings: Settings, clock: Stopwatch) -> None:
+        self.shards = shards
+        self.layouts = shards.layouts
         self.settings = settings
         self.clock = clock
 
     @abstractmethod
     def add(self, slab: Mapping[str, Tensor]) -> None:
-        """Fold in ``{name: (k, *shape)}`` gradients."""
+        """Fold in ``{name: (k, n, B)}`` gradients."""
 
     @abstractmethod
     def prepare(self, weights: Mapping[str, Tensor], dead: Mapping[str, Tensor]) -> None:
@@ -116,8 +119,8 @@ class Method(ABC):
 class RankedMethod(Method):
     """A method whose blocks each have an order of elimination, so that a target is met by :func:`capruner.allocation.allocate`."""
 
-    def __init__(self, layouts: Mapping[str, BlockLayout], settings: Settings, clock: Stopwatch) -> None:
-        super().__init__(layouts, settings, clock)
+    def __init__(self, shards: Shards, settings: Settings, clock: Stopwatch) -> None:
+        super().__init__(shards, settings, clock)
         self._eliminations: dict[str, Elimination] = {}
         self._scores: dict[str, Tensor] = {}
         self._unit = 1 if settings.pattern.n_m is not None else settings.pattern.group
@@ -137,17 +140,17 @@ class RankedMethod(Method):
         with self.clock("compensate"):
             for name in self.layouts:
                 elimination = self._eliminations[name]
-                of_layer = torch.stack([c[name] for c in counts])
+                of_layer = torch.stack([c[name][self.shards.own(name)] for c in counts]).to(elimination.order.device)
                 weights, losses = self._compensate(name, elimination.order, of_layer)
                 for solution, w, k, loss in zip(solutions, weights, of_layer, losses):
                     solution[name] = LayerSolution(w, elimination.keep_mask(k), float(loss.sum()))
         return solutions
 
     def _counts(self, targets: Sequence[Target]) -> dict[str, Tensor]:
-        """Per layer ``(n,)``: steps that each block takes."""
+        """Per layer: steps that each of its blocks takes, those of other processes too."""
         counts: dict[str, Tensor] = {}
         for target in targets:
-            scores = [self._scores[name] for name in target.names]
+            scores = [self.shards.gather(name, self._scores[name]) for name in target.names]
             if self.settings.pattern.n_m is not None:  # the pattern itself says how far each block goes
                 steps = [(s < torch.inf).sum(dim=1) for s in scores]
             else:
@@ -164,27 +167,27 @@ class RankedMethod(Method):
 class SecondOrderMethod(RankedMethod):
     """Fisher blocks, their inverses, an order from them, and the closed-form OBS update. What differs is the order."""
 
-    def __init__(self, layouts: Mapping[str, BlockLayout], settings: Settings, clock: Stopwatch) -> None:
-        super().__init__(layouts, settings, clock)
+    def __init__(self, shards: Shards, settings: Settings, clock: Stopwatch) -> None:
+        super().__init__(shards, settings, clock)
         self._fishers: dict[str, BlockFisher] = {}
         self._inverses: dict[str, Tensor] = {}
         self._weights: dict[str, Tensor] = {}
 
     def add(self, slab: Mapping[str, Tensor]) -> None:
         with self.clock("fisher"):
-            for name, layout in self.layouts.items():
+            for name, rows in slab.items():
                 if name not in self._fishers:
                     self._fishers[name] = BlockFisher(
-                        layout.num_blocks,
-                        layout.block_size,
+                        rows.shape[1],
+                        rows.shape[2],
                         self.settings.num_grads,
                         self.settings.damp,
                         relative_damp=self.settings.relative_damp,
                         solver=self.settings.solver,
-                        device=self.settings.fisher_inv_device or slab[name].device,
-                        dtype=slab[name].dtype,
+                        device=self.settings.fisher_inv_device or rows.device,
+                        dtype=rows.dtype,
                     )
-                self._fishers[name].add(layout.to_blocks(slab[name], slab[name].dtype))
+                self._fishers[name].add(rows)
 
     def prepare(self, weights: Mapping[str, Tensor], dead: Mapping[str, Tensor]) -> None:
         for name, layout in self.layouts.items():
@@ -192,7 +195,8 @@ class SecondOrderMethod(RankedMethod):
             try:
                 with self.clock("fisher"):
                     device = torch.device(self.settings.fisher_inv_device or weights[name].device)
-                    padding, gone = layout.is_padding(device), dead[name].to(device)
+                    padding = layout.is_padding(device)[self.shards.own(name)]
+                    gone = dead[name].to(device)
                     H = fisher.inverse(gone | padding)
                 with self.clock("eliminate"):
                     weight = weights[name].to(H)

@@ -7,8 +7,8 @@ With ``H = F⁻¹`` of the average Fisher block and ``U`` its upper Cholesky fac
 columns to its left decided, the conditional variance ``U_ii²``. In each column-block the cheapest ``w² / U_ii²`` leave; then from left to right
 ``e = (w_i − q_i) / U_ii`` is spread over the columns to the right, ``W ← W − e U[i, :]``.
 
-Beyond the published method each block keeps one number of its own, its mean squared gradient relative to the layer's, ``s_b``: the Fisher matrix of block ``b`` is
-taken to be ``s_b F``. Updates do not depend on it, but scores do: ``s_b w² / U_ii²``. Without it all neurons of a layer would count as equally sensitive.
+Beyond the published method each block keeps one number of its own, its mean squared gradient relative to the layer's, ``s_b``: the Fisher matrix of block ``b``
+is taken to be ``s_b F``. Updates do not depend on it, but scores do: ``s_b w² / U_ii²``. Without it all neurons of a layer would count as equally sensitive.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from capruner.allocation import allocate
+from capruner.distributed import Shards
 from capruner.fisher import BlockFisher
-from capruner.layout import BlockLayout
 from capruner.methods.base import LayerSolution, Method, Settings, Stopwatch, Target
 from capruner.numerics import NotPositiveDefiniteError, full_precision
 from capruner.patterns import rank_once
@@ -35,9 +35,10 @@ class FastCAP(Method):
 
     name = "fast_cap"
     default_damp = 0.1
+    whole_layers = True
 
-    def __init__(self, layouts: Mapping[str, BlockLayout], settings: Settings, clock: Stopwatch) -> None:
-        super().__init__(layouts, settings, clock)
+    def __init__(self, shards: Shards, settings: Settings, clock: Stopwatch) -> None:
+        super().__init__(shards, settings, clock)
         self._fishers: dict[str, BlockFisher] = {}
         self._factors: dict[str, Tensor] = {}
         self._scales: dict[str, Tensor] = {}  # (n, 1) per layer
@@ -46,19 +47,20 @@ class FastCAP(Method):
 
     def add(self, slab: Mapping[str, Tensor]) -> None:
         with self.clock("fisher"):
-            for name, layout in self.layouts.items():
-                rows = layout.to_blocks(slab[name], slab[name].dtype)  # (k, n, B)
+            for name, rows in slab.items():  # (k, n, B)
+                if not rows.shape[1]:
+                    continue  # another process's layer
                 if name not in self._fishers:
                     self._fishers[name] = BlockFisher(
                         1,
-                        layout.block_size,
-                        self.settings.num_grads * layout.num_blocks,
+                        rows.shape[2],
+                        self.settings.num_grads * rows.shape[1],
                         self.settings.damp,
                         relative_damp=True,
                         device=self.settings.fisher_inv_device or rows.device,
                         dtype=rows.dtype,
                     )
-                    self._scales[name] = torch.zeros(layout.num_blocks, 1, dtype=rows.dtype, device=rows.device)
+                    self._scales[name] = torch.zeros(rows.shape[1], 1, dtype=rows.dtype, device=rows.device)
                 self._fishers[name].add(rows.flatten(0, 1)[:, None])
                 self._scales[name] += rows.square().sum(dim=(0, 2))[:, None]
 
@@ -93,11 +95,12 @@ class FastCAP(Method):
         for target in targets:
             scores = []
             for name in target.names:
-                variance = self._factors[name].square().sum(dim=0)  # diagonal of H = UᵀU
-                saliency = self._scales[name] * self._weights[name].square() / (2 * variance)
-                padding = self.layouts[name].is_padding(saliency.device)
-                ranked = rank_once(saliency, self.settings.pattern, self._dead[name], padding).losses
-                scores.append(ranked.flatten().sort().values[None])
+                saliency = torch.zeros_like(self._weights[name])
+                if name in self._factors:
+                    variance = self._factors[name].square().sum(dim=0)  # diagonal of H = UᵀU
+                    saliency = self._scales[name] * self._weights[name].square() / (2 * variance)
+                ranked = rank_once(saliency, self.settings.pattern, self._dead[name], self._padding(name)).losses
+                scores.append(self.shards.gather(name, ranked).flatten().sort().values[None])
             if self.settings.pattern.n_m is not None:
                 taken = [(s < torch.inf).sum(dim=1) for s in scores]
             else:
@@ -106,40 +109,27 @@ class FastCAP(Method):
             counts |= {name: int(k) for name, k in zip(target.names, taken)}
         return counts
 
+    def _padding(self, name: str) -> Tensor:
+        return self.layouts[name].is_padding(self._weights[name].device)[self.shards.own(name)]
+
     @full_precision()
     def _sweep(self, name: str, count: int) -> LayerSolution:
-        U, dead = self._factors[name], self._dead[name]
-        W = self._weights[name].clone()
-        padding = self.layouts[name].is_padding(W.device)
+        """Remove exactly ``count`` weights of a layer (or what an N:M pattern says), left to right."""
+        W, dead, padding = self._weights[name].clone(), self._dead[name], self._padding(name)
+        if name not in self._factors:  # another process's layer: no blocks of it here
+            return LayerSolution(W, ~dead, 0.0)
+        U, n_m = self._factors[name], self.settings.pattern.n_m
         gone = dead.clone()
         B = W.shape[1]
         width = min(self.settings.block_size or B, B)
-        n_m = self.settings.pattern.n_m
-        loss = 0.0
-        taken = seen = 0
-        candidates = ~(dead | padding)
+        loss, taken = 0.0, 0
         for start in range(0, B, width):
             stop = min(start + width, B)
             columns = slice(start, stop)
             if n_m is None:
-                seen += int((~padding[:, columns]).sum())
-                later_dead, later = int(dead[:, stop:].sum()), int(candidates[:, stop:].sum())
-                here_dead, here = int(dead[:, columns].sum()), int(candidates[:, columns].sum())
-                # The layer's share so far, within what the columns to the right have to give and can give.
-                want = round(count * seen / self.layouts[name].numel) - taken
-                want = min(
-                    max(want, count - taken - later_dead - later, here_dead),
-                    count - taken - later_dead,
-                    here_dead + here,
-                )
-                saliency = self._scales[name] * W[:, columns].square() / U.diagonal()[columns].square()
-                saliency = saliency.masked_fill(dead[:, columns], -torch.inf).masked_fill(
-                    padding[:, columns], torch.inf
-                )
-                chosen = saliency.flatten().argsort(stable=True)[:want]
-                block = torch.zeros(saliency.numel(), dtype=torch.bool, device=W.device).index_fill_(0, chosen, True)
-                gone[:, columns] = block.view_as(saliency)
-                taken += want
+                share = _share(count, taken, stop, start, dead, padding)
+                gone[:, columns] = self._cheapest(name, W, columns, share)
+                taken += share
             errors = torch.zeros_like(W[:, columns])
             for i in range(start, stop):
                 if n_m is not None and i % n_m[1] == 0:
@@ -153,3 +143,26 @@ class FastCAP(Method):
             W[:, stop:] -= errors @ U[columns, stop:]
             loss += float((self._scales[name] * errors.double().square()).sum()) / 2
         return LayerSolution(W.masked_fill(gone, 0), ~gone, loss)
+
+    def _cheapest(self, name: str, W: Tensor, columns: slice, count: int) -> Tensor:
+        """``(n, width)`` bool: the ``count`` cheapest weights of a column-block, the dead first, padding never."""
+        saliency = self._scales[name] * W[:, columns].square() / self._factors[name].diagonal()[columns].square()
+        saliency = saliency.masked_fill(self._dead[name][:, columns], -torch.inf)
+        saliency = saliency.masked_fill(self._padding(name)[:, columns], torch.inf)
+        chosen = saliency.flatten().argsort(stable=True)[:count]
+        flat = torch.zeros(saliency.numel(), dtype=torch.bool, device=W.device)
+        return flat.index_fill_(0, chosen, True).view_as(saliency)
+
+
+def _share(count: int, taken: int, stop: int, start: int, dead: Tensor, padding: Tensor) -> int:
+    """How many of a layer's ``count`` weights leave from the columns ``start`` to ``stop``, ``taken`` having left further to the left.
+
+    The target's share of the columns so far, within what these columns and those to the right must give (the dead) and can give.
+    """
+    alive = ~(dead | padding)
+    dead_here, dead_later = int(dead[:, start:stop].sum()), int(dead[:, stop:].sum())
+    alive_here, alive_later = int(alive[:, start:stop].sum()), int(alive[:, stop:].sum())
+    want = round(count * int((~padding[:, :stop]).sum()) / int((~padding).sum())) - taken
+    at_least = max(dead_here, count - taken - dead_later - alive_later)
+    at_most = min(dead_here + alive_here, count - taken - dead_later)
+    return min(max(want, at_least), at_most)

@@ -1,0 +1,165 @@
+"""Who owns which block: gradients in, decisions out.
+
+Every process draws its own share of the gradients; the Fisher blocks are shared out, so that each process holds and inverts ``1/size`` of them. A gradient's
+blocks travel to their owners, scores and pruned weights travel back to all, as tensors and in lockstep: every process ends with the same bytes.
+
+Without ``torch.distributed``, or with one process, nothing travels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from capruner.layout import BlockLayout
+
+
+class PeerError(RuntimeError):
+    """Another process failed; its own error says why."""
+
+
+def world() -> tuple[int, int]:
+    """Rank of this process, and their number; ``(0, 1)`` where ``torch.distributed`` is not in use."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+class Shards:
+    """Contiguous ranges of blocks, balanced by the ``B²`` numbers that each block's Fisher matrix takes.
+
+    Args:
+        layouts: all layers; the same on every process.
+        whole_layers: never cut a layer in two (for methods with one Fisher matrix per layer).
+    """
+
+    def __init__(self, layouts: Mapping[str, BlockLayout], whole_layers: bool = False) -> None:
+        self.layouts = dict(layouts)
+        self.rank, self.size = world()
+        self._bounds: dict[str, list[int]] = {}
+        total = sum(layout.num_blocks * layout.block_size**2 for layout in layouts.values())
+        before = 0
+        for name, layout in layouts.items():
+            cost, n = layout.block_size**2, layout.num_blocks
+            if whole_layers:
+                middle = (before + n * cost / 2) * self.size / total
+                self._bounds[name] = [0 if r <= int(middle) else n for r in range(self.size)] + [n]
+            else:
+                cuts = [round((r * total / self.size - before) / cost) for r in range(self.size + 1)]
+                self._bounds[name] = [min(max(cut, 0), n) for cut in cuts]
+            before += n * cost
+
+    def own(self, name: str, rank: int | None = None) -> slice:
+        """The blocks of a layer that a process (this one) owns."""
+        bounds, rank = self._bounds[name], self.rank if rank is None else rank
+        return slice(bounds[rank], bounds[rank + 1])
+
+    def exchange(self, rows: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
+        """Send this process's ``{name: (k, num_blocks, B)}`` gradients to the owners of the blocks; None when it has no more.
+
+        Returns:
+            ``{name: (K, own blocks, B)}``: everybody's gradients for the blocks owned here, interleaved by process; None when all are done.
+
+        Raises:
+            PeerError: another process reported a failure.
+        """
+        if self.size == 1:
+            return None if rows is None else dict(rows)
+        some = next(iter(rows.values())) if rows else None
+        counts = self._all_counts(0 if some is None else len(some))
+        if not any(counts):
+            return None
+        device = self._device()
+        dtype = torch.float32 if some is None else some.dtype
+        elements = [
+            sum(
+                (own.stop - own.start) * layout.block_size
+                for name, layout in self.layouts.items()
+                for own in [self.own(name, r)]
+            )
+            for r in range(self.size)
+        ]
+        send = torch.empty(0, dtype=dtype, device=device)
+        if rows:
+            parts = [rows[name][:, self.own(name, r)].flatten(1) for r in range(self.size) for name in self.layouts]
+            send = torch.cat([part.reshape(-1) for part in self._by_receiver(parts)]).to(device)
+        mine = elements[self.rank]
+        received = torch.empty(sum(counts) * mine, dtype=dtype, device=device)
+        dist.all_to_all_single(received, send, [k * mine for k in counts], [counts[self.rank] * e for e in elements])
+        by_sender = received.split([k * mine for k in counts])
+        # Row i of every process before row i + 1 of any: the order in which one process would have seen interleaved data.
+        ranked = [
+            (i, r, row)
+            for r, (k, part) in enumerate(zip(counts, by_sender))
+            for i, row in enumerate(part.view(k, mine))
+        ]
+        stacked = torch.stack([row for _, _, row in sorted(ranked, key=lambda item: item[:2])])
+        result, start = {}, 0
+        for name, layout in self.layouts.items():
+            own = self.own(name)
+            width = (own.stop - own.start) * layout.block_size
+            result[name] = stacked[:, start : start + width].unflatten(1, (own.stop - own.start, layout.block_size))
+            start += width
+        return result
+
+    def _by_receiver(self, parts: list[Tensor]) -> Iterator[Tensor]:
+        per = len(self.layouts)
+        for r in range(self.size):
+            yield torch.cat(parts[r * per : (r + 1) * per], dim=1)
+
+    def gather(self, name: str, local: Tensor, dim: int = 0) -> Tensor:
+        """Everybody's blocks of a layer along ``dim``, from each process's own."""
+        if self.size == 1:
+            return local
+        sizes = [self.own(name, r).stop - self.own(name, r).start for r in range(self.size)]
+        moved = local.movedim(dim, 0)
+        device = self._device()
+        wire = torch.uint8 if local.dtype == torch.bool else local.dtype
+        padded = torch.zeros(max(sizes), *moved.shape[1:], dtype=wire, device=device)
+        padded[: len(moved)] = moved.to(device, wire)
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        whole = torch.cat([part[:k] for part, k in zip(parts, sizes)])
+        return whole.to(local.device, local.dtype).movedim(0, dim)
+
+    def sum(self, value: float) -> float:
+        """The sum over all processes, added in the order of ranks: the same bits everywhere."""
+        return value if self.size == 1 else sum(self._report(value))
+
+    @contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """A stage that all processes finish or none: when one fails, the others raise too instead of waiting for it."""
+        try:
+            yield
+        except PeerError:
+            raise
+        except BaseException:
+            if self.size > 1:
+                self._all_counts(-1)
+            raise
+        if self.size > 1 and any(failed := [k < 0 for k in self._report(0)]):
+            raise PeerError(f"rank {failed.index(True)} failed while {what}; its own error says why")
+
+    def _all_counts(self, count: int) -> list[int]:
+        counts = [int(k) for k in self._report(count)]
+        failed = [r for r, k in enumerate(counts) if k < 0]
+        if failed and count >= 0:
+            raise PeerError(f"rank {failed[0]} failed while drawing gradients; its own error says why")
+        return counts
+
+    def _report(self, value: float) -> list[float]:
+        """Everybody's value."""
+        mine = torch.tensor([value], dtype=torch.float64, device=self._device())
+        everybody = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(everybody, mine)
+        return [float(k) for k in everybody]
+
+    @staticmethod
+    def _device() -> torch.device:
+        if dist.get_backend() == "nccl":
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")
