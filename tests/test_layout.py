@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from capruner.layout import BlockLayout
+
+SHAPES = st.lists(st.integers(1, 6), min_size=1, max_size=5).map(tuple)
+
+
+def numbered(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.arange(torch.Size(shape).numel(), dtype=dtype).reshape(shape)
+
+
+@settings(max_examples=80, deadline=None)
+@given(SHAPES, st.integers(1, 50), st.booleans(), st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+def test_blocks_hold_every_weight_once_and_lead_back(
+    shape: tuple[int, ...], B: int, channels_last: bool, dtype: torch.dtype
+) -> None:
+    layout = BlockLayout.of(shape, B, channels_last)
+    tensor = numbered(shape).add(1).to(dtype)
+    blocks = layout.to_blocks(tensor, dtype)
+    assert blocks.shape == (layout.num_blocks, layout.block_size)
+    assert blocks.dtype == dtype
+    assert torch.equal(layout.from_blocks(blocks), tensor)
+    assert layout.from_blocks(blocks).is_contiguous()
+    assert torch.equal(blocks == 0, layout.is_padding())
+    assert layout.num_blocks * layout.block_size == tensor.numel() + layout.padding
+    assert layout.padding < layout.block_size <= max(1, min(B, tensor.numel()))
+
+
+@settings(max_examples=40, deadline=None)
+@given(SHAPES, st.integers(1, 50), st.booleans(), st.lists(st.integers(1, 3), max_size=2).map(tuple))
+def test_batch_dimensions_are_kept_in_front(
+    shape: tuple[int, ...], B: int, channels_last: bool, batch: tuple[int, ...]
+) -> None:
+    layout = BlockLayout.of(shape, B, channels_last)
+    tensor = torch.randn(*batch, *shape, dtype=torch.float64)
+    blocks = layout.to_blocks(tensor, torch.float64)
+    assert blocks.shape == (*batch, layout.num_blocks, layout.block_size)
+    one_by_one = [layout.to_blocks(t, torch.float64) for t in tensor.reshape(-1, *shape)]
+    assert torch.equal(blocks.flatten(0, -3) if batch else blocks[None], torch.stack(one_by_one))
+
+
+def test_order_is_row_major_as_stored() -> None:
+    assert BlockLayout.of((2, 3), 4).to_blocks(numbered((2, 3))).tolist() == [[0, 1, 2, 3], [4, 5, 0, 0]]
+
+
+def test_channels_last_puts_input_channels_innermost() -> None:
+    weight = torch.randn(4, 3, 2, 5)
+    blocks = BlockLayout.of(weight.shape, 7, channels_last=True).to_blocks(weight)
+    assert torch.equal(blocks.reshape(-1)[: weight.numel()], weight.permute(0, 2, 3, 1).reshape(-1))
+
+
+def test_channels_last_means_nothing_for_a_matrix() -> None:
+    assert BlockLayout.of((4, 8), 4, channels_last=True) == BlockLayout.of((4, 8), 4)
+
+
+def test_memory_format_does_not_matter() -> None:
+    weight = torch.randn(4, 3, 3, 3)
+    layout = BlockLayout.of(weight.shape, 10)
+    assert torch.equal(layout.to_blocks(weight.to(memory_format=torch.channels_last)), layout.to_blocks(weight))
+
+
+def test_masks_are_padded_with_false() -> None:
+    layout = BlockLayout.of((5,), 3)
+    assert layout.to_blocks(torch.ones(5, dtype=torch.bool), torch.bool).tolist() == [[True] * 3, [True, True, False]]
+
+
+def test_a_tensor_smaller_than_a_block_is_one_block_of_its_size() -> None:
+    layout = BlockLayout.of((3, 4), 192)
+    assert (layout.num_blocks, layout.block_size, layout.padding) == (1, 12, 0)
+    assert not layout.is_padding().any()
+
+
+@pytest.mark.parametrize("bad", [0, -1, 2.5, "192", None, True])
+def test_bad_block_sizes(bad: object) -> None:
+    with pytest.raises(ValueError, match=r"fisher_block_size must be a positive integer, got .*; 192"):
+        BlockLayout.of((4, 4), bad)  # type: ignore[arg-type]
+
+
+def test_empty_tensor() -> None:
+    with pytest.raises(ValueError, match=r"empty tensor of shape \(0, 4\); leave it out of `params`"):
+        BlockLayout.of((0, 4), 2)
