@@ -14,6 +14,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -142,26 +143,36 @@ def _batch_gradients(
         item = next(batches, None)
         if item is None:
             break
-        index, inputs, targets = item
-        with torch.enable_grad():
-            loss = loss_fn(call_model(model, inputs), targets)
-            _check_loss(loss, index)
-            gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-        for (name, row), gradient in zip(rows.items(), gradients):
-            if gradient is None:
-                raise ValueError(
-                    f"parameter {name} takes no part in the loss, so it has no gradient; leave it out of `params`"
-                )
+        for row, gradient in zip(rows.values(), _gradients(model, *item, loss_fn, parameters)):
             row[filled].copy_(gradient)
         taken += 1
         filled += 1
-        if filled == slab or taken == num_grads:
-            yield _checked(
-                {name: row[:filled] for name, row in rows.items()}, f"batches {index + 1 - filled} to {index}"
-            )
+        if filled == slab:
+            yield _checked(rows, range(taken - filled, taken))
             filled = 0
-    if filled and taken < num_grads:
-        yield _checked({name: row[:filled] for name, row in rows.items()}, "the last batches")
+    if filled:
+        yield _checked({name: row[:filled] for name, row in rows.items()}, range(taken - filled, taken))
+
+
+def _gradients(
+    model: nn.Module,
+    index: int,
+    inputs: Any,
+    targets: Any,
+    loss_fn: LossFunction,
+    parameters: Mapping[str, nn.Parameter],
+) -> Sequence[Tensor]:
+    with torch.enable_grad():
+        loss = _scalar(loss_fn(call_model(model, inputs), targets))
+        _check_loss(loss, index)
+        wanted = list(parameters.values())
+        gradients = torch.autograd.grad(loss, wanted, allow_unused=True) if loss.requires_grad else ()
+    for name, gradient in zip_longest(parameters, gradients):
+        if gradient is None:
+            raise ValueError(
+                f"parameter {name} takes no part in the loss, so it has no gradient; leave it out of `params`"
+            )
+    return gradients
 
 
 def _sample_gradients(
@@ -180,7 +191,7 @@ def _sample_gradients(
             return torch.func.functional_call(model, wanted | frozen, args, kwargs)
 
         inputs, targets = tree_map_only(Tensor, lambda t: t.unsqueeze(0), (inputs, targets))
-        loss = loss_fn(call_model(functional, inputs), targets)
+        loss = _scalar(loss_fn(call_model(functional, inputs), targets))
         return loss, loss.detach()
 
     per_sample = torch.func.vmap(
@@ -193,13 +204,17 @@ def _sample_gradients(
             return
         index, inputs, targets = item
         size = _batch_size(inputs, index)
+        if not taken:  # vmap gives zeros, and no error, to a parameter that takes no part
+            one_input, one_target = tree_map_only(Tensor, operator.itemgetter(slice(0, 1)), (inputs, targets))
+            _gradients(model, index, one_input, one_target, loss_fn, parameters)
         for start in range(0, min(size, num_grads - taken), slab):
             stop = min(start + slab, size, start + num_grads - taken)
             part = tree_map_only(Tensor, operator.itemgetter(slice(start, stop)), (inputs, targets))
             with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no batching rule
                 gradients, losses = per_sample({n: p.detach() for n, p in parameters.items()}, *part)
             _check_loss(losses, index)
-            yield _checked({n: g.to(_accumulation_dtype(g)) for n, g in gradients.items()}, f"batch {index}")
+            slab_gradients = {n: g.to(_accumulation_dtype(g)) for n, g in gradients.items()}
+            yield _checked(slab_gradients, [index] * (stop - start))
             taken += stop - start
 
 
@@ -211,19 +226,27 @@ def _batch_size(inputs: Any, index: int) -> int:
     return sizes[0]
 
 
+def _scalar(loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"loss_fn must return a scalar tensor, the mean over the batch, got {got}")
+    return loss.reshape(())
+
+
 def _check_loss(loss: Tensor, index: int) -> None:
-    if loss.dim() and loss.numel() != 1 and loss.dim() != 1:
-        raise ValueError(f"loss_fn must return a scalar, got shape {tuple(loss.shape)}")
     value = float(loss.detach().sum())
     if not math.isfinite(value):
         raise ValueError(f"the loss of batch {index} is {value}: look at that batch's data, or at the model's weights")
 
 
-def _checked(slab: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+def _checked(slab: dict[str, Tensor], batches: Sequence[int]) -> dict[str, Tensor]:
+    """``slab``, if its gradients are finite; ``batches`` says from which batch each of them is."""
     for name, rows in slab.items():
-        # One pass: a sum is finite unless an entry is not (or it overflows, which no usable gradient does).
-        if not math.isfinite(float(rows.sum())):
+        if math.isfinite(float(rows.sum())):  # one pass: a sum of finite numbers is finite unless it overflows
+            continue
+        bad = (~torch.isfinite(rows)).reshape(len(rows), -1).any(dim=1).nonzero()
+        if len(bad):
             raise ValueError(
-                f"the gradient of {name} holds NaN or Inf in {where}: look at the data, or at the model's weights"
+                f"the gradient of {name} holds NaN or Inf in batch {batches[int(bad[0])]}: look at the data, or at the model's weights"
             )
     return slab
