@@ -1,0 +1,132 @@
+"""Image folders (or any data set that timm knows) as loaders, checked before the work starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import create_dataset, create_transform, resolve_data_config
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from research.utils.cli import UserError
+
+SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
+
+
+def open_split(data_dir: str, dataset: str, split: str, model: nn.Module) -> Dataset[Any]:
+    """One split of the data.
+
+    Args:
+        data_dir: folder with ``train/<class>/*`` and ``val/<class>/*``, or the root that a timm data set wants.
+        dataset: "" for image folders, else a timm name such as ``torch/cifar10``.
+        split: ``train`` or ``val``.
+
+    Raises:
+        UserError: no such folder, no image in it, or another number of classes than the model has.
+    """
+    root = Path(data_dir)
+    if not root.is_dir():
+        raise UserError(
+            f"--data-dir {data_dir} is not a folder; it should hold train/<class>/*.jpg and val/<class>/*.jpg"
+        )
+    try:
+        if dataset:
+            found = create_dataset(dataset, root=str(root), split="train" if split == "train" else "validation")
+        else:
+            folder = next((root / name for name in SPLITS[split] if (root / name).is_dir()), None)
+            if folder is None:
+                raise UserError(f"--data-dir {data_dir} has no folder {split}/ (looked for {', '.join(SPLITS[split])})")
+            found = create_dataset("", root=str(folder))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise UserError(f"the {split} split of {data_dir} cannot be read: {error}") from error
+    if not len(found):
+        raise UserError(f"the {split} split of {data_dir} holds no image")
+    classes = getattr(getattr(found, "reader", None), "class_to_idx", None)
+    outputs = getattr(model, "num_classes", None)
+    if classes is not None and outputs is not None and len(classes) != outputs:
+        raise UserError(
+            f"{data_dir} has {len(classes)} classes, the model {outputs} outputs; use a checkpoint trained on these classes, with "
+            f"--model-kwargs num_classes={len(classes)}"
+        )
+    return found
+
+
+def loader(
+    data: Dataset[Any],
+    config: dict[str, Any],
+    batch_size: int,
+    workers: int,
+    *,
+    augment: bool = False,
+    shuffle: bool = False,
+    seed: int = 0,
+    limit: int | None = None,
+) -> DataLoader[Any]:
+    """Batches of ``(images, labels)``, transformed as ``config`` (see :func:`preprocessing`) says; training augmentation only on request."""
+    data.transform = create_transform(**config, is_training=augment)  # type: ignore[attr-defined]
+    if limit is not None and limit < len(data):  # type: ignore[arg-type]
+        chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:limit]  # type: ignore[arg-type]
+        data = torch.utils.data.Subset(data, chosen.tolist())
+    return DataLoader(
+        data,
+        batch_size,
+        shuffle=shuffle,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+def preprocessing_arguments(parser: Any) -> None:
+    """timm's flags for how images become tensors; what is not given comes from the model's configuration."""
+    group = parser.add_argument_group("preprocessing (default: as the model's configuration says)")
+    group.add_argument(
+        "--img-size", type=int, help="side of the input in pixels (default: model kwarg img_size, or the model's)"
+    )
+    group.add_argument("--mean", type=float, nargs="+", help="per channel, 0.485 0.456 0.406 say")
+    group.add_argument("--std", type=float, nargs="+")
+    group.add_argument("--crop-pct", type=float, help="share of the resized image that the centre crop keeps")
+    group.add_argument("--interpolation", help="bicubic, bilinear, ...")
+
+
+def preprocessing(args: Any, model: nn.Module) -> dict[str, Any]:
+    """The data configuration of timm for a command line with :func:`preprocessing_arguments`."""
+    size = args.img_size or args.model_kwargs.get("img_size")
+    given = {
+        "img_size": size,
+        "mean": args.mean,
+        "std": args.std,
+        "crop_pct": args.crop_pct,
+        "interpolation": args.interpolation,
+    }
+    return resolve_data_config({key: value for key, value in given.items() if value is not None}, model=model)
+
+
+class CalibrationBatches:
+    """SparseML's ``data_loader_builder`` over a training split: endless, reshuffled at each pass.
+
+    Batches are ``([images], {}, labels)``. ``grad_sampler_kwargs`` of a recipe may set ``batch_size``.
+    """
+
+    def __init__(
+        self, data: Dataset[Any], config: dict[str, Any], batch_size: int, workers: int, augment: bool, seed: int
+    ) -> None:
+        self._arguments = (data, config)
+        self._batch_size = batch_size
+        self._options = {"workers": workers, "augment": augment, "seed": seed}
+
+    def __call__(
+        self, kwargs: dict[str, Any] | None = None, **more: Any
+    ) -> Iterator[tuple[list[Tensor], dict[str, Any], Tensor]]:
+        given = (kwargs or {}) | more
+        size = int(given.pop("batch_size", self._batch_size))
+        given.pop("device", None)
+        if given:
+            raise UserError(f"grad_sampler_kwargs: {sorted(given)} mean nothing here; batch_size does")
+        batches = loader(*self._arguments, batch_size=size, shuffle=True, **self._options)  # type: ignore[arg-type]
+        while True:
+            for images, labels in batches:
+                yield [images], {}, labels

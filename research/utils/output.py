@@ -1,0 +1,72 @@
+"""The folder of an experiment: found writable before the work, filled atomically after each step."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from research.utils.cli import UserError
+
+
+def make_folder(output: str, experiment: str) -> Path:
+    """``output/experiment``, made and tried out.
+
+    Raises:
+        UserError: the name leads out of ``output``, or nothing can be written there.
+    """
+    folder = Path(output) / experiment
+    if not experiment or Path(experiment).is_absolute() or ".." in Path(experiment).parts:
+        raise UserError(f"--experiment {experiment!r} must be a name inside --output")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"nothing can be written to {folder}: {error.strerror}; choose another --output") from error
+    return folder
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """``write`` a file beside ``path`` and put it there in one step: a killed run leaves the old file or the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    write(partial)
+    os.replace(partial, path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Indented JSON."""
+    write_atomically(path, lambda p: p.write_text(json.dumps(content, indent=1) + "\n"))
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """One line per row; columns in order of appearance, absent values empty."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+
+    def write(partial: Path) -> None:
+        with partial.open("w", newline="") as file:
+            table = csv.DictWriter(file, columns)
+            table.writeheader()
+            table.writerows(rows)
+
+    write_atomically(path, write)
+
+
+def table(rows: Sequence[dict[str, Any]], columns: dict[str, str]) -> str:
+    """A text table: ``columns`` maps keys to headings; absent values are a dash."""
+    cells = [list(columns.values())]
+    for row in rows:
+        cells.append([_shown(row.get(key)) for key in columns])
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in cells]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,88 @@
+"""SparseML recipes: load one, find its pruning modifier, apply it at another sparsity."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import capruner.sparseml  # noqa: F401  (registers our modifiers)
+from research.utils.cli import UserError
+
+# isort: split
+from sparseml.pytorch.optim import ScheduledModifierManager
+from sparseml.pytorch.sparsification.pruning import BasePruningModifier
+from sparseml.pytorch.utils import PythonLogger
+from torch import nn
+
+# Without a logger of ours SparseML writes sparse_logs/<date>.log into the current folder.
+_QUIET = logging.getLogger("research.sparseml")
+_QUIET.addHandler(logging.NullHandler())
+_QUIET.propagate = False
+logging.getLogger("sparseml").setLevel(os.environ.get("SPARSEML_LOG_LEVEL", "WARNING"))
+
+
+def quiet_loggers() -> list[PythonLogger]:
+    """What to hand to a manager as ``loggers``."""
+    return [PythonLogger(logger=_QUIET)]
+
+
+def load_manager(path: str) -> ScheduledModifierManager:
+    """The manager of a recipe file.
+
+    Raises:
+        UserError: no such file, not YAML, an unknown modifier, arguments that a modifier does not take.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"--sparseml-recipe {path}: no such file; ready-made ones are in research/recipes")
+    try:
+        return ScheduledModifierManager.from_yaml(path)
+    except yaml.constructor.ConstructorError as error:
+        raise UserError(
+            f"{path}: {error.problem}; pruning modifiers that exist: {', '.join(known_modifiers())}"
+        ) from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UserError(f"{path} does not load: {error}") from error
+
+
+def known_modifiers() -> list[str]:
+    """Names of the pruning modifiers that recipes can use here."""
+    found, todo = set(), [BasePruningModifier]
+    while todo:
+        for child in todo.pop().__subclasses__():
+            todo.append(child)
+            if not child.__abstractmethods__ and not child.__name__.startswith(("Base", "_", "CorrelationAware")):
+                found.add(child.__name__)
+    return sorted(found)
+
+
+def pruning_modifier(manager: ScheduledModifierManager, path: str) -> Any:
+    """The one pruning modifier of a recipe, staged or not."""
+    found = [modifier for modifier in manager.iter_modifiers() if isinstance(modifier, BasePruningModifier)]
+    if len(found) != 1:
+        names = ", ".join(type(m).__name__ for m in found) or "none"
+        raise UserError(
+            f"{path}: one-shot pruning takes a recipe with exactly one pruning modifier, this one has {names}"
+        )
+    return found[0]
+
+
+def apply_at(path: str, model: nn.Module, sparsity: float, grad_sampler: dict[str, Any]) -> None:
+    """Apply a recipe in one shot, in place, with its pruning modifier's sparsity replaced."""
+    manager = load_manager(path)
+    modifier = pruning_modifier(manager, path)
+    if isinstance(modifier.final_sparsity, dict):
+        raise UserError(f"{path}: final_sparsity is a dict, which --sparsities cannot replace; leave --sparsities out")
+    modifier.init_sparsity = sparsity
+    modifier.final_sparsity = sparsity
+    manager.apply(model, loggers=quiet_loggers(), finalize=True, grad_sampler=grad_sampler)
+
+
+def selected_names(modifier: Any, model: nn.Module) -> list[str]:
+    """Names of the parameters that a modifier prunes."""
+    return [f"{p.layer_name}.{p.param_name}" for p in modifier._create_named_layers_and_params(model)]
