@@ -63,9 +63,11 @@ def test_every_count_of_equal_scores_is_exact(k: int) -> None:
 
 def test_bounds_are_errors_that_name_both_numbers() -> None:
     scores = [torch.tensor([[-INF, -INF, 1.0, INF]])]
-    with pytest.raises(ValueError, match=r"1 weights .* in head\.weight, but 2 already are .* ask for a higher sparsity"):
+    with pytest.raises(
+        ValueError, match=r"1 weights .* in head\.weight, but 2 already are .* ask for a higher sparsity"
+    ):
         allocate(scores, 1, ["head.weight"])
-    with pytest.raises(ValueError, match="4 weights .* only 3 can be"):
+    with pytest.raises(ValueError, match=r"4 weights .* only 3 can be"):
         allocate(scores, 4)
     assert allocate(scores, 2)[0].tolist() == [2]
     assert allocate(scores, 3)[0].tolist() == [3]

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from untouched import same, snapshot
 
 from capruner.gradients import ModelInputs, calibrating, gradient_slabs
 
@@ -238,25 +239,6 @@ def test_a_list_is_as_good_as_a_tuple() -> None:
 
 
 # No trace on the model
-
-
-def snapshot(model: nn.Module) -> list[Any]:
-    return [
-        [m.training for m in model.modules()],
-        [p.requires_grad for p in model.parameters()],
-        [None if p.grad is None else (id(p.grad), p.grad.clone()) for p in model.parameters()],
-        [p.detach().clone() for p in model.parameters()],
-        [b.clone() for b in model.buffers()],
-        [id(p) for p in model.parameters()] + [id(b) for b in model.buffers()],
-    ]
-
-
-def same(before: Any, after: Any) -> bool:
-    if isinstance(before, Tensor):
-        return torch.equal(before, after)
-    if isinstance(before, list | tuple):
-        return len(before) == len(after) and all(map(same, before, after))
-    return before == after
 
 
 def marked() -> nn.Sequential:

@@ -54,3 +54,44 @@ def random_fisher_inverse(
     eigenvalues = condition ** torch.rand(n, B, generator=generator, dtype=torch.float64)
     H = Q * eigenvalues[:, None] @ Q.mT
     return ((H + H.mT) / 2).to(dtype)
+
+
+def fisher_blocks(gradients: Tensor, B: int, damp: float) -> list[Tensor]:
+    """``(m, d)`` gradients of one weight tensor to the blocks ``(1/m) Σ g gᵀ + λ I`` of ``B`` consecutive weights; the last may be smaller."""
+    G = gradients.double()
+    return [g.mT @ g / len(G) + damp * torch.eye(g.shape[1], dtype=torch.float64) for g in G.split(B, dim=1)]
+
+
+def quadratic_loss(before: Tensor, after: Tensor, blocks: list[Tensor]) -> float:
+    """``½ (v − w)ᵀ F (v − w)`` summed over the blocks of one weight tensor."""
+    B = len(blocks[0])
+    deltas = (after.double() - before.double()).flatten().split(B)
+    return sum(float(0.5 * delta @ F @ delta) for delta, F in zip(deltas, blocks, strict=True))
+
+
+def cap_loop(
+    weights: dict[str, Tensor], blocks: dict[str, list[Tensor]], num_pruned: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
+    """CAP over several layers, end to end: masks (True = stays), weights and the predicted loss at ``num_pruned`` zeros in all.
+
+    Each block is eliminated by itself; its losses are made monotone; the cheapest steps of all blocks are taken; what stays is re-fitted.
+    """
+    steps, orders, inverses = [], {}, {}
+    for layer, (name, Fs) in enumerate(blocks.items()):
+        for block, (w, F) in enumerate(zip(weights[name].flatten().split(len(Fs[0])), Fs, strict=True)):
+            inverses[name, block] = torch.cholesky_inverse(torch.linalg.cholesky(F))
+            orders[name, block], losses, _ = eliminate_loop(w, inverses[name, block])
+            steps += [(max(losses[: k + 1]), layer, block, k, name) for k in range(len(losses))]
+    taken = sorted(steps)[:num_pruned]
+    masks, pruned, total = {}, {}, 0.0
+    for name, Fs in blocks.items():
+        keeps, values = [], []
+        for block, w in enumerate(weights[name].flatten().split(len(Fs[0]))):
+            gone = orders[name, block][: sum(s[4] == name and s[2] == block for s in taken)]
+            keep = torch.ones(len(w), dtype=torch.bool)
+            keep[gone] = False
+            value, loss = obs_weights(w, inverses[name, block], keep)
+            keeps, values, total = [*keeps, keep], [*values, value], total + loss
+        masks[name] = torch.cat(keeps).view_as(weights[name])
+        pruned[name] = torch.cat(values).view_as(weights[name])
+    return masks, pruned, total

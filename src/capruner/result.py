@@ -124,7 +124,14 @@ class PruningResult:
         return zeros / sum(mask.numel() for mask in masks), zeros / self.total_weights
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file (no pickle); masks take one bit per weight."""
+        """Write a safetensors file (no pickle); masks take one bit per weight.
+
+        Raises:
+            FileNotFoundError: the folder does not exist.
+        """
+        target = Path(path)
+        if not target.parent.is_dir():
+            raise FileNotFoundError(f"cannot write {target}: there is no folder {target.parent}")
         tensors: dict[str, Tensor] = {}
         for index, level in enumerate(self.levels):
             for name, weight in level.weights.items():
@@ -140,10 +147,12 @@ class PruningResult:
             "timings": self.timings,
             "levels": [{"sparsity": level.sparsity, "losses": dict(level.losses)} for level in self.levels],
         }
-        target = Path(path)
         partial = target.with_name(target.name + ".partial")
-        save_file(tensors, partial, metadata={"capruner": json.dumps(header)})
-        partial.replace(target)
+        try:
+            save_file(tensors, partial, metadata={"capruner": json.dumps(header, default=str)})
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def load_result(path: str | Path) -> PruningResult:
@@ -166,15 +175,25 @@ def load_result(path: str | Path) -> PruningResult:
                     f"{path} was written by a newer capruner (format {header['version']}, this one reads {VERSION})"
                 )
             levels = [_read_level(file, index, entry) for index, entry in enumerate(header["levels"])]
+            result = PruningResult(
+                header["method"], levels, header["total_weights"], header["settings"], header["timings"]
+            )
     except (SafetensorError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged or not a pruning result of capruner: {error}") from error
-    return PruningResult(header["method"], levels, header["total_weights"], header["settings"], header["timings"])
+    for level in levels:
+        for name, weight in level.weights.items():
+            if weight[~level.masks[name]].any():
+                raise ValueError(f"{path} is damaged: {name} has weights that are not 0 where its mask removes them")
+    return result
 
 
 def _read_level(file: Any, index: int, entry: Mapping[str, Any]) -> Level:
     weights = {name: file.get_tensor(f"{index}/weight/{name}") for name in entry["losses"]}
     masks = {}
     for name, weight in weights.items():
-        bits = np.unpackbits(file.get_tensor(f"{index}/mask/{name}").numpy(), count=weight.numel())
+        packed = file.get_tensor(f"{index}/mask/{name}").numpy()
+        if packed.size != -(-weight.numel() // 8):
+            raise TypeError(f"the mask of {name} holds {packed.size} bytes for {weight.numel()} weights")
+        bits = np.unpackbits(packed, count=weight.numel())
         masks[name] = torch.from_numpy(bits).bool().view(weight.shape)
     return Level(entry["sparsity"], weights, masks, entry["losses"])
