@@ -19,7 +19,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from research.utils import cli  # first: it sets what SparseML reads when it is imported
 
 # isort: split
+import sparseml
 import timm
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 import capruner
 from capruner.sparseml.base import CorrelationAwareModifier
@@ -120,19 +121,19 @@ class Run:
 
     def __init__(self, args: Any) -> None:
         self.args = args
-        self.folder = output.make_folder(args.output, args.experiment)
         self.manager = recipe.load_manager(args.sparseml_recipe)  # kept: SparseML empties a manager that is collected
         self.modifier = recipe.pruning_modifier(self.manager, args.sparseml_recipe)
         self.device = modeling.pick_device(args.device)
-        torch.manual_seed(args.seed)
+        modeling.seed_everything(args.seed)
         self.model = modeling.build_model(args.model, args.model_kwargs, args.checkpoint, args.pretrained).to(
             self.device
         )
         self.names = recipe.selected_names(self.modifier, self.model)
-        self.train = images.open_split(args.data_dir, args.dataset, "train", self.model)
-        val = images.open_split(args.data_dir, args.dataset, "val", self.model)
+        self.train, val = images.open_splits(args.data_dir, args.dataset, self.model)
         self.config = images.preprocessing(args, self.model)
         self.val = images.loader(val, self.config, args.val_batch_size, args.workers, limit=args.val_limit)
+        recipe.check_sparsities(self.modifier, self.model, args.sparsities, args.sparseml_recipe)
+        self.folder = output.make_folder(args.output, args.experiment)
         self.rows: list[dict[str, Any]] = []
         self.layers: dict[float, list[dict[str, Any]]] = {}
         self.wandb = self._wandb() if args.log_wandb else None
@@ -152,16 +153,12 @@ class Run:
             getattr(self.modifier, "method", ""), type(self.modifier).__name__.removesuffix("PruningModifier")
         )
 
-    def grad_sampler(self) -> dict[str, Any]:
+    def grad_sampler(self, loss: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Any]:
         args = self.args
         batches = images.CalibrationBatches(
-            self.train, self.config, args.gs_batch_size, args.workers, args.gs_aug, args.seed
+            self.train, self.config, args.gs_batch_size, args.workers, args.gs_aug, args.seed, self.device
         )
-        moved = lambda kwargs=None, **more: (  # noqa: E731 (SparseML's own sampler does not move data)
-            ([x.to(self.device) for x in inputs], keywords, labels.to(self.device))
-            for inputs, keywords, labels in batches(kwargs, **more)
-        )
-        return {"data_loader_builder": moved, "loss_function": nn.functional.cross_entropy}
+        return {"data_loader_builder": batches, "loss_function": loss}
 
     def record(self, model: nn.Module, requested: float | None, seconds: float, stages: dict[str, float]) -> None:
         """Measure a model, write its checkpoint, and bring the summary up to date."""
@@ -192,8 +189,14 @@ class Run:
         self.write()
 
     def recalibrate(self, model: nn.Module, row: dict[str, Any]) -> None:
+        generator = torch.Generator().manual_seed(self.args.seed)
         loader = images.loader(
-            self.train, self.config, self.args.val_batch_size, self.args.workers, shuffle=True, seed=self.args.seed
+            self.train,
+            self.config,
+            self.args.val_batch_size,
+            self.args.workers,
+            shuffle=True,
+            generator=generator,
         )
         if capruner.recalibrate_bn(model, loader, self.args.recalibrate_bn):
             again = evaluate.evaluate(model, self.val, self.device, "after BatchNorm recalibration")
@@ -213,6 +216,7 @@ class Run:
             "torch": torch.__version__,
             "timm": timm.__version__,
             "capruner": capruner.__version__,
+            "sparseml": sparseml.__version__,
         }
         summary = {
             "arguments": vars(self.args),
@@ -249,6 +253,14 @@ class Run:
             self.wandb.finish()
 
 
+def finite_cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
+    """For SparseML's own modifiers, which would prune on NaN without a word; ours check, and differentiate what has no branches."""
+    loss = nn.functional.cross_entropy(outputs, labels)
+    if not torch.isfinite(loss):
+        raise ValueError(f"the calibration loss is {loss.item()}: look at the images, or at the checkpoint's weights")
+    return loss
+
+
 def peak_memory(device: torch.device) -> float:
     """High-water mark of this process in GiB: the GPU's allocations, or resident memory."""
     if device.type == "cuda":
@@ -258,7 +270,7 @@ def peak_memory(device: torch.device) -> float:
 
 def prune_by_one_calibration(run: Run) -> None:
     start = time.perf_counter()
-    result = run.modifier.one_shot(run.model, run.args.sparsities, run.grad_sampler())
+    result = run.modifier.one_shot(run.model, run.args.sparsities, run.grad_sampler(nn.functional.cross_entropy))
     seconds = time.perf_counter() - start
     output.write_atomically(run.folder / "result.safetensors", result.save)
     for sparsity in result.sparsities:
@@ -275,13 +287,11 @@ def prune_by_one_calibration(run: Run) -> None:
 
 def prune_anew_at_each(run: Run) -> None:
     wanted = run.args.sparsities or [run.modifier.final_sparsity]
-    if not all(isinstance(s, float) for s in wanted):
-        raise cli.UserError("the recipe's final_sparsity is a dict; SparseML's own modifiers need --sparsities here")
     for sparsity in sorted(set(wanted)):
         model = copy.deepcopy(run.model)
-        torch.manual_seed(run.args.seed)
+        modeling.seed_everything(run.args.seed)
         start = time.perf_counter()
-        recipe.apply_at(run.args.sparseml_recipe, model, sparsity, run.grad_sampler())
+        recipe.apply_at(run.args.sparseml_recipe, model, sparsity, run.grad_sampler(finite_cross_entropy))
         run.record(model, sparsity, time.perf_counter() - start, {})
 
 

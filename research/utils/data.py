@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,31 @@ from torch.utils.data import DataLoader, Dataset
 from research.utils.cli import UserError
 
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
+
+
+def open_splits(data_dir: str, dataset: str, model: nn.Module) -> tuple[Dataset[Any], Dataset[Any]]:
+    """The training and the validation split, see :func:`open_split`.
+
+    Raises:
+        UserError: also where the two number their classes differently.
+    """
+    train, val = (open_split(data_dir, dataset, split, model) for split in ("train", "val"))
+    ours, theirs = _classes(train), _classes(val)
+    if ours != theirs:
+        odd = sorted(set(ours or ()) ^ set(theirs or ()))
+        raise UserError(f"train/ and val/ in {data_dir} differ in their class folders: {', '.join(map(str, odd[:8]))}")
+    return train, val
+
+
+def _classes(data: Dataset[Any]) -> dict[str, int] | None:
+    """``{class name: label}`` of image folders; None where a data set does not say."""
+    return getattr(getattr(data, "reader", None), "class_to_idx", None)
+
+
+def image_mode(model: nn.Module) -> str:
+    """PIL's mode for the model's input: ``L`` for one channel, else ``RGB``."""
+    first = next((layer for layer in model.modules() if isinstance(layer, nn.Conv2d)), None)
+    return "L" if first is not None and first.in_channels == 1 else "RGB"
 
 
 def open_split(data_dir: str, dataset: str, split: str, model: nn.Module) -> Dataset[Any]:
@@ -34,17 +59,18 @@ def open_split(data_dir: str, dataset: str, split: str, model: nn.Module) -> Dat
         )
     try:
         if dataset:
-            found = create_dataset(dataset, root=str(root), split="train" if split == "train" else "validation")
+            where = {"root": str(root), "split": "train" if split == "train" else "validation"}
+            found = create_dataset(dataset, input_img_mode=image_mode(model), **where)
         else:
             folder = next((root / name for name in SPLITS[split] if (root / name).is_dir()), None)
             if folder is None:
                 raise UserError(f"--data-dir {data_dir} has no folder {split}/ (looked for {', '.join(SPLITS[split])})")
-            found = create_dataset("", root=str(folder))
+            found = create_dataset("", root=str(folder), input_img_mode=image_mode(model))
     except (RuntimeError, AssertionError, ValueError) as error:
         raise UserError(f"the {split} split of {data_dir} cannot be read: {error}") from error
     if not len(found):
         raise UserError(f"the {split} split of {data_dir} holds no image")
-    classes = getattr(getattr(found, "reader", None), "class_to_idx", None)
+    classes = _classes(found)
     outputs = getattr(model, "num_classes", None)
     if classes is not None and outputs is not None and len(classes) != outputs:
         raise UserError(
@@ -62,7 +88,7 @@ def loader(
     *,
     augment: bool = False,
     shuffle: bool = False,
-    seed: int = 0,
+    generator: torch.Generator | None = None,
     limit: int | None = None,
 ) -> DataLoader[Any]:
     """Batches of ``(images, labels)``, transformed as ``config`` (see :func:`preprocessing`) says; training augmentation only on request."""
@@ -76,7 +102,7 @@ def loader(
         shuffle=shuffle,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator().manual_seed(seed),
+        generator=generator,
     )
 
 
@@ -96,27 +122,50 @@ def preprocessing(args: Any, model: nn.Module) -> dict[str, Any]:
     """The data configuration of timm for a command line with :func:`preprocessing_arguments`."""
     size = args.img_size or args.model_kwargs.get("img_size")
     given = {
+        "in_chans": args.model_kwargs.get("in_chans"),
         "img_size": size,
         "mean": args.mean,
         "std": args.std,
         "crop_pct": args.crop_pct,
         "interpolation": args.interpolation,
     }
-    return resolve_data_config({key: value for key, value in given.items() if value is not None}, model=model)
+    config = resolve_data_config({key: value for key, value in given.items() if value is not None}, model=model)
+    channels = config["input_size"][0]
+    return config | {key: _per_channel(config[key], channels, f"--{key}") for key in ("mean", "std")}
+
+
+def _per_channel(values: Sequence[float], channels: int, flag: str) -> tuple[float, ...]:
+    """One value for each channel; a single channel gets the average of a configuration's three."""
+    if len(values) != channels and channels == 1:
+        return (sum(values) / len(values),)
+    if len(values) != channels:
+        raise UserError(f"{flag} has {len(values)} values, the model's input {channels} channels")
+    return tuple(values)
 
 
 class CalibrationBatches:
-    """SparseML's ``data_loader_builder`` over a training split: endless, reshuffled at each pass.
+    """SparseML's ``data_loader_builder`` over a training split: endless, reshuffled at each pass and at each call.
 
-    Batches are ``([images], {}, labels)``. ``grad_sampler_kwargs`` of a recipe may set ``batch_size``.
+    Batches are ``([images], {}, labels)`` on ``device``: SparseML's own sampler moves nothing. ``grad_sampler_kwargs`` of a recipe may set
+    ``batch_size``. The order follows from ``seed`` alone.
     """
 
     def __init__(
-        self, data: Dataset[Any], config: dict[str, Any], batch_size: int, workers: int, augment: bool, seed: int
+        self,
+        data: Dataset[Any],
+        config: dict[str, Any],
+        batch_size: int,
+        workers: int,
+        augment: bool,
+        seed: int,
+        device: torch.device,
     ) -> None:
         self._arguments = (data, config)
         self._batch_size = batch_size
-        self._options = {"workers": workers, "augment": augment, "seed": seed}
+        self._device = device
+        # Lives as long as this object, so that a second calibration draws other batches than the first.
+        generator = torch.Generator().manual_seed(seed)
+        self._options = {"workers": workers, "augment": augment, "generator": generator}
 
     def __call__(
         self, kwargs: dict[str, Any] | None = None, **more: Any
@@ -129,4 +178,4 @@ class CalibrationBatches:
         batches = loader(*self._arguments, batch_size=size, shuffle=True, **self._options)  # type: ignore[arg-type]
         while True:
             for images, labels in batches:
-                yield [images], {}, labels
+                yield [images.to(self._device)], {}, labels.to(self._device)

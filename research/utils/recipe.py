@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-import capruner.sparseml  # noqa: F401  (registers our modifiers)
+from capruner.sparseml.base import CorrelationAwareModifier  # first: importing it registers our modifiers
 from research.utils.cli import UserError
 
 # isort: split
@@ -72,12 +73,32 @@ def pruning_modifier(manager: ScheduledModifierManager, path: str) -> Any:
     return found[0]
 
 
+def check_sparsities(modifier: Any, model: nn.Module, sparsities: Sequence[float], path: str) -> None:
+    """Can this recipe prune this model to these sparsities?
+
+    Raises:
+        UserError: the recipe gives each layer a sparsity of its own, or the model is sparser already than what is asked for.
+    """
+    if isinstance(modifier.final_sparsity, dict) and (sparsities or not isinstance(modifier, CorrelationAwareModifier)):
+        raise UserError(
+            f"{path}: final_sparsity is a dict, one sparsity per layer, so --sparsities cannot replace it; "
+            "leave --sparsities out (CAP, FastCAP), or write one number into the recipe"
+        )
+    parameters = dict(model.named_parameters())
+    chosen = [parameters[name] for name in selected_names(modifier, model)]
+    zeros, total = sum(int((p == 0).sum()) for p in chosen), sum(p.numel() for p in chosen)
+    low = [s for s in sparsities if round(s * total) < zeros]
+    if low:
+        raise UserError(
+            f"--sparsities {' '.join(map(str, low))}: {zeros:,} of the {total:,} weights that {path} prunes are zero already "
+            f"({zeros / total:.4f}), and pruned weights do not come back; ask for more"
+        )
+
+
 def apply_at(path: str, model: nn.Module, sparsity: float, grad_sampler: dict[str, Any]) -> None:
     """Apply a recipe in one shot, in place, with its pruning modifier's sparsity replaced."""
     manager = load_manager(path)
     modifier = pruning_modifier(manager, path)
-    if isinstance(modifier.final_sparsity, dict):
-        raise UserError(f"{path}: final_sparsity is a dict, which --sparsities cannot replace; leave --sparsities out")
     modifier.init_sparsity = sparsity
     modifier.final_sparsity = sparsity
     manager.apply(model, loggers=quiet_loggers(), finalize=True, grad_sampler=grad_sampler)
