@@ -27,8 +27,12 @@ from capruner.pruning import prune
 from capruner.result import PruningResult
 from capruner.selection import select_parameters, unwrap
 from capruner.sparseml.sampling import GradSamplerBatches
+from capruner.sparseml.state import load_modifier_state, modifier_state
 
 _LOGGER = logging.getLogger(__name__)
+
+# Epochs are sums of fractions of steps; two that mean the same may differ in their last bits.
+_SAME_EPOCH = 1e-6
 
 
 def recipe_parameter(name: str, doc: str) -> Any:
@@ -104,6 +108,7 @@ class CorrelationAwareModifier(BaseGradualPruningModifier):
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{type(self).__name__}: {name} cannot be {value!r} ({error})") from None
         self._batches: GradSamplerBatches | None = None
+        self._reached_epoch = 0.0
 
     mask_type = recipe_parameter("mask_type", "Pattern of the zeros.")
     num_grads = recipe_parameter("num_grads", "Gradients per calibration.")
@@ -149,12 +154,59 @@ class CorrelationAwareModifier(BaseGradualPruningModifier):
         if self.end_pending(epoch, steps_per_epoch):
             self._module_masks.pruning_end(self._leave_enabled)
 
+    def update_ready(self, epoch: float, steps_per_epoch: int) -> bool:
+        """Whether an update is due: the first step at or after ``start_epoch + k * update_frequency``, and at ``end_epoch``."""
+        frequency_over = (
+            self.enabled
+            and self.started
+            and not self.ended
+            and self.update_frequency > 0
+            and epoch + _SAME_EPOCH >= self._last_update_epoch + self.update_frequency
+        )
+        return bool(super().update_ready(epoch, steps_per_epoch) or frequency_over)
+
+    def update(self, module: nn.Module, optimizer: Any, epoch: float, steps_per_epoch: int) -> None:
+        """SparseML counts the next update from the step of this one, so that one that came between two steps delays all that follow; here they keep time."""
+        super().update(module, optimizer, epoch, steps_per_epoch)
+        if self.update_frequency > 0:
+            start = max(self.start_epoch, 0.0)
+            due = math.floor((epoch - start + _SAME_EPOCH) / self.update_frequency)
+            self._last_update_epoch = start + due * self.update_frequency
+
+    def optimizer_post_step(self, module: nn.Module, optimizer: Any, epoch: float, steps_per_epoch: int) -> None:
+        """Masks again, after the optimizer's step."""
+        super().optimizer_post_step(module, optimizer, epoch, steps_per_epoch)
+        self._reached_epoch = epoch + 1 / steps_per_epoch
+
+    def finalize(self, module: nn.Module | None = None, reset_loggers: bool = True, **kwargs: Any) -> None:
+        """The last update, if training ended exactly at ``end_epoch`` and so before the step that would have brought it; then SparseML's own."""
+        due = self.started and not self.ended and self._reached_epoch + _SAME_EPOCH >= self.end_epoch >= 0
+        if due and module is not None:
+            self._prune(module, self.get_applied_sparsity_for_epoch(self.end_epoch, 1))
+            self._ended = True
+        super().finalize(module, reset_loggers, **kwargs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masks and place in the schedule, see :mod:`capruner.sparseml.state`."""
+        return modifier_state(self)
+
+    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> None:
+        """The inverse, on an initialized modifier: masks hold at once, and the next update comes when it would have.
+
+        Raises:
+            RuntimeError: not initialized.
+            ValueError: the state is of another model.
+        """
+        if not self.initialized:
+            raise RuntimeError("load_state_dict needs an initialized modifier: call the manager's modify() first")
+        load_modifier_state(self, state_dict)
+
     def get_applied_sparsity_for_epoch(self, epoch: float, steps_per_epoch: int) -> list[float]:
         """Per parameter; the final sparsity in one-shot and from ``end_epoch`` on."""
         count = len(self._module_masks.layers)
         first = self._init_sparsity if isinstance(self._init_sparsity, list) else [self._init_sparsity] * count
         final = self._final_sparsity if isinstance(self._final_sparsity, list) else [self._final_sparsity] * count
-        if math.isinf(epoch) or epoch >= self.end_epoch:
+        if epoch + _SAME_EPOCH >= self.end_epoch:
             return list(final)
         start, end = self.start_epoch, self.end_epoch
         return [interpolate(epoch, start, end, a, b, self.inter_func) for a, b in zip(first, final)]
