@@ -119,8 +119,9 @@ def parse(argv: Sequence[str] | None) -> Any:
 class Run:
     """One invocation: the dense model, its data, and the rows of the summary so far."""
 
-    def __init__(self, args: Any) -> None:
+    def __init__(self, args: Any, folder: Path) -> None:
         self.args = args
+        self.folder = folder
         self.manager = recipe.load_manager(args.sparseml_recipe)  # kept: SparseML empties a manager that is collected
         self.modifier = recipe.pruning_modifier(self.manager, args.sparseml_recipe)
         self.device = modeling.pick_device(args.device)
@@ -133,11 +134,10 @@ class Run:
         self.config = images.preprocessing(args, self.model)
         self.val = images.loader(val, self.config, args.val_batch_size, args.workers, limit=args.val_limit)
         recipe.check_sparsities(self.modifier, self.model, args.sparsities, args.sparseml_recipe)
-        self.folder = output.make_folder(args.output, args.experiment)
         self.rows: list[dict[str, Any]] = []
         self.layers: dict[float, list[dict[str, Any]]] = {}
         self.wandb = self._wandb() if args.log_wandb else None
-        shutil.copy(args.sparseml_recipe, self.folder / "recipe.yaml")
+        shutil.copy(args.sparseml_recipe, folder / "recipe.yaml")
 
     def _wandb(self) -> Any:
         try:
@@ -297,7 +297,9 @@ def prune_anew_at_each(run: Run) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    run = Run(args)
+    folder = output.make_folder(args.output, args.experiment)
+    with output.emptied_on_error(folder):
+        run = Run(args, folder)
     run.record(run.model, None, 0.0, {})
     dense = run.rows[0]
     print(f"dense: top-1 {dense['top1']:.2f} % of {dense['images']} images; {len(run.names)} layers to prune")

@@ -60,5 +60,7 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise UserError(f"--device {name}: torch knows no such device; auto, cpu, cuda, cuda:1") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs here; use --device cpu or auto")
+        raise UserError(
+            f"--device {name}: torch sees {torch.cuda.device_count() or 'no'} GPU here; use --device cpu or auto"
+        )
     return device

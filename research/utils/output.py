@@ -6,7 +6,8 @@ import csv
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,17 @@ def make_folder(output: str, experiment: str) -> Path:
     except OSError as error:
         raise UserError(f"nothing can be written to {folder}: {error.strerror}; choose another --output") from error
     return folder
+
+
+@contextmanager
+def emptied_on_error(folder: Path) -> Iterator[None]:
+    """A folder in which nothing was written yet does not outlive an error inside."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # not empty: an earlier run's
+            folder.rmdir()
+        raise
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
