@@ -45,17 +45,11 @@ def allocate(scores: Sequence[Tensor], num_pruned: int, names: Sequence[str] | N
     Raises:
         ValueError: fewer steps asked for than must go, or more than can.
     """
-    must = sum(int((s == -torch.inf).sum()) for s in scores)
+    refuse_below(sum(int((s == -torch.inf).sum()) for s in scores), num_pruned, names)
     can = sum(int((s < torch.inf).sum()) for s in scores)
-    where = f" in {', '.join(names)}" if names is not None and len(names) < 4 else ""
-    if num_pruned < must:
-        raise ValueError(
-            f"{num_pruned} weights were asked to be zero{where}, but {must} already are by an earlier mask: ask for a higher sparsity, "
-            "or drop the earlier mask"
-        )
     if num_pruned > can:
         raise ValueError(
-            f"{num_pruned} weights were asked to be zero{where}, but only {can} can be with this mask type"
+            f"{num_pruned} weights were asked to be zero{_where(names)}, but only {can} can be with this mask type"
         )
     if num_pruned == 0:
         return [torch.zeros(len(s), dtype=torch.int64, device=s.device) for s in scores]
@@ -72,3 +66,16 @@ def allocate(scores: Sequence[Tensor], num_pruned: int, names: Sequence[str] | N
         counts[layer] = count + taken
         rest -= int(taken.sum())
     return counts
+
+
+def refuse_below(must: int, num_pruned: int, names: Sequence[str] | None = None) -> None:
+    """ValueError if fewer zeros are asked for than an earlier mask has left: pruned weights do not come back."""
+    if num_pruned < must:
+        raise ValueError(
+            f"{num_pruned} weights were asked to be zero{_where(names)}, but {must} already are by an earlier mask: ask for a higher sparsity, "
+            "or drop the earlier mask"
+        )
+
+
+def _where(names: Sequence[str] | None) -> str:
+    return f" in {', '.join(names)}" if names is not None and len(names) < 4 else ""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from capruner.allocation import Score
+from capruner.allocation import Score, refuse_below
 from capruner.calibration import Calibration, supporting
 from capruner.fisher import Solver
 from capruner.gradients import GradientMode, LossFunction
@@ -27,7 +27,7 @@ INTERPOLATIONS: dict[str, Callable[[float, float, float], float]] = {
     "linear": lambda start, end, t: start + (end - start) * t,
     "cubic": lambda start, end, t: end + (start - end) * (1 - t) ** 3,
     # The same share of what is left leaves at each step.
-    "geometric": lambda start, end, t: 1 - (1 - start) * ((1 - end) / (1 - start)) ** t,
+    "geometric": lambda start, end, t: 1 - (1 - start) ** (1 - t) * (1 - end) ** t,
 }
 
 
@@ -124,6 +124,7 @@ def prune(
     parameters, skipped = supporting(pattern, parameters, skip_unsupported)
     rungs = _rungs(parameters, groups, sparsity, global_sparsity, pattern)
     kept = _initial_masks(parameters, masks)
+    _check_not_below(rungs[0][1], kept, pattern)
     calibration = Calibration(model, batches, loss_fn, parameters, settings, gradients, progress)
     levels: list[Level] = []
     if num_recomputations == 1:
@@ -138,8 +139,13 @@ def prune(
             for s, targets in rungs:
                 starts = [_pruned_share(target.names, kept) for target in targets]
                 for step in range(1, num_recomputations + 1):
-                    t = step / num_recomputations
-                    now = [Target(g.names, climb(start, g.sparsity, t)) for g, start in zip(targets, starts)]
+                    now = [
+                        # The last step takes the target itself: interpolation can miss it by a rounding error, and the count by one weight.
+                        Target(g.names, climb(start, g.sparsity, step / num_recomputations))
+                        if step < num_recomputations
+                        else g
+                        for g, start in zip(targets, starts)
+                    ]
                     level = calibration.solve(calibration.run(METHODS[method], kept), [(s, now)])[0]
                     kept = dict(level.masks)
                     for name, p in parameters.items():
@@ -229,9 +235,13 @@ def _selected(
     parameters: dict[str, nn.Parameter] = {}
     own: dict[str, float] = {}
     for value, names in sparsity.items():
+        value = _checked_sparsity(value)
         for name, parameter in select_parameters(model, names).items():
-            parameters.setdefault(name, parameter)
-            own.setdefault(name, _checked_sparsity(value))
+            parameters[name] = parameter
+            if own.setdefault(name, value) != value:
+                raise ValueError(
+                    f"{name} is given two sparsities, {own[name]:g} and {value:g}; let it match only one entry of the dict"
+                )
     return parameters, own
 
 
@@ -296,6 +306,16 @@ def _initial_masks(
             )
         kept[name] = mask.to(kept[name].device) != 0
     return kept
+
+
+def _check_not_below(targets: Sequence[Target], kept: Mapping[str, Tensor], pattern: Pattern) -> None:
+    """Before any data is drawn: no target below what is pruned already."""
+    if pattern.n_m is not None:
+        return
+    for target in targets:
+        gone = sum(int((~kept[name]).sum()) for name in target.names)
+        groups = sum(kept[name].numel() for name in target.names) / pattern.group
+        refuse_below(gone, round(target.sparsity * groups) * pattern.group, target.names)
 
 
 def _pruned_share(names: Sequence[str], kept: Mapping[str, Tensor]) -> float:

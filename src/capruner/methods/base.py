@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor
@@ -34,6 +34,19 @@ class Settings:
     fisher_inv_device: str | None = None
     block_size: int | None = None
     pattern: Pattern = field(default_factory=Pattern)
+
+    def __post_init__(self) -> None:
+        for what in ("num_grads", "blocks_in_parallel", "block_size"):
+            value = getattr(self, what)
+            optional = what != "num_grads"
+            if not (value is None and optional) and (
+                isinstance(value, bool) or not isinstance(value, int) or value < 1
+            ):
+                raise ValueError(
+                    f"{what} must be a whole number, at least 1{', or None to have it chosen' if optional else ''}, got {value!r}"
+                )
+        if self.score not in get_args(Score):  # found here, and not after the calibration
+            raise ValueError(f"score must be one of {get_args(Score)}, got {self.score!r}")
 
 
 @dataclass(frozen=True)
