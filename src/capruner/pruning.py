@@ -67,7 +67,7 @@ def prune(
             is started anew for every calibration, an iterator goes on.
         loss_fn: ``loss_fn(outputs, targets)``, the mean over a batch.
         sparsity: share of the selected weights to remove, in [0, 1); a list of them; or SparseML's dict ``{sparsity: [params]}``, which gives
-            layers targets of their own (``params`` is not looked at then).
+            layers targets of their own (``params`` is not looked at then); of two entries with the same parameter the first counts.
         method: ``"cap"``, ``"fast_cap"``, and what to compare with: ``"obs"`` (WoodFisher), ``"magnitude"``.
         params: parameter or module names, ``re:`` patterns, ``__ALL__``, ``__ALL_PRUNABLE__`` (weights of Linear and convolutions).
         mask_type: ``"unstructured"``, ``"2:4"`` (2 of 4 stay) or any other N:M, ``"block4"``; see :mod:`capruner.patterns`.
@@ -238,10 +238,7 @@ def _selected(
         value = _checked_sparsity(value)
         for name, parameter in select_parameters(model, names).items():
             parameters[name] = parameter
-            if own.setdefault(name, value) != value:
-                raise ValueError(
-                    f"{name} is given two sparsities, {own[name]:g} and {value:g}; let it match only one entry of the dict"
-                )
+            own.setdefault(name, value)
     return parameters, own
 
 
