@@ -44,7 +44,7 @@ def load_manager_state(manager: Any, state: dict[str, dict[str, Any]]) -> None:
 
 def modifier_state(modifier: Any) -> dict[str, Any]:
     """``{"<layer>.<param>.sparsity_mask": bool tensor, ..., "enforced": bool, "schedule": plain values}``."""
-    masks = getattr(modifier, "module_masks", None)
+    masks: Any = getattr(modifier, "module_masks", None)
     state: dict[str, Any] = {} if masks is None else {n: m != 0 for n, m in zip(masks.names, masks.param_masks)}
     return state | {
         "enforced": masks is not None and masks.enabled,
@@ -58,7 +58,7 @@ def load_modifier_state(modifier: Any, state: dict[str, Any]) -> None:
     Raises:
         ValueError: masks of other parameters or shapes.
     """
-    masks = getattr(modifier, "module_masks", None)
+    masks: Any = getattr(modifier, "module_masks", None)
     names = [] if masks is None else masks.names
     saved: dict[str, Tensor] = {name: value for name, value in state.items() if name.endswith(".sparsity_mask")}
     if set(names) != set(saved):

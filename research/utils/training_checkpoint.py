@@ -1,0 +1,84 @@
+"""Checkpoints: weights for others to load, and all that a stopped run needs to go on.
+
+``last.pt`` is a file of ``torch.save`` that holds tensors and plain values only; it is read with ``weights_only=True``, so that a foreign file can run no
+code. Files are written beside their place and moved there when they are whole and on disk: after a kill or a power cut the old one is there, or the new one.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from research.utils.cli import UserError
+from research.utils.output import write_atomically
+from research.utils.training_recipe import check_masks
+
+FORMAT = "capruner-training-1"
+
+
+def save_weights(path: Path, model: nn.Module, masks: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """A safetensors file that ``timm.create_model(..., checkpoint_path=path)`` loads.
+
+    Raises:
+        RuntimeError: a pruned weight is not zero.
+    """
+    check_masks(model, masks, path.name)
+    state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+    path.parent.mkdir(exist_ok=True)
+
+    def write(partial: Path) -> None:
+        save_file(state, partial, {key: str(value) for key, value in metadata.items()})
+        _to_disk(partial)
+
+    write_atomically(path, write)
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Everything that :func:`load_state` gives back."""
+
+    def write(partial: Path) -> None:
+        torch.save(state | {"format": FORMAT}, partial)
+        _to_disk(partial)
+
+    write_atomically(path, write)
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """A file of :func:`save_state`, tensors on the CPU.
+
+    Raises:
+        UserError: the file is missing, torn (every part's checksum is verified), or something else.
+    """
+    if not path.is_file():
+        raise UserError(f"--resume {path}: no such file")
+    try:
+        with zipfile.ZipFile(path) as parts:
+            bad = parts.testzip()
+    except (zipfile.BadZipFile, EOFError, OSError) as error:
+        raise UserError(
+            f"--resume {path}: torn, or no checkpoint at all ({error}); take an older one, or start anew"
+        ) from error
+    if bad is not None:
+        raise UserError(f"--resume {path}: damaged (the checksum of {bad} is wrong); take an older one, or start anew")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, KeyError, ValueError, EOFError) as error:
+        first = str(error).strip().splitlines()[0][:200]
+        raise UserError(f"--resume {path}: not a checkpoint of sparse_training.py ({first})") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(
+            f"--resume {path}: not a checkpoint of sparse_training.py; to start from weights, use --checkpoint {path}"
+        )
+    return state
+
+
+def _to_disk(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

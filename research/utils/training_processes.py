@@ -1,0 +1,122 @@
+"""One process or many: who am I, on which device, and are we all still the same?"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from research.utils.cli import UserError
+from research.utils.modeling import pick_device
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this one speaks and writes for all."""
+        return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """Print, once for all processes."""
+        if self.first:
+            print(text, flush=True)
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value summed over all processes."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self._wire())
+        dist.all_reduce(total)
+        return [float(v) for v in total]
+
+    def from_first(self, value: Any) -> Any:
+        """What rank 0 has, everywhere; numbers, strings and containers of them."""
+        box = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0, device=self._wire())
+        return box[0]
+
+    def check_equal(self, tensors: Mapping[str, Tensor], when: str) -> None:
+        """Every process must hold the same bits.
+
+        Raises:
+            RuntimeError: names the ranks and the first tensor that differ from rank 0.
+        """
+        if self.size == 1:
+            return
+        mine = torch.stack([_digest(tensor) for tensor in tensors.values()]).to(self._wire())
+        everybody = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(everybody, mine)
+        for rank, theirs in enumerate(everybody):
+            if different := (theirs != everybody[0]).any(dim=1).nonzero().flatten().tolist():
+                name = list(tensors)[different[0]]
+                raise RuntimeError(
+                    f"{when}: rank {rank} has other bits than rank 0 in {name} and {len(different) - 1} more; training stops here, "
+                    "the last checkpoint is good"
+                )
+
+    def _wire(self) -> torch.device:
+        return self.device if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def start(device: str, timeout: float) -> Processes:
+    """Join the other processes, if a launcher has set ``WORLD_SIZE``: NCCL on GPUs, gloo on CPUs.
+
+    Args:
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``; with several processes each takes the GPU of its ``LOCAL_RANK``.
+        timeout: seconds after which waiting for another process is an error.
+
+    Raises:
+        UserError: fewer GPUs than processes.
+    """
+    rank, local_rank, size = (int(os.environ.get(name, default)) for name, default in _ENVIRONMENT)
+    chosen = pick_device(device)
+    if size > 1 and chosen.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"process {local_rank} of this machine finds {torch.cuda.device_count()} GPUs; start at most that many (--nproc-per-node)"
+            )
+        chosen = torch.device("cuda", local_rank)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if size > 1:
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    return Processes(rank, local_rank, size, chosen)
+
+
+_ENVIRONMENT = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
+
+
+def stop(processes: Processes) -> None:
+    """Leave the others."""
+    if processes.size > 1 and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def parallel(model: nn.Module, processes: Processes) -> nn.Module:
+    """``model`` with gradients averaged over processes in the backward pass; as it is for one."""
+    if processes.size == 1:
+        return model
+    devices = [processes.device] if processes.device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(model, device_ids=devices)
+
+
+def _digest(tensor: Tensor) -> Tensor:
+    raw = tensor.detach().cpu().contiguous().view(torch.uint8) if tensor.dim() else tensor.detach().cpu().reshape(1)
+    return torch.frombuffer(bytearray(hashlib.sha256(raw.numpy().tobytes()).digest()), dtype=torch.uint8)
