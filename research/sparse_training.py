@@ -25,8 +25,11 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# Read when tqdm is imported: one process shows progress, and a log file gets a line of it now and then.
 if os.environ.get("RANK", "0") != "0":
-    os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
+    os.environ["TQDM_DISABLE"] = "1"
+elif not sys.stderr.isatty():
+    os.environ.setdefault("TQDM_MININTERVAL", "30")
 
 from research.utils import cli  # first: it sets what SparseML reads when it is imported
 
@@ -49,7 +52,7 @@ from research.utils.training_checkpoint import load_state, save_state, save_weig
 from research.utils.training_data import GradientSamples, seed_everything, train_loader, validation_loader
 from research.utils.training_log import Log, learning_rate
 from research.utils.training_loop import Stepper, measure, precision, train_one_epoch, training_loss
-from research.utils.training_processes import Processes, parallel, start, stop
+from research.utils.training_processes import Processes, parallel, started
 from research.utils.training_recipe import Recipe, apply_masks, sparsity_of
 
 # A resumed run may differ in these and is still the same run.
@@ -323,11 +326,8 @@ def _plain(args: argparse.Namespace) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line says."""
     args = parse(argv, __doc__ or "")
-    processes = start(args.device, args.timeout)
-    try:
+    with started(args.device, args.timeout) as processes:
         Training(args, processes).run()
-    finally:
-        stop(processes)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from research.utils.cli import UserError
 from research.utils.modeling import pick_device
+from research.utils.training_watch import Watch
 
 
 @dataclass(frozen=True)
@@ -74,15 +76,16 @@ class Processes:
         return self.device if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
-def start(device: str, timeout: float) -> Processes:
-    """Join the other processes, if a launcher has set ``WORLD_SIZE``: NCCL on GPUs, gloo on CPUs.
+@contextmanager
+def started(device: str, timeout: float) -> Iterator[Processes]:
+    """Among the other processes, if a launcher has set ``WORLD_SIZE``: NCCL on GPUs, gloo on CPUs.
 
     Args:
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``; with several processes each takes the GPU of its ``LOCAL_RANK``.
         timeout: seconds after which waiting for another process is an error.
 
     Raises:
-        UserError: fewer GPUs than processes.
+        UserError: fewer GPUs than processes; another process failed or died (says which).
     """
     rank, local_rank, size = (int(os.environ.get(name, default)) for name, default in _ENVIRONMENT)
     chosen = pick_device(device)
@@ -94,19 +97,26 @@ def start(device: str, timeout: float) -> Processes:
         chosen = torch.device("cuda", local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    if size > 1:
-        backend = "nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-    return Processes(rank, local_rank, size, chosen)
+    processes = Processes(rank, local_rank, size, chosen)
+    if size == 1:
+        yield processes
+        return
+    limit = timedelta(seconds=timeout)
+    store, _, _ = next(dist.rendezvous("env://", timeout=limit))
+    watch = Watch(dist.PrefixStore("watch", store.clone()), rank, size, timeout)
+    watch.start()
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+    try:
+        yield processes
+    except (RuntimeError, ValueError) as error:
+        raise UserError(watch.explain(error)) from error
+    finally:
+        watch.stop()
+    dist.destroy_process_group()
 
 
 _ENVIRONMENT = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
-
-
-def stop(processes: Processes) -> None:
-    """Leave the others."""
-    if processes.size > 1 and dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def parallel(model: nn.Module, processes: Processes) -> nn.Module:
