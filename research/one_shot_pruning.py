@@ -20,6 +20,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from research.utils import cli  # first: it sets what SparseML reads when it is imported
 
 # isort: split
-import sparseml
-import timm
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -211,13 +210,8 @@ class Run:
             output.write_atomically(path, lambda partial: save_file(state, partial))
 
     def write(self) -> None:
-        versions = {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-            "capruner": capruner.__version__,
-            "sparseml": sparseml.__version__,
-        }
+        packages = ("capruner", "torch", "torchvision", "timm", "sparseml", "numpy")
+        versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
         summary = {
             "arguments": vars(self.args),
             "recipe": (self.folder / "recipe.yaml").read_text(),
@@ -231,12 +225,14 @@ class Run:
 
     def finish(self) -> None:
         curve = [(row["requested"], row["top1"]) for row in self.rows[1:]]
-        title = f"{self.args.model}, {Path(self.args.sparseml_recipe).stem}"
+        title = f"{self.args.model} pruned in one shot by {self.method}"
         plots.accuracy_vs_sparsity(
             self.folder / "accuracy_vs_sparsity.png", {self.method: curve}, self.rows[0]["top1"], title
         )
         plots.layer_sparsity(
-            self.folder / "layer_sparsity.png", self.layers, f"Weights removed by layer, {self.method}"
+            self.folder / "layer_sparsity.png",
+            {self.method: self.layers},
+            f"Weights removed from each layer by {self.method} (%)",
         )
         shown = {key: heading for key, heading in COLUMNS.items() if key != "top1_bn" or self.args.recalibrate_bn}
         percent = [

@@ -9,63 +9,84 @@ research/one_shot_pruning.py, with a recipe of research/recipes/one_shot/*/digit
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
 
 from research import one_shot_pruning
 from research.demo.digits import MODEL, MODEL_KWARGS, PREPROCESSING, WEIGHTS, write_folders
-from research.utils import output, plots
+from research.utils import cli, output, plots
 
-SPARSITIES = (0.5, 0.75, 0.85, 0.9, 0.95)
-METHODS = {"gm": "magnitude", "obs": "SparseML OBS", "cap": "CAP (this library)"}
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = ROOT / "research" / "recipes" / "one_shot"
+SPARSITIES = (0.75, 0.9, 0.95, 0.98, 0.99)  # from where the first method suffers to where CAP does too
+METHODS = {"cap": "CAP", "gm": "magnitude", "obs": "OBS (SparseML)"}
 
 
-def main() -> None:
+def prune(recipe: Path, data: Path, folder: Path, experiment: str, sparsities: Sequence[float]) -> dict[str, Any]:
+    """Run the one-shot script on the digits; its summary."""
+    one_shot_pruning.main(
+        [
+            *("--data-dir", str(data), "--model", MODEL, "--checkpoint", str(WEIGHTS)),
+            *("--model-kwargs", *(f"{key}={value}" for key, value in MODEL_KWARGS.items())),
+            *("--mean", *map(str, PREPROCESSING["mean"]), "--std", *map(str, PREPROCESSING["std"])),
+            *("--crop-pct", str(PREPROCESSING["crop_pct"]), "--sparseml-recipe", str(recipe)),
+            *("--sparsities", *map(str, sparsities), "-gb", "8", "-vb", "200", "--workers", "0", "--device", "cpu"),
+            *("--output", str(folder), "--experiment", experiment, "--save-model"),
+        ]
+    )
+    return json.loads((folder / experiment / "summary.json").read_text())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     start = time.perf_counter()
-    folder = output.make_folder(str(ROOT / "output"), "demo")
-    if not (folder / "data").is_dir():
-        write_folders(folder / "data")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", default=str(ROOT / "output"), help="parent folder (default output/ of this clone)")
+    parser.add_argument("--sparsities", type=float, nargs="+", default=SPARSITIES)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)  # faster than more on a model of this size
+    folder = output.make_folder(args.output, "demo")
+    write_folders(folder / "data")
     summaries = {}
     for method, label in METHODS.items():
         print(f"\n=== {label}", flush=True)
-        recipe = ROOT / "research" / "recipes" / "one_shot" / method / "digits_vit.yaml"
-        one_shot_pruning.main(
-            [
-                *("--data-dir", str(folder / "data"), "--model", MODEL, "--checkpoint", str(WEIGHTS)),
-                *("--model-kwargs", *(f"{key}={value}" for key, value in MODEL_KWARGS.items())),
-                *("--mean", *map(str, PREPROCESSING["mean"]), "--std", *map(str, PREPROCESSING["std"])),
-                *("--crop-pct", str(PREPROCESSING["crop_pct"]), "--sparseml-recipe", str(recipe)),
-                *("--sparsities", *map(str, SPARSITIES), "-gb", "8", "--workers", "0", "--save-model"),
-                *("--output", str(folder), "--experiment", method),
-            ]
-        )
-        summaries[label] = json.loads((folder / method / "summary.json").read_text())
+        summaries[label] = prune(RECIPES / method / "digits_vit.yaml", folder / "data", folder, method, args.sparsities)
     compare(folder, summaries)
     print(f"{time.perf_counter() - start:.0f} seconds in all")
 
 
-def compare(folder: Path, summaries: dict[str, dict]) -> None:
-    """One table and one picture out of the three summaries."""
+def compare(folder: Path, summaries: dict[str, dict[str, Any]]) -> None:
+    """One table and two pictures out of the summaries."""
+    dense = next(iter(summaries.values()))["rows"][0]
     curves = {label: [(row["requested"], row["top1"]) for row in s["rows"][1:]] for label, s in summaries.items()}
-    dense = next(iter(summaries.values()))["rows"][0]["top1"]
+    layers = {label: {e["requested"]: e["layers"] for e in s["layers"]} for label, s in summaries.items()}
+    accuracy, by_layer = folder / "accuracy_vs_sparsity.png", folder / "layer_sparsity.png"
     plots.accuracy_vs_sparsity(
-        folder / "accuracy_vs_sparsity.png",
-        curves,
-        dense,
-        "Vision transformer on digits, pruned in one shot, no retraining",
+        accuracy, curves, dense["top1"], "A vision transformer on digits, pruned in one shot without retraining"
     )
-    rows = [{"method": "dense", "0": dense}]
-    for label, curve in curves.items():
-        rows.append({"method": label, **{f"{s:g}": top1 for s, top1 in curve}})
-    heads = {"method": "top-1 % at sparsity", "0": "0"} | {f"{s:g}": f"{100 * s:g} %" for s in SPARSITIES}
-    print("\n" + output.table(rows, heads))
-    print(f"\npictures: {folder / 'accuracy_vs_sparsity.png'}\n          {folder / 'cap' / 'layer_sparsity.png'}")
+    plots.layer_sparsity(by_layer, layers, "Weights removed from each layer (%)")
+    rows = [{"sparsity": "dense", **{label: dense["top1"] for label in curves}}]
+    for i, (sparsity, _) in enumerate(next(iter(curves.values()))):
+        rows.append({"sparsity": f"{100 * sparsity:g} %", **{label: c[i][1] for label, c in curves.items()}})
+    rows.append({"sparsity": "seconds", **{label: _seconds(s["rows"]) for label, s in summaries.items()}})
+    print(f"\n=== Top-1 accuracy in % on {dense['images']} images the model has not seen\n")
+    print(output.table(rows, {"sparsity": "sparsity", **{label: label for label in curves}}))
+    print(f"\npictures: {accuracy}\n          {by_layer}")
+
+
+def _seconds(rows: list[dict[str, Any]]) -> float:
+    """Time spent on pruning; what one calibration did for all sparsities counts once."""
+    shared = "seconds_gradients" in rows[1]
+    return rows[1]["seconds"] if shared else sum(row["seconds"] for row in rows[1:])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(main))

@@ -18,7 +18,7 @@ def evaluate(
     model.eval()
     top1 = top5 = count = 0
     loss = 0.0
-    for images, labels in tqdm(batches, desc=name, leave=False):
+    for images, labels in tqdm(batches, desc=name, leave=False, disable=None):
         images, labels = images.to(device), labels.to(device)
         outputs = model(images).float()
         loss += float(nn.functional.cross_entropy(outputs, labels, reduction="sum"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ import matplotlib.pyplot as plt
 # Okabe and Ito's colours: told apart by everybody.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
+GREY = "#555555"
+DARKEST = 9.0  # halvings of a layer's weights that the heat map tells apart: up to 99.8 %
+Layers = Mapping[float, Sequence[Mapping[str, Any]]]
+"""``{overall sparsity: rows with name and sparsity, in the model's order}``."""
 
 
 def accuracy_vs_sparsity(
@@ -21,61 +26,92 @@ def accuracy_vs_sparsity(
 ) -> None:
     """Top-1 over sparsity, a labelled curve per method and a line for the dense model.
 
+    The axis is logarithmic in the weights that stay: from 50 to 75 % is as far as from 98 to 99 %, a halving.
+
     Args:
-        curves: method to ``(sparsity in [0, 1], top-1 in %)`` points.
+        curves: method to ``(sparsity in [0, 1), top-1 in %)`` points, at least one each.
         dense: top-1 of the dense model in %.
     """
-    figure, axes = plt.subplots(figsize=(7, 4.5))
+    figure, axes = plt.subplots(figsize=(7, 4.2))
     points = sorted({s for curve in curves.values() for s, _ in curve})
-    places = {s: i for i, s in enumerate(points)}  # even spacing: what matters happens between 90 and 100 %
-    axes.axhline(dense, color="#555555", linewidth=1, linestyle=(0, (4, 3)))
-    axes.annotate(
-        f"dense {dense:.1f} %", (0, dense), xytext=(0, 4), textcoords="offset points", color="#555555", fontsize=9
-    )
-    ends: list[float] = []
+    axes.axhline(dense, color=GREY, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
+    ends: dict[str, float] = {}
     for (name, curve), colour, marker in zip(curves.items(), COLOURS, MARKERS):
-        xs, ys = zip(*[(places[s], y) for s, y in sorted(curve)])
-        axes.plot(xs, ys, color=colour, marker=marker, linewidth=2, markersize=6, clip_on=False)
-        height = ys[-1]
-        while any(abs(height - other) < 5 for other in ends):  # labels at the right end must not cover each other
-            height += 1
-        ends.append(height)
+        xs, ys = zip(*[(_halvings(s), top1) for s, top1 in sorted(curve)])
+        axes.plot(xs, ys, color=colour, marker=marker, linewidth=2, markersize=6, clip_on=False, zorder=3)
+        ends[name] = ys[-1]
+        if len(curves) == 1:
+            for x, y in zip(xs, ys):
+                axes.annotate(f"{y:.1f}", (x, y), (0, -14), textcoords="offset points", ha="center", fontsize=8.5)
+    for (name, height), colour in zip(_apart(ends | {f"dense {dense:.1f}": dense}).items(), (*COLOURS, GREY)):
+        own = GREY if name not in ends else colour
         axes.annotate(
             name,
-            (xs[-1], height),
-            xytext=(10, 0),
+            (1, height),
+            (8, 0),
+            xycoords=("axes fraction", "data"),
             textcoords="offset points",
-            color=colour,
+            color=own,
             va="center",
-            fontweight="bold",
+            fontweight="bold" if name in ends else "normal",
+            annotation_clip=False,
         )
-    axes.set_xticks(range(len(points)), [f"{100 * s:g}" for s in points])
-    axes.set_ylim(0, 105)
-    axes.set_xlabel("weights removed (% of the prunable ones)")
+    axes.set_xticks([_halvings(s) for s in points], [f"{100 * s:g}" for s in points])
+    axes.set_ylim(0, 103)
+    axes.set_xlabel("weights removed (% of the prunable ones), by the logarithm of what stays")
     axes.set_ylabel("top-1 accuracy (%)")
-    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_title(title, loc="left", fontsize=11, pad=12)
     axes.grid(axis="y", color="#dddddd", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    plt.close(figure)
+    axes.tick_params(length=3)
+    _save(figure, path)
 
 
-def layer_sparsity(path: Path, layers: Mapping[float, Sequence[dict[str, Any]]], title: str) -> None:
-    """A heat map of the sparsity of each layer (rows) at each overall sparsity (columns)."""
-    names = [row["name"] for row in next(iter(layers.values()))]
-    values = [[100 * row["sparsity"] for row in rows] for rows in layers.values()]
-    figure, axes = plt.subplots(figsize=(2.6 + 0.8 * len(layers), 1.2 + 0.24 * len(names)))
-    grid = [list(column) for column in zip(*values)]
-    image = axes.imshow(grid, aspect="auto", cmap="cividis", vmin=0, vmax=100)
-    for i, line in enumerate(grid):
-        for j, value in enumerate(line):
-            axes.text(
-                j, i, f"{value:.0f}", ha="center", va="center", fontsize=7, color="black" if value > 55 else "white"
-            )
-    axes.set_xticks(range(len(layers)), [f"{100 * s:g} %" for s in layers])
-    axes.set_yticks(range(len(names)), [name.removesuffix(".weight") for name in names], fontsize=7)
-    axes.set_xlabel("overall")
-    axes.set_title(title, loc="left", fontsize=11)
-    figure.colorbar(image, ax=axes, label="weights removed (%)", fraction=0.05)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+def layer_sparsity(path: Path, methods: Mapping[str, Layers], title: str) -> None:
+    """Heat maps of the sparsity of each layer (rows) at each overall sparsity (columns), one for each method; logarithmic in what stays."""
+    first = next(iter(methods.values()))
+    names = [row["name"] for row in next(iter(first.values()))]
+    columns = max(len(layers) for layers in methods.values())
+    size = (1.9 + (0.55 * columns + 0.35) * len(methods), 1.0 + 0.23 * len(names))
+    figure, panels = plt.subplots(1, len(methods), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for axes, (method, layers) in zip(panels[0], methods.items()):
+        grid = [[100 * row["sparsity"] for row in rows] for rows in zip(*layers.values())]
+        shades = [[min(_halvings(value / 100), DARKEST) if value < 100 else DARKEST for value in line] for line in grid]
+        axes.imshow(shades, aspect="auto", cmap="Blues", vmin=0, vmax=DARKEST)
+        for i, line in enumerate(grid):
+            for j, value in enumerate(line):
+                ink = "white" if shades[i][j] > 0.55 * DARKEST else "black"
+                axes.text(j, i, _percent(value), ha="center", va="center", fontsize=7.5, color=ink)
+        axes.set_xticks(range(len(layers)), [f"{100 * s:g}" for s in layers])
+        axes.set_yticks(range(len(names)), [name.removesuffix(".weight") for name in names], fontsize=8)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        if len(methods) > 1:
+            axes.set_title(method, fontsize=10, fontweight="bold")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    figure.supxlabel("weights removed overall (%)", fontsize=10)
+    _save(figure, path)
+
+
+def _halvings(sparsity: float) -> float:
+    """How often the dense weights were halved: 1 at 0.5, 2 at 0.75."""
+    return -math.log2(1 - sparsity)
+
+
+def _percent(value: float) -> str:
+    """Two digits, three where they matter; 100 only where nothing is left."""
+    return f"{value:.0f}" if value < 98 or value == 100 else f"{math.floor(10 * value) / 10:.1f}"
+
+
+def _apart(heights: Mapping[str, float], gap: float = 5.0) -> dict[str, float]:
+    """Label heights moved up where they would cover each other, in the given order of names."""
+    moved: dict[str, float] = {}
+    floor = -math.inf
+    for name in sorted(heights, key=heights.__getitem__):
+        moved[name] = floor = max(heights[name], floor + gap)
+    return {name: moved[name] for name in heights}
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=150, bbox_inches="tight", facecolor="white")
     plt.close(figure)
