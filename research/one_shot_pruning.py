@@ -84,6 +84,11 @@ def parse(argv: Sequence[str] | None) -> Any:
         metavar="N",
         help="also report accuracy after re-estimating BatchNorm statistics from N batches",
     )
+    how.add_argument(
+        "--gradients",
+        choices=("batch", "sample"),
+        help="CAP, FastCAP: one gradient from each batch or from each image (default: the recipe's)",
+    )
     how.add_argument("--seed", type=int, default=42)
     how.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: the GPU if there is one)")
     source = parser.add_argument_group("data")
@@ -123,6 +128,10 @@ class Run:
         self.folder = folder
         self.manager = recipe.load_manager(args.sparseml_recipe)  # kept: SparseML empties a manager that is collected
         self.modifier = recipe.pruning_modifier(self.manager, args.sparseml_recipe)
+        if args.gradients:
+            if not isinstance(self.modifier, CorrelationAwareModifier):
+                raise cli.UserError(f"--gradients means nothing to {type(self.modifier).__name__}; leave it out")
+            self.modifier.gradients = args.gradients
         self.device = modeling.pick_device(args.device)
         modeling.seed_everything(args.seed)
         self.model = modeling.build_model(args.model, args.model_kwargs, args.checkpoint, args.pretrained).to(

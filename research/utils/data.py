@@ -124,14 +124,13 @@ def preprocessing(args: Any, model: nn.Module) -> dict[str, Any]:
     given = {
         "in_chans": args.model_kwargs.get("in_chans"),
         "img_size": size,
-        "mean": args.mean,
-        "std": args.std,
         "crop_pct": args.crop_pct,
         "interpolation": args.interpolation,
     }
     config = resolve_data_config({key: value for key, value in given.items() if value is not None}, model=model)
     channels = config["input_size"][0]
-    return config | {key: _per_channel(config[key], channels, f"--{key}") for key in ("mean", "std")}
+    per_channel = {"mean": args.mean or config["mean"], "std": args.std or config["std"]}
+    return config | {key: _per_channel(values, channels, f"--{key}") for key, values in per_channel.items()}
 
 
 def _per_channel(values: Sequence[float], channels: int, flag: str) -> tuple[float, ...]:

@@ -1,0 +1,116 @@
+"""Models from a command line, and their accuracy."""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+pytest.importorskip("timm")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import timm
+
+from research.utils import evaluate, modeling
+from research.utils.cli import UserError
+
+NAME = "vit_tiny_patch16_224"
+KWARGS: dict[str, Any] = {
+    "img_size": 16,
+    "patch_size": 8,
+    "embed_dim": 8,
+    "depth": 1,
+    "num_heads": 2,
+    "num_classes": 2,
+}
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_a_checkpoint_is_loaded(tmp_path, suffix, capsys):
+    path = tmp_path / f"weights.{suffix}"
+    wanted = timm.create_model(NAME, **KWARGS).state_dict()
+    save_file(wanted, path) if suffix == "safetensors" else torch.save(wanted, path)
+    model = modeling.build_model(NAME, KWARGS, str(path), pretrained=False)
+    assert not model.training
+    assert all(torch.equal(value, wanted[key]) for key, value in model.state_dict().items())
+    assert capsys.readouterr().err == ""
+
+
+def test_random_weights_are_mentioned(capsys):
+    modeling.build_model(NAME, KWARGS, "", pretrained=False)
+    assert "vit_tiny_patch16_224 has random weights; give --checkpoint or --pretrained" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_model(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    save_file(timm.create_model(NAME, **KWARGS | {"embed_dim": 16}).state_dict(), path)
+    with pytest.raises(UserError, match=r"cannot be built \(--checkpoint .*weights.safetensors\): .*size mismatch"):
+        modeling.build_model(NAME, KWARGS, str(path), pretrained=False)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "weights.pth"])
+def test_a_damaged_checkpoint(tmp_path, name):
+    (tmp_path / name).write_bytes(b"not a checkpoint at all")
+    with pytest.raises(UserError, match="--checkpoint"):
+        modeling.build_model(NAME, KWARGS, str(tmp_path / name), pretrained=False)
+
+
+def test_arguments_that_the_model_does_not_take():
+    with pytest.raises(UserError, match=r"\(--model-kwargs\): .*colour"):
+        modeling.build_model(NAME, KWARGS | {"colour": 1}, "", pretrained=False)
+
+
+def test_devices():
+    assert modeling.pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert modeling.pick_device("cpu") == torch.device("cpu")
+    with pytest.raises(UserError, match="--device gpu: torch knows no such device"):
+        modeling.pick_device("gpu")
+    with pytest.raises(UserError, match=r"--device cuda:99: torch sees .* GPU here"):
+        modeling.pick_device("cuda:99")
+
+
+def test_one_seed_for_all_generators():
+    drawn = []
+    for seed in (1, 1, 2):
+        modeling.seed_everything(seed)
+        drawn.append((random.random(), np.random.rand(), torch.rand(()).item()))  # noqa: NPY002
+    assert drawn[0] == drawn[1]
+    assert all(a != b for a, b in zip(drawn[1], drawn[2]))
+
+
+class Echo(nn.Module):
+    """Its inputs are its outputs."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def test_every_image_counts_once():
+    """A batch of four, all right, and a batch of one, wrong: 80 % and not the batches' mean of 50 %."""
+    logits = 5.0 * torch.eye(7)[[0, 1, 2, 3, 4]]
+    batches = [(logits[:4], torch.arange(4)), (logits[4:], torch.tensor([6]))]
+    model = Echo().train()
+    found = evaluate.evaluate(model, batches, torch.device("cpu"))
+    labels = torch.tensor([0, 1, 2, 3, 6])
+    assert found["top1"] == pytest.approx(80.0)
+    assert found["loss"] == pytest.approx(float(nn.functional.cross_entropy(logits, labels)))
+    assert found["images"] == 5
+    assert model.training
+
+
+def test_top5():
+    logits = torch.arange(10.0).repeat(2, 1)  # 9 is first, 5 is fifth, 4 is sixth
+    found = evaluate.evaluate(Echo(), [(logits, torch.tensor([5, 4]))], torch.device("cpu"))
+    assert (found["top1"], found["top5"]) == (0.0, 50.0)
+
+
+def test_top5_of_fewer_classes():
+    found = evaluate.evaluate(Echo(), [(torch.eye(3), torch.tensor([0, 1, 0]))], torch.device("cpu"))
+    assert found["top1"] == pytest.approx(200 / 3)
+    assert found["top5"] == 100.0
