@@ -309,6 +309,24 @@ def test_statistics_are_restored_even_if_the_loss_runs_the_model_in_training_mod
     assert same(before, snapshot(model))
 
 
+class Stubborn(nn.Sequential):
+    """Its ``train()`` freezes the first layer, as people do with BatchNorm."""
+
+    def train(self, mode: bool = True) -> Stubborn:
+        super().train(mode)
+        self[0].eval()
+        return self
+
+
+@pytest.mark.parametrize("inner", [True, False])
+def test_modes_are_put_back_past_a_train_method_of_the_model_s_own(inner: bool) -> None:
+    model = Stubborn(nn.Linear(5, 4), nn.Linear(4, 3)).train()
+    model[0].train(inner)
+    before = snapshot(model)
+    collect(model, vectors(2), 2)
+    assert same(before, snapshot(model))
+
+
 def test_calibration_sees_eval_mode() -> None:
     model = marked()
     modes = []

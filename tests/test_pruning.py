@@ -392,6 +392,22 @@ def test_masked_weights_are_cut_off_from_the_others() -> None:
     assert sum(row["zeros"] for row in dirty.layer_report()) == round(0.7 * 91) > gone
 
 
+def test_obs_scores_the_living_by_themselves() -> None:
+    model, data = mlp(), vectors()
+    masks = {name: torch.rand(w.shape) > 0.3 for name, w in weights(model).items()}
+    result = prune(model, data, 0.7, method="obs", num_grads=30, fisher_block_size=1000, masks=masks)
+    scores = {}
+    for name, G in gradients(model, data).items():
+        alive = masks[name].flatten()
+        F_living = fisher_blocks(G, 1000, 1e-2)[0][alive][:, alive]
+        score = torch.full(alive.shape, -1.0, dtype=torch.float64)
+        score[alive] = weights(model)[name].flatten()[alive] ** 2 / (2 * torch.linalg.inv(F_living).diagonal())
+        scores[name] = score
+    kept = torch.ones(91, dtype=torch.bool)
+    kept[torch.cat(list(scores.values())).argsort()[: round(0.7 * 91)]] = False
+    assert torch.equal(torch.cat([m.flatten() for m in result.masks().values()]), kept)
+
+
 def test_masks_may_be_numbers_and_leave_layers_out() -> None:
     model = conv_net()
     masks = {"0.weight": (torch.rand(4, 3, 3, 3) > 0.2).float()}

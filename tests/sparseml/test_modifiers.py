@@ -166,6 +166,15 @@ def test_layer_targets_and_one_global_target_exclude_each_other() -> None:
         plan(text)
 
 
+@pytest.mark.parametrize(("first", "second"), [(0.3, 0.6), (0.6, 0.3)])
+def test_two_modifiers_in_one_shot_prune_once_each_and_never_back(first: float, second: float) -> None:
+    # SparseML applies them in order of their end.
+    text = recipe({"final_sparsity": first, "end_epoch": 1.0}, {"final_sparsity": second, "end_epoch": 2.0})
+    model, sampler = applied(text)
+    assert zeros(model) == round(0.6 * WEIGHTS)
+    assert sampler.built == (2 if first < second else 1)
+
+
 @pytest.mark.parametrize("steps", [1, 2])
 def test_recomputations_draw_anew(steps: int) -> None:
     model, sampler = applied(recipe({"num_recomputations": steps}))
@@ -596,12 +605,12 @@ def test_an_unknown_parameter_is_named() -> None:
 
 
 def test_one_shot_serves_a_list_with_the_recipe_s_parameters() -> None:
-    manager = plan(recipe({"score": "cumulative"}))
+    manager = plan(recipe({"score": "cumulative", "grad_sampler_kwargs": {"size": 4}}))
     modifier, model, sampler = next(manager.iter_modifiers()), net(), Sampler()
     before = snapshot(model)
     result = modifier.one_shot(model, [0.5, 0.25, 0.9], sampler)
     assert same(before, snapshot(model))
-    assert (sampler.built, sampler.drawn) == (1, 8)
+    assert (sampler.built, sampler.drawn, sampler.arguments) == (1, 8, [{"size": 4}])
     assert result.sparsities == [0.25, 0.5, 0.9]
     assert result.settings["score"] == "cumulative"
     assert (result.settings["num_grads"], result.settings["fisher_block_size"], result.settings["damp"]) == (8, 7, 1e-3)
