@@ -15,8 +15,8 @@ from research.utils.cli import UserError
 
 # isort: split
 from sparseml.pytorch.optim import ScheduledModifierManager
-from sparseml.pytorch.sparsification.pruning import BasePruningModifier
-from sparseml.pytorch.utils import PythonLogger
+from sparseml.pytorch.sparsification.pruning import BasePruningModifier, MFACPruningModifier
+from sparseml.pytorch.utils import GradSampler, PythonLogger
 from torch import nn
 
 # Without a logger of ours SparseML writes sparse_logs/<date>.log into the current folder.
@@ -101,6 +101,10 @@ def apply_at(path: str, model: nn.Module, sparsity: float, grad_sampler: dict[st
     modifier = pruning_modifier(manager, path)
     modifier.init_sparsity = sparsity
     modifier.final_sparsity = sparsity
+    if isinstance(modifier, MFACPruningModifier):
+        # In one shot SparseML prunes before it takes the grad_sampler, and then has no gradient.
+        batches = grad_sampler["data_loader_builder"](modifier.grad_sampler_kwargs)
+        modifier._grad_sampler = GradSampler(batches, grad_sampler["loss_function"])
     manager.apply(model, loggers=quiet_loggers(), finalize=True, grad_sampler=grad_sampler)
 
 
