@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
-from capruner.distributed import Shards
+from capruner.distributed import Shards, world
 from capruner.gradients import GradientMode, LossFunction, calibrating, gradient_slabs
 from capruner.layout import BlockLayout
 from capruner.methods import LayerSolution, Method, Settings, Stopwatch, Target
+from capruner.methods.base import RankedMethod, SecondOrderMethod
 from capruner.patterns import Pattern, unsupported
 from capruner.result import Level
 from capruner.selection import SelectionError
+
+WORKING_SET = 128 * 2**20
+"""Chunks of blocks that are being eliminated or solved, in bytes; the same whatever the model."""
 
 
 @dataclass
@@ -26,6 +33,7 @@ class Calibration:
         model: not wrapped; called in eval mode.
         batches: see :func:`capruner.prune`; None for methods without gradients.
         parameters: ``{name: parameter}``.
+        budget: bytes that the Fisher blocks and gradients of one process may take; None: no limit.
         clock: seconds by stage, over all calibrations.
     """
 
@@ -36,6 +44,7 @@ class Calibration:
     settings: Settings
     gradients: GradientMode = "batch"
     progress: bool = True
+    budget: int | None = None
     clock: Stopwatch = field(default_factory=Stopwatch)
 
     def __post_init__(self) -> None:
@@ -62,8 +71,6 @@ class Calibration:
     def _feed(self, pruner: Method) -> None:
         if self.batches is None:
             raise ValueError(f"method {pruner.name!r} needs calibration data: give `batches`")
-        # Enough rows for efficient matrix products, few enough to stay a small share of the d·B of the Fisher blocks.
-        slab = max(6, max(layout.block_size for layout in self.layouts.values()) // 12)
         shards = pruner.shards
         # Of num_grads each process draws its share; the first ones draw what is left over.
         mine = self.settings.num_grads // shards.size + (shards.rank < self.settings.num_grads % shards.size)
@@ -75,7 +82,7 @@ class Calibration:
                 self.parameters,
                 mine,
                 mode=self.gradients,
-                slab=max(1, slab // shards.size),
+                slab=max(1, self._slab() // shards.size),
                 progress=self.progress and shards.rank == 0,
             )
             while True:
@@ -90,10 +97,86 @@ class Calibration:
     def _in_blocks(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: self.layouts[name].to_blocks(rows, rows.dtype) for name, rows in gradients.items()}
 
-    def solve(self, pruner: Method, rungs: Sequence[tuple[float, Sequence[Target]]]) -> list[Level]:
-        """The model at each ``(sparsity, targets)``, as tensors like the parameters; the same on every process."""
-        solutions = pruner.solve([targets for _, targets in rungs])
+    def levels(
+        self, method: type[Method], kept: Mapping[str, Tensor], rungs: Sequence[tuple[float, Sequence[Target]]]
+    ) -> list[Level]:
+        """The model at each ``(sparsity, targets)``, as tensors like the parameters; the same on every process.
+
+        Within the memory budget: layers that do not fit together are calibrated one group after the other.
+        """
+        parts = self._parts(method)
+        targets = [targets for _, targets in rungs]
+        if all(any(set(t.names) <= part.parameters.keys() for part in parts) for ts in targets for t in ts):
+            # No target reaches over two groups: each group is solved on its own.
+            found = [part._solved(method, kept, rungs) for part in parts]
+        else:
+            scores: dict[str, Tensor] = {}
+            counts: list[dict[str, Tensor]] = []
+            for part in parts:
+                pruner = part.run(method, kept)
+                assert isinstance(pruner, RankedMethod)
+                scores |= pruner.scores()
+                if part is parts[-1]:
+                    counts = [pruner.count(scores, ts) for ts in targets]
+                del pruner  # frees the inverses before the next group takes as much again
+            found = [part._solved(method, kept, rungs, counts) for part in parts]
+        return [merged(levels) for levels in zip(*found)]
+
+    def _solved(
+        self,
+        method: type[Method],
+        kept: Mapping[str, Tensor],
+        rungs: Sequence[tuple[float, Sequence[Target]]],
+        counts: Sequence[Mapping[str, Tensor]] | None = None,
+    ) -> list[Level]:
+        pruner = self.run(method, kept)
+        if counts is None:
+            solutions = pruner.solve([[t for t in ts if t.names[0] in self.parameters] for _, ts in rungs])
+        else:
+            assert isinstance(pruner, RankedMethod)
+            solutions = pruner.solve_counts(counts)
         return [self.level(pruner.shards, s, solution) for (s, _), solution in zip(rungs, solutions)]
+
+    def _parts(self, method: type[Method]) -> list[Calibration]:
+        """This calibration cut into groups of layers whose Fisher blocks fit the budget."""
+        if self.budget is None or not issubclass(method, SecondOrderMethod):
+            return [self]
+        size = world()[1]
+        need = {name: self._bytes(layout) // size for name, layout in self.layouts.items()}
+        largest = max(need, key=need.__getitem__)
+        if need[largest] + WORKING_SET > self.budget:
+            raise ValueError(
+                f"memory_budget={shown(self.budget)} is too small: {largest} alone needs {shown(need[largest] + WORKING_SET)} at "
+                f"fisher_block_size={self.settings.fisher_block_size}; give that much, a smaller fisher_block_size, or method='fast_cap'"
+            )
+        groups: list[list[str]] = [[]]
+        room = self.budget - WORKING_SET
+        for name, bytes_ in need.items():
+            if bytes_ > room and groups[-1]:
+                groups.append([])
+                room = self.budget - WORKING_SET
+            groups[-1].append(name)
+            room -= bytes_
+        if len(groups) > 1 and isinstance(self.batches, Iterator):
+            raise ValueError(
+                f"memory_budget={shown(self.budget)} needs {len(groups)} groups of layers, each with passes of its own over the data, but "
+                "`batches` is an iterator, which ends after one; give a DataLoader or a list"
+            )
+        if self.progress and world()[0] == 0:
+            total = shown(sum(need.values()) + WORKING_SET)
+            tqdm.write(
+                f"Fisher blocks need {total} at once; {len(groups)} groups of layers fit {shown(self.budget)}",
+                file=sys.stderr,
+            )
+        return [replace(self, parameters={name: self.parameters[name] for name in group}) for group in groups]
+
+    def _bytes(self, layout: BlockLayout) -> int:
+        """Fisher blocks, a slab of gradients, and what else is kept per weight (order, losses, weights, masks)."""
+        return layout.num_blocks * layout.block_size * (layout.block_size + self._slab() + 8) * 4
+
+    def _slab(self) -> int:
+        # Enough rows for efficient matrix products, few enough to stay a small share of the d·B of the Fisher blocks.
+        return max(6, max(layout.block_size for layout in self.layouts.values()) // 12)
 
     def level(self, shards: Shards, sparsity: float, solutions: Mapping[str, LayerSolution]) -> Level:
         """One level from the solutions of all processes."""
@@ -106,6 +189,47 @@ class Calibration:
                 raise ValueError(f"the pruned weights of {name} are not finite in {p.dtype}; raise damp")
             losses[name] = shards.sum(solution.loss)
         return Level(sparsity, weights, masks, losses)
+
+
+def merged(levels: Sequence[Level]) -> Level:
+    """One level out of the same level of several groups of layers."""
+    first = levels[0]
+    together: list[dict[str, Any]] = [{}, {}, {}]
+    for level in levels:
+        for whole, part in zip(together, (level.weights, level.masks, level.losses)):
+            whole |= part
+    return Level(first.sparsity, *together)
+
+
+UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
+
+
+def parse_bytes(text: str | int) -> int:
+    """``"8GiB"``, ``"500 MB"`` or a number of bytes.
+
+    Raises:
+        ValueError: anything else.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
+    if not match or match[2].lower() not in UNITS:
+        raise ValueError(f"memory_budget must be bytes or a size such as '8GiB' or '500MB', got {text!r}")
+    return int(float(match[1]) * UNITS[match[2].lower()])
+
+
+def shown(size: int) -> str:
+    """Bytes for people."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.0f} MiB"
 
 
 def _working_dtype(parameter: Tensor) -> torch.dtype:

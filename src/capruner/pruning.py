@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from capruner.allocation import Score, refuse_below
-from capruner.calibration import Calibration, supporting
+from capruner.calibration import Calibration, parse_bytes, supporting
 from capruner.fisher import Solver
 from capruner.gradients import GradientMode, LossFunction
 from capruner.methods import METHODS, OBS, Settings, Target
@@ -54,6 +54,7 @@ def prune(
     fisher_inv_device: str | None = None,
     block_size: int | None = None,
     skip_unsupported: bool = False,
+    memory_budget: str | int | None = None,
     masks: Mapping[str, Tensor] | Literal["zeros"] | None = None,
     progress: bool = True,
 ) -> PruningResult:
@@ -86,6 +87,9 @@ def prune(
         fisher_inv_device: where inverse Fisher blocks live, ``"cpu"`` say, when they do not fit beside the model.
         block_size: ``fast_cap`` only: columns per mask decision; all of a block when None.
         skip_unsupported: leave parameters dense that cannot hold the mask type (``result.settings["skipped"]`` names them) instead of raising.
+        memory_budget: bytes, or ``"8GiB"``, that Fisher blocks and gradients of one process may take. Layers are then calibrated in groups that
+            fit, one pass over ``batches`` for each group, two with a target over all layers. ``batches`` has to be an iterable that can be
+            started anew, best with the same data each time. What it will be is printed before anything is allocated.
         masks: what earlier pruning removed, ``{name: bool, True = stays}``, or ``"zeros"``: every weight that is exactly 0. Those stay removed.
         progress: show progress bars.
 
@@ -105,6 +109,7 @@ def prune(
     if batches is None and METHODS[method].uses_gradients:
         raise ValueError(f"method {method!r} needs calibration data: give `batches`")
     pattern = parse_mask_type(mask_type)
+    budget = None if memory_budget is None else parse_bytes(memory_budget)
     for what, size in (("fisher_block_size", fisher_block_size), ("block_size", block_size)):
         if isinstance(size, int) and size > 0 and size % pattern.group:
             raise ValueError(f"{what} must be a multiple of {pattern.group} for mask_type {pattern}, got {size}")
@@ -125,10 +130,10 @@ def prune(
     rungs = _rungs(parameters, groups, sparsity, global_sparsity, pattern)
     kept = _initial_masks(parameters, masks)
     _check_not_below(rungs[0][1], kept, pattern)
-    calibration = Calibration(model, batches, loss_fn, parameters, settings, gradients, progress)
+    calibration = Calibration(model, batches, loss_fn, parameters, settings, gradients, progress, budget)
     levels: list[Level] = []
     if num_recomputations == 1:
-        levels = calibration.solve(calibration.run(METHODS[method], kept), rungs)
+        levels = calibration.levels(METHODS[method], kept, rungs)
     else:
         if pattern.n_m is not None:
             raise ValueError(
@@ -141,12 +146,12 @@ def prune(
                 for step in range(1, num_recomputations + 1):
                     now = [
                         # The last step takes the target itself: interpolation can miss it by a rounding error, and the count by one weight.
-                        Target(g.names, climb(start, g.sparsity, step / num_recomputations))
+                        replace(g, sparsity=climb(start, g.sparsity, step / num_recomputations))
                         if step < num_recomputations
                         else g
                         for g, start in zip(targets, starts)
                     ]
-                    level = calibration.solve(calibration.run(METHODS[method], kept), [(s, now)])[0]
+                    level = calibration.levels(METHODS[method], kept, [(s, now)])[0]
                     kept = dict(level.masks)
                     for name, p in parameters.items():
                         p.copy_(level.weights[name])
@@ -253,7 +258,7 @@ def _rungs(
     if own is not None:
         total = sum(p.numel() for p in parameters.values())
         overall = sum(own[name] * p.numel() for name, p in parameters.items()) / total
-        rungs = [(overall, [Target((name,), own[name]) for name in parameters])]
+        rungs = [(overall, [Target((name,), p.numel(), own[name]) for name, p in parameters.items()])]
     else:
         assert not isinstance(sparsity, Mapping)
         listed = [sparsity] if isinstance(sparsity, int | float) else list(sparsity)
@@ -261,7 +266,8 @@ def _rungs(
             raise ValueError("the list of sparsities is empty; give at least one, 0.5 say")
         groups = [tuple(parameters)] if global_sparsity else [(name,) for name in parameters]
         ascending = sorted({_checked_sparsity(s) for s in listed})
-        rungs = [(s, [Target(group, s) for group in groups]) for s in ascending]
+        numel = [sum(parameters[name].numel() for name in group) for group in groups]
+        rungs = [(s, [Target(group, size, s) for group, size in zip(groups, numel)]) for s in ascending]
     if pattern.sparsity is not None:
         wrong = sorted(
             {t.sparsity for _, targets in rungs for t in targets if abs(t.sparsity - pattern.sparsity) > 1e-6}
@@ -311,8 +317,7 @@ def _check_not_below(targets: Sequence[Target], kept: Mapping[str, Tensor], patt
         return
     for target in targets:
         gone = sum(int((~kept[name]).sum()) for name in target.names)
-        groups = sum(kept[name].numel() for name in target.names) / pattern.group
-        refuse_below(gone, round(target.sparsity * groups) * pattern.group, target.names)
+        refuse_below(gone, target.steps(pattern.group) * pattern.group, target.names)
 
 
 def _pruned_share(names: Sequence[str], kept: Mapping[str, Tensor]) -> float:

@@ -51,10 +51,21 @@ class Settings:
 
 @dataclass(frozen=True)
 class Target:
-    """Exactly ``round(sparsity · weights)`` zeros over the layers named."""
+    """So many zeros over the layers named.
+
+    Attributes:
+        names: the layers.
+        numel: weights of all of them together.
+        sparsity: share of these weights that goes.
+    """
 
     names: tuple[str, ...]
+    numel: int
     sparsity: float
+
+    def steps(self, group: int = 1) -> int:
+        """Exactly how many weights leave, or groups of so many weights: the nearest whole number."""
+        return round(self.sparsity * (self.numel / group))
 
 
 @dataclass(frozen=True)
@@ -148,8 +159,33 @@ class RankedMethod(Method):
 
     def solve(self, rungs: Sequence[Sequence[Target]]) -> list[dict[str, LayerSolution]]:
         with self.clock("allocate"):
-            counts = [self._counts(targets) for targets in rungs]
-        solutions: list[dict[str, LayerSolution]] = [{} for _ in rungs]
+            scores = self.scores()
+            counts = [self.count(scores, targets) for targets in rungs]
+        return self.solve_counts(counts)
+
+    def scores(self) -> dict[str, Tensor]:
+        """Per layer the scores that its steps compete with, those of other processes' blocks too."""
+        return {name: self.shards.gather(name, scores) for name, scores in self._scores.items()}
+
+    def count(self, scores: Mapping[str, Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
+        """Per layer the steps that each of its blocks takes, other processes' blocks too.
+
+        Args:
+            scores: see :meth:`scores`; they may hold layers of other calibrations.
+        """
+        counts: dict[str, Tensor] = {}
+        for target in targets:
+            competing = [scores[name] for name in target.names]
+            if self.settings.pattern.n_m is not None:  # the pattern itself says how far each block goes
+                steps = [(s < torch.inf).sum(dim=1) for s in competing]
+            else:
+                steps = allocate(competing, target.steps(self._unit), target.names)
+            counts |= {name: s * self._unit for name, s in zip(target.names, steps)}
+        return counts
+
+    def solve_counts(self, counts: Sequence[Mapping[str, Tensor]]) -> list[dict[str, LayerSolution]]:
+        """The layers of this calibration, for each decision of :meth:`count`."""
+        solutions: list[dict[str, LayerSolution]] = [{} for _ in counts]
         with self.clock("compensate"):
             for name in self.layouts:
                 elimination = self._eliminations[name]
@@ -158,19 +194,6 @@ class RankedMethod(Method):
                 for solution, w, k, loss in zip(solutions, weights, of_layer, losses):
                     solution[name] = LayerSolution(w, elimination.keep_mask(k), float(loss.sum()))
         return solutions
-
-    def _counts(self, targets: Sequence[Target]) -> dict[str, Tensor]:
-        """Per layer: steps that each of its blocks takes, those of other processes too."""
-        counts: dict[str, Tensor] = {}
-        for target in targets:
-            scores = [self.shards.gather(name, self._scores[name]) for name in target.names]
-            if self.settings.pattern.n_m is not None:  # the pattern itself says how far each block goes
-                steps = [(s < torch.inf).sum(dim=1) for s in scores]
-            else:
-                units = sum(self.layouts[name].numel for name in target.names) / self._unit
-                steps = allocate(scores, round(target.sparsity * units), target.names)
-            counts |= {name: s * self._unit for name, s in zip(target.names, steps)}
-        return counts
 
     @abstractmethod
     def _compensate(self, name: str, order: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:

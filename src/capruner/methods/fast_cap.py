@@ -101,11 +101,10 @@ class FastCAP(Method):
                     saliency = self._scales[name] * self._weights[name].square() / (2 * variance)
                 ranked = rank_once(saliency, self.settings.pattern, self._dead[name], self._padding(name)).losses
                 scores.append(self.shards.gather(name, ranked).flatten().sort().values[None])
-            if self.settings.pattern.n_m is not None:
-                taken = [(s < torch.inf).sum(dim=1) for s in scores]
-            else:
-                numel = sum(self.layouts[name].numel for name in target.names)
-                taken = allocate(scores, round(target.sparsity * numel), target.names)
+            n_m = self.settings.pattern.n_m is not None
+            taken = (
+                [(s < torch.inf).sum(dim=1) for s in scores] if n_m else allocate(scores, target.steps(), target.names)
+            )
             counts |= {name: int(k) for name, k in zip(target.names, taken)}
         return counts
 

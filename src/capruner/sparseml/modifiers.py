@@ -55,6 +55,7 @@ class CAPruningModifier(CorrelationAwareModifier):
         score: ``marginal`` or ``cumulative``.
         relative_damp: ``damp`` is a fraction of the mean diagonal of each block.
         skip_unsupported: leave parameters dense that cannot hold the mask type, instead of raising.
+        memory_budget: ``8GiB``, say: calibrate layers in groups whose Fisher blocks fit, with a pass over the data (two, if global) for each group.
     """
 
     method = "cap"
@@ -71,6 +72,7 @@ class CAPruningModifier(CorrelationAwareModifier):
         "score": str,
         "relative_damp": flag,
         "skip_unsupported": flag,
+        "memory_budget": none_or(str),
     }
 
     def __init__(
@@ -98,6 +100,7 @@ class CAPruningModifier(CorrelationAwareModifier):
         score: str = "marginal",
         relative_damp: bool = False,
         skip_unsupported: bool = False,
+        memory_budget: str | int | None = None,
         n: int | None = None,
         m: int | None = None,
     ) -> None:
@@ -125,11 +128,15 @@ class CAPruningModifier(CorrelationAwareModifier):
             score=score,
             relative_damp=relative_damp,
             skip_unsupported=skip_unsupported,
+            memory_budget=memory_budget,
         )
 
     blocks_in_parallel = recipe_parameter("blocks_in_parallel", "Blocks worked on at once; null: chosen.")
     score = recipe_parameter("score", "Marginal or cumulative losses compete.")
     relative_damp = recipe_parameter("relative_damp", "damp is a fraction of each block's mean diagonal.")
+    memory_budget = recipe_parameter(
+        "memory_budget", "Memory for Fisher blocks; layers are calibrated in groups that fit."
+    )
 
 
 @PyTorchModifierYAML()
