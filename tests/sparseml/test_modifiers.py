@@ -166,13 +166,15 @@ def test_layer_targets_and_one_global_target_exclude_each_other() -> None:
         plan(text)
 
 
-@pytest.mark.parametrize(("first", "second"), [(0.3, 0.6), (0.6, 0.3)])
-def test_two_modifiers_in_one_shot_prune_once_each_and_never_back(first: float, second: float) -> None:
-    # SparseML applies them in order of their end.
-    text = recipe({"final_sparsity": first, "end_epoch": 1.0}, {"final_sparsity": second, "end_epoch": 2.0})
-    model, sampler = applied(text)
-    assert zeros(model) == round(0.6 * WEIGHTS)
-    assert sampler.built == (2 if first < second else 1)
+@pytest.mark.parametrize(("target", "calibrations"), [(0.2, 0), (0.8, 1)])
+def test_one_shot_on_a_model_whose_masks_another_manager_holds(target: float, calibrations: int) -> None:
+    training = Training(recipe({"init_sparsity": 0.5}))
+    training.step()
+    held = {name: w != 0 for name, w in weights(training.model).items()}
+    _, sampler = applied(recipe({"final_sparsity": target}), training.model)
+    assert sampler.built == calibrations
+    assert zeros(training.model) == round(max(0.5, target) * WEIGHTS)
+    assert not any(((w != 0) & ~held[name]).any() for name, w in weights(training.model).items())
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -475,12 +477,13 @@ EVERY: dict[str, dict[str, Any]] = {
         "score": "cumulative",
         "relative_damp": True,
         "skip_unsupported": True,
+        "memory_budget": "8GiB",
     }
 }
 EVERY["FastCAPruningModifier"] = {
     key: value
     for key, value in EVERY["CAPruningModifier"].items()
-    if key not in ("blocks_in_parallel", "score", "relative_damp")
+    if key not in ("blocks_in_parallel", "score", "relative_damp", "memory_budget")
 } | {"global_sparsity": True, "block_size": 12}
 CLASSES = {"CAPruningModifier": CAPruningModifier, "FastCAPruningModifier": FastCAPruningModifier}
 
