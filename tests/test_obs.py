@@ -159,3 +159,12 @@ def test_not_positive_definite_is_said_and_never_replaced() -> None:
 def test_mask_of_the_wrong_kind() -> None:
     with pytest.raises(ValueError, match="keep must be a bool"):
         capruner.compensate(torch.ones(1, 2), torch.eye(2)[None], torch.ones(1, 2))
+
+
+def test_blocks_in_parallel_must_be_positive() -> None:
+    w, H = random_weight(3, 4), random_fisher_inverse(3, 4)
+    for count in (0, -1):
+        with pytest.raises(ValueError, match="blocks_in_parallel must be at least 1"):
+            capruner.eliminate(w, H, blocks_in_parallel=count)
+        with pytest.raises(ValueError, match="blocks_in_parallel must be at least 1"):
+            capruner.compensate(w, H, torch.ones(3, 4, dtype=torch.bool), blocks_in_parallel=count)

@@ -76,6 +76,19 @@ def check_blocks(weight: Tensor, fisher_inv: Tensor, **masks: Tensor | None) -> 
         )
 
 
+def blocks_at_once(asked: int | None, block_size: int, element_size: int) -> int:
+    """``blocks_in_parallel`` as asked for, or as many as suit the cache.
+
+    Raises:
+        ValueError: not a positive number.
+    """
+    if asked is None:
+        return chunk_size(block_size, element_size)
+    if asked < 1:
+        raise ValueError(f"blocks_in_parallel must be at least 1, or None to have it chosen; got {asked}")
+    return asked
+
+
 def chunk_size(block_size: int, element_size: int = 4, budget: int = STATE_BYTES) -> int:
     """Number of blocks whose ``B×B`` state fits ``budget`` bytes, at least 1."""
     return max(1, budget // (block_size * block_size * element_size))
@@ -119,7 +132,7 @@ def eliminate(
     steps = B if max_steps is None else min(max(max_steps, 0), B)
     order = torch.empty(n, B, dtype=torch.int64, device=weight.device)
     losses = torch.full((n, B), torch.inf, dtype=weight.dtype, device=weight.device)
-    chunk = blocks_in_parallel or chunk_size(B, weight.element_size())
+    chunk = blocks_at_once(blocks_in_parallel, B, weight.element_size())
     for start in range(0, n, chunk):
         part = slice(start, start + chunk)
         _eliminate_chunk(
@@ -260,7 +273,7 @@ def compensate_prefixes(
     result = weight.new_empty(len(counts), n, B)
     losses = torch.empty(len(counts), n, dtype=torch.float64, device=weight.device)
     steps = torch.arange(B, device=weight.device)
-    chunk = blocks_in_parallel or chunk_size(B, element_size=8)
+    chunk = blocks_at_once(blocks_in_parallel, B, 8)
     for start in range(0, n, chunk):
         part = slice(start, start + chunk)
         p = order[part].long()

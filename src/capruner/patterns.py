@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from capruner.numerics import NotPositiveDefiniteError, full_precision
-from capruner.obs import Elimination, check_blocks, chunk_size
+from capruner.obs import Elimination, blocks_at_once, check_blocks
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def eliminate_groups(
         bias = bias.masked_fill(frozen.unflatten(1, (-1, group)).any(dim=2), torch.finfo(weight.dtype).max)
     order = torch.empty(n, B, dtype=torch.int64, device=weight.device)
     losses = torch.empty_like(weight)
-    chunk = blocks_in_parallel or chunk_size(B, weight.element_size())
+    chunk = blocks_at_once(blocks_in_parallel, B, weight.element_size())
     for start in range(0, n, chunk):
         part = slice(start, start + chunk)
         groups, costs = _eliminate_groups_chunk(weight[part], fisher_inv[part], bias[part].clone(), group)

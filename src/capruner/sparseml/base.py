@@ -279,7 +279,9 @@ class CorrelationAwareModifier(BaseGradualPruningModifier):
         sizes = [masks[name].numel() for name in names]
         sparsity: Any
         if self.global_sparsity:
-            overall = sum(s * n for s, n in zip(targets, sizes)) / sum(sizes)
+            # Equal targets are taken as they are: their mean can miss them by a rounding error, and the count by one weight.
+            equal = len(set(targets)) == 1
+            overall = targets[0] if equal else sum(s * n for s, n in zip(targets, sizes)) / sum(sizes)
             wanted = {tuple(names): overall}
         else:
             wanted = {(name,): s for name, s in zip(names, targets)}
