@@ -326,7 +326,7 @@ def _plain(args: argparse.Namespace) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line says."""
     args = parse(argv, __doc__ or "")
-    with started(args.device, args.timeout) as processes:
+    with started(modeling.pick_device(args.device), args.timeout) as processes:
         Training(args, processes).run()
 
 

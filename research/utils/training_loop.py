@@ -124,7 +124,7 @@ def train_one_epoch(
                     raise RuntimeError(
                         f"{name}: the loss of batch {index} is {value}; the last checkpoint is good. Lower the learning rate, or clip with --clip-grad 1"
                     )
-                bar.set_postfix(loss=f"{value:.3f}")
+                bar.set_postfix(loss=f"{value:.3f}", refresh=False)
     loss_sum, count = processes.sum(float(total), images)
     return {"train_loss": loss_sum / count, "images_per_second": count / (time.perf_counter() - began)}
 

@@ -8,14 +8,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from research.utils.cli import UserError
-from research.utils.modeling import pick_device
 from research.utils.training_watch import Watch
 
 
@@ -24,7 +22,6 @@ class Processes:
     """This process among all."""
 
     rank: int
-    local_rank: int
     size: int
     device: torch.device
 
@@ -45,13 +42,6 @@ class Processes:
         total = torch.tensor(values, dtype=torch.float64, device=self._wire())
         dist.all_reduce(total)
         return [float(v) for v in total]
-
-    def from_first(self, value: Any) -> Any:
-        """What rank 0 has, everywhere; numbers, strings and containers of them."""
-        box = [value]
-        if self.size > 1:
-            dist.broadcast_object_list(box, src=0, device=self._wire())
-        return box[0]
 
     def check_equal(self, tensors: Mapping[str, Tensor], when: str) -> None:
         """Every process must hold the same bits.
@@ -77,27 +67,26 @@ class Processes:
 
 
 @contextmanager
-def started(device: str, timeout: float) -> Iterator[Processes]:
+def started(device: torch.device, timeout: float) -> Iterator[Processes]:
     """Among the other processes, if a launcher has set ``WORLD_SIZE``: NCCL on GPUs, gloo on CPUs.
 
     Args:
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``; with several processes each takes the GPU of its ``LOCAL_RANK``.
+        device: where to work; of several processes on GPUs each takes the one of its ``LOCAL_RANK``.
         timeout: seconds after which waiting for another process is an error.
 
     Raises:
         UserError: fewer GPUs than processes; another process failed or died (says which).
     """
     rank, local_rank, size = (int(os.environ.get(name, default)) for name, default in _ENVIRONMENT)
-    chosen = pick_device(device)
-    if size > 1 and chosen.type == "cuda":
+    if size > 1 and device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"process {local_rank} of this machine finds {torch.cuda.device_count()} GPUs; start at most that many (--nproc-per-node)"
             )
-        chosen = torch.device("cuda", local_rank)
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
-    processes = Processes(rank, local_rank, size, chosen)
+        device = torch.device("cuda", local_rank)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    processes = Processes(rank, size, device)
     if size == 1:
         yield processes
         return
@@ -105,7 +94,7 @@ def started(device: str, timeout: float) -> Iterator[Processes]:
     store, _, _ = next(dist.rendezvous("env://", timeout=limit))
     watch = Watch(dist.PrefixStore("watch", store.clone()), rank, size, timeout)
     watch.start()
-    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     try:
         yield processes
