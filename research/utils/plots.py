@@ -42,7 +42,7 @@ def accuracy_vs_sparsity(
         ends[name] = ys[-1]
         if len(curves) == 1:
             for x, y in zip(xs, ys):
-                axes.annotate(f"{y:.1f}", (x, y), (0, -14), textcoords="offset points", ha="center", fontsize=8.5)
+                axes.annotate(f"{y:.1f}", (x, y), (2, -14), textcoords="offset points", ha="right", fontsize=8.5)
     for (name, height), colour in zip(_apart(ends | {f"dense {dense:.1f}": dense}).items(), (*COLOURS, GREY)):
         own = GREY if name not in ends else colour
         axes.annotate(
