@@ -6,6 +6,7 @@ code. Files are written beside their place and moved there when they are whole a
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import zipfile
@@ -34,7 +35,7 @@ def save_weights(path: Path, model: nn.Module, masks: dict[str, Tensor], metadat
     path.parent.mkdir(exist_ok=True)
 
     def write(partial: Path) -> None:
-        save_file(state, partial, {key: str(value) for key, value in metadata.items()})
+        save_file(state, partial, {"capruner": json.dumps(metadata)})  # one key: several would come in random order
         _to_disk(partial)
 
     write_atomically(path, write)

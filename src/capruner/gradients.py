@@ -82,7 +82,7 @@ def gradient_slabs(
     if num_grads < 1:
         raise ValueError(f"num_grads must be at least 1, got {num_grads}")
     device = next(iter(parameters.values())).device
-    with tqdm(total=num_grads, desc="gradients", unit=mode, disable=not progress, leave=False) as bar:
+    with tqdm(total=num_grads, desc="gradients", unit=mode, disable=None if progress else True, leave=False) as bar:
         done = 0
         source = _batch_gradients if mode == "batch" else _sample_gradients
         for slab_gradients in source(model, _drawn(batches, device), loss_fn, parameters, num_grads, slab):
