@@ -1,0 +1,81 @@
+"""Train the small CIFAR-10 models of the accuracy benchmarks, from nothing, on whatever device there is.
+
+    python benchmarks/models/train.py conv DATA        # DATA/train/<class>/*.jpg, DATA/val/<class>/*.jpg
+
+Writes ``benchmarks/models/<name>.safetensors`` (float16) and ``<name>.json`` with the accuracy of those rounded weights and their checksum.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from cifar import ARCHITECTURES, MODELS, accuracy, build, load_images, load_model, normalise
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=sorted(ARCHITECTURES))
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--cache", type=Path, default=Path("output/cache"))
+    args = parser.parse_args()
+
+    torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    images, labels = load_images(args.data, "train", args.cache)
+    val_images, val_labels = load_images(args.data, "val", args.cache)
+    model = build(args.name).to(device)
+    steps = args.epochs * (len(images) // args.batch_size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps)
+    start = time.perf_counter()
+    for epoch in range(args.epochs):
+        model.train()
+        for chosen in torch.randperm(len(images)).split(args.batch_size)[: len(images) // args.batch_size]:
+            x = images[chosen]
+            if torch.rand(()) < 0.5:
+                x = x.flip(3)
+            x = F.pad(normalise(x), (4, 4, 4, 4))
+            top, left = torch.randint(0, 9, (2,)).tolist()
+            loss = F.cross_entropy(
+                model(x[:, :, top : top + 32, left : left + 32].to(device)),
+                labels[chosen].to(device),
+                label_smoothing=0.1,
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        print(f"epoch {epoch}: loss {loss.item():.3f}, {time.perf_counter() - start:.0f} s", flush=True)
+
+    file = MODELS / f"{args.name}.safetensors"
+    save_file(
+        {
+            k: v.detach().cpu().half().contiguous() if v.is_floating_point() else v.cpu()
+            for k, v in model.state_dict().items()
+        },
+        file,
+    )
+    record = {
+        "val_top1": accuracy(load_model(args.name), val_images, val_labels),
+        "epochs": args.epochs,
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+    }
+    file.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
+    print(record)
+
+
+if __name__ == "__main__":
+    main()
