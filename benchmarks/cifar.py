@@ -28,6 +28,13 @@ ARCHITECTURES: dict[str, tuple[str, dict]] = {
     ),
 }
 
+PRUNED: dict[str, list[str]] = {
+    "vit": ["re:blocks.[0-9]+.(attn|mlp).*weight$"],
+    "conv": ["re:layer[0-9].*conv[0-9].weight$", "re:layer[0-9].*downsample.0.weight$"],
+    "hybrid": ["re:stage[0-9].[0-9]+.(attn|mlp).*weight$"],
+}
+"""What gets pruned: everything but the first and the last layer, norms and biases, as the papers do."""
+
 
 def load_images(data_dir: Path, split: str, cache: Path) -> tuple[Tensor, Tensor]:
     """All images of a split as uint8 ``(n, 3, 32, 32)`` and their labels, in one fixed random order; decoded once, then cached."""

@@ -1,0 +1,317 @@
+"""Accuracy after one-shot pruning: models × methods × settings × seeds, all from the same calibration images.
+
+    python benchmarks/accuracy.py run DATA --models vit conv --methods cap magnitude --sparsities 0.9 0.95 --seeds 0 1 2
+    python benchmarks/accuracy.py run DATA --models vit --methods cap --set damp=1e-8,1e-7,1e-6 --sparsities 0.9
+    python benchmarks/accuracy.py table --models vit --by method damp
+
+``DATA`` holds CIFAR-10 as ``train/<class>/*.jpg`` and ``val/<class>/*.jpg``. Every case (one model, method, setting and seed) leaves one JSON file under
+``--output``; a case that is there is not run again, so runs can be killed, continued and shared by several processes.
+
+Calibration images are drawn from the training split without its first 5,000 images (of a fixed random order). Settings are chosen on those
+(``--split select``); ``--split val`` is for what gets reported. All methods see the same ``--images`` per seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import itertools
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from cifar import HELD_OUT, PRUNED, accuracy, load_images, load_model, normalise
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import capruner
+from capruner.selection import select_parameters
+
+OURS = ("cap", "fast_cap", "obs", "magnitude")
+SPARSEML = {
+    "sparseml_obs": "OBSPruningModifier",
+    "sparseml_mfac": "MFACPruningModifier",
+    "sparseml_magnitude": "GlobalMagnitudePruningModifier",
+}
+DEFAULTS: dict[str, Any] = {
+    "images": 4096,
+    "batch": 8,
+    "gradients": "batch",
+    "labels": "data",
+    "recomputations": 1,
+    "bn_batches": 0,
+    "mask_type": "unstructured",
+    "fisher_block_size": None,
+    "damp": None,
+    "relative_damp": None,
+}
+"""None: the method's own default. Any other keyword of ``capruner.prune`` can be set too."""
+
+# Not keywords of `prune`: what data there is and how it is used.
+HERE = ("images", "batch", "labels", "recomputations", "bn_batches")
+
+
+class Batches:
+    """Calibration data: ``(inputs, targets)`` from the start at each iteration, as a loader does."""
+
+    def __init__(self, images: Tensor, labels: Tensor, batch: int) -> None:
+        self.images, self.labels, self.batch = images, labels, batch
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for x, y in zip(self.images.split(self.batch), self.labels.split(self.batch), strict=True):
+            yield normalise(x), y
+
+
+def calibration(data: tuple[Tensor, Tensor], case: dict[str, Any], model: nn.Module) -> Batches:
+    images, labels = (t[HELD_OUT:] for t in data)
+    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(case["seed"]))[: case["images"]]
+    images, labels = images[chosen], labels[chosen]
+    if case["labels"] == "model":
+        generator = torch.Generator().manual_seed(case["seed"])
+        with torch.no_grad():
+            chances = torch.cat([model(normalise(x)).softmax(dim=1) for x in images.split(500)])
+        labels = chances.multinomial(1, generator=generator)[:, 0]
+    return Batches(images, labels, case["batch"])
+
+
+def given(case: dict[str, Any]) -> dict[str, Any]:
+    """The settings that are not left to their defaults."""
+    return {k: v for k, v in case["settings"].items() if k not in HERE and v is not None}
+
+
+def num_grads(case: dict[str, Any]) -> int:
+    """Per calibration: what ``images`` allow, shared out over the recomputations."""
+    per_gradient = 1 if case["gradients"] == "sample" else case["batch"]
+    return case["images"] // per_gradient // case["recomputations"]
+
+
+class Iterate:
+    """An iterator over an iterable that begins again when it ends: recomputations read on where the last one stopped."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches = itertools.cycle(batches)
+
+    def __iter__(self) -> Iterate:
+        return self
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        return next(self.batches)
+
+
+def pruned_models(
+    case: dict[str, Any], model: nn.Module, batches: Batches
+) -> Iterator[tuple[float, nn.Module, dict[str, float], float | None]]:
+    """Per sparsity: the pruned model, seconds by stage, and the loss increase that the method predicts."""
+    if case["method"] in SPARSEML:
+        for sparsity in case["sparsities"]:
+            pruned, start = copy.deepcopy(model), time.perf_counter()
+            by_sparseml(case, pruned, batches, sparsity)
+            yield sparsity, pruned, {"total": time.perf_counter() - start}, None
+        return
+    result = capruner.prune(
+        model,
+        Iterate(batches) if case["recomputations"] > 1 else batches,
+        F.cross_entropy,
+        case["sparsities"],
+        method=case["method"],
+        params=PRUNED[case["model"]],
+        num_grads=num_grads(case),
+        num_recomputations=case["recomputations"],
+        progress=False,
+        **given(case),
+    )
+    for sparsity in result.sparsities:
+        pruned = copy.deepcopy(model)
+        result.apply(pruned, sparsity)
+        yield sparsity, pruned, result.timings, result.predicted_loss(sparsity)
+
+
+def by_sparseml(case: dict[str, Any], model: nn.Module, batches: Batches, sparsity: float) -> None:
+    """One of SparseML's own modifiers through its own manager, in place."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from research.utils.recipe import apply_at
+
+    fields: dict[str, Any] = {
+        "params": list(select_parameters(model, PRUNED[case["model"]])),
+        "init_sparsity": sparsity,
+        "final_sparsity": sparsity,
+        "start_epoch": 0.0,
+        "end_epoch": 1.0,
+        "update_frequency": 1.0,
+        "mask_type": case["mask_type"],
+    }
+    if case["method"] != "sparseml_magnitude":
+        fields |= {"global_sparsity": True, "num_grads": num_grads(case)}
+        fields |= {k: v for k, v in given(case).items() if k in ("damp", "fisher_block_size")}
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        file.write(f"modifiers:\n  - !{SPARSEML[case['method']]}\n")
+        file.writelines(f"      {key}: {json.dumps(value)}\n" for key, value in fields.items())
+        file.flush()
+        sampler = {
+            "data_loader_builder": lambda *_: (([x], {}, y) for x, y in Iterate(batches)),
+            "loss_function": F.cross_entropy,
+        }
+        apply_at(file.name, model, sparsity, sampler)
+
+
+def run_case(case: dict[str, Any], data: dict[str, tuple[Tensor, Tensor]], weights: Path | None) -> dict[str, Any]:
+    torch.manual_seed(case["seed"])
+    model = load_model(case["model"], weights if case["model"] == "vit" else None)
+    images, labels = data["val"] if case["split"] == "val" else tuple(t[:HELD_OUT] for t in data["train"])
+    images, labels = images[: case["limit"]], labels[: case["limit"]]
+    batches = calibration(data["train"], case, model)
+    rows = []
+    for sparsity, pruned, seconds, predicted in pruned_models(case, model, batches):
+        chosen = select_parameters(pruned, PRUNED[case["model"]]).values()
+        row = {
+            "sparsity": sparsity,
+            "reached": sum(int((p == 0).sum()) for p in chosen) / sum(p.numel() for p in chosen),
+            "top1": accuracy(pruned, images, labels),
+            "predicted_loss": predicted,
+            "seconds": seconds,
+        }
+        if case["bn_batches"]:
+            recalibration = Batches(batches.images, batches.labels, 256)
+            capruner.recalibrate_bn(pruned, recalibration, min(case["bn_batches"], len(batches.images) // 256))
+            row["top1_bn"] = accuracy(pruned, images, labels)
+        rows.append(row)
+    return {"case": case, "dense": accuracy(model, images, labels), "rows": rows}
+
+
+def cases(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    items = (item.split("=") for item in args.set)
+    grid = {key: [parsed(v) for v in values.split(",")] for key, values in items}
+    for seed, model, method in itertools.product(args.seeds, args.models, args.methods):
+        for values in itertools.product(*grid.values()):
+            settings = DEFAULTS | dict(zip(grid, values, strict=True))
+            yield {
+                "model": model,
+                "method": method,
+                "seed": seed,
+                "split": args.split,
+                "limit": args.limit,
+                "sparsities": sorted(args.sparsities),
+                "settings": {k: v for k, v in settings.items() if k not in HERE},
+                **{k: settings[k] for k in HERE},
+                "gradients": settings["gradients"],
+                "mask_type": settings["mask_type"],
+            }
+
+
+def parsed(text: str) -> Any:
+    """A value as recipes write it; YAML takes ``1e-7`` for a string, and ``2:4`` for the number 124, which `prune` understands."""
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def run(args: argparse.Namespace) -> None:
+    args.output.mkdir(parents=True, exist_ok=True)
+    data: dict[str, tuple[Tensor, Tensor]] = {}
+    for case in cases(args):
+        file = args.output / f"{hashlib.sha256(json.dumps(case, sort_keys=True).encode()).hexdigest()[:16]}.json"
+        claim = file.with_suffix(".claim")
+        if file.exists() or (claim.exists() and alive(claim)):
+            continue
+        claim.write_text(str(os.getpid()))
+        data = data or {split: load_images(args.data, split, args.cache) for split in ("train", "val")}
+        start = time.perf_counter()
+        result = run_case(case, data, args.vit_weights)
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps(result, indent=1))
+        partial.replace(file)
+        claim.unlink()
+        shown = " ".join(f"{100 * r['sparsity']:g}%:{r.get('top1_bn', r['top1']):.2f}" for r in result["rows"])
+        changed = {k: v for k, v in (case["settings"] | case).items() if k in DEFAULTS and v != DEFAULTS[k]}
+        print(
+            f"{case['model']} {case['method']} seed {case['seed']} {changed}: dense {result['dense']:.2f}, {shown} "
+            f"({time.perf_counter() - start:.0f} s)",
+            flush=True,
+        )
+
+
+def alive(claim: Path) -> bool:
+    try:
+        os.kill(int(claim.read_text()), 0)
+    except (ProcessLookupError, ValueError, FileNotFoundError):
+        return False
+    return True
+
+
+def table(args: argparse.Namespace) -> None:
+    """Mean over seeds, and the spread (largest minus smallest)."""
+    found: dict[tuple, dict[float, list[float]]] = {}
+    for file in sorted(args.output.glob("*.json")):
+        result = json.loads(file.read_text())
+        case = result["case"] | result["case"]["settings"]
+        if case["split"] != args.split or case["model"] not in args.models:
+            continue
+        if any(str(case[k]) not in v.split(",") for k, v in (item.split("=") for item in args.where)):
+            continue
+        key = tuple(str(case.get(k)) for k in ["model", *args.by])
+        for row in result["rows"]:
+            found.setdefault(key, {}).setdefault(row["sparsity"], []).append(row[args.column])
+        found[key].setdefault(0.0, []).append(result["dense"])
+    columns = sorted({s for row in found.values() for s in row})
+    print("| " + " | ".join(["model", *args.by] + [f"{100 * s:g} %" for s in columns]) + " |")
+    print("|---" * (len(args.by) + 1 + len(columns)) + "|")
+    for key, row in sorted(found.items(), key=lambda item: sort_key(item[0])):
+        print("| " + " | ".join([*key, *(shown(row.get(s)) for s in columns)]) + " |")
+
+
+def sort_key(key: tuple[str, ...]) -> list[tuple[float, str]]:
+    """Numbers by size, before words."""
+    values = [parsed(k) for k in key]
+    return [(v, "") if isinstance(v, int | float) else (float("inf"), str(v)) for v in values]
+
+
+def shown(values: list[float] | None) -> str:
+    if not values:
+        return "–"
+    spread = f" ±{(max(values) - min(values)) / 2:.1f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.1f}{spread}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    runner = commands.add_parser("run", help="run what is missing")
+    runner.add_argument("data", type=Path)
+    runner.add_argument("--methods", nargs="+", default=["cap"], choices=[*OURS, *SPARSEML])
+    runner.add_argument("--sparsities", nargs="+", type=float, default=[0.5, 0.75, 0.9, 0.95, 0.98])
+    runner.add_argument("--seeds", nargs="+", type=int, default=[0])
+    runner.add_argument(
+        "--set", nargs="*", default=[], metavar="KEY=V1,V2", help="settings; several values make a grid"
+    )
+    runner.add_argument("--limit", type=int, default=2000, help="evaluate on this many images")
+    runner.add_argument("--cache", type=Path, default=Path("output/cache"), help="where decoded images are kept")
+    runner.add_argument("--vit-weights", type=Path, help="weights of the ViT when they are not in benchmarks/models")
+    runner.set_defaults(function=run)
+    printer = commands.add_parser("table", help="print a Markdown table of what has been run")
+    printer.add_argument("--by", nargs="+", default=["method"], help="what the rows are")
+    printer.add_argument("--where", nargs="*", default=[], metavar="KEY=V1,V2", help="only these cases")
+    printer.add_argument("--column", default="top1", choices=["top1", "top1_bn", "predicted_loss", "reached"])
+    printer.set_defaults(function=table)
+    for command in (runner, printer):
+        command.add_argument("--models", nargs="+", default=["vit"], choices=sorted(PRUNED))
+        command.add_argument("--split", default="select", choices=["select", "val"])
+        command.add_argument("--output", type=Path, default=Path("output/accuracy"))
+    args = parser.parse_args()
+    args.function(args)
+
+
+if __name__ == "__main__":
+    main()
