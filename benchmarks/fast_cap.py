@@ -82,7 +82,7 @@ def main() -> None:
     print(f"CAP / FastCAP without the gradients that both need: {statistics.median(ratios):.1f}")
 
     weights = {name: p.detach() for name, p in select_parameters(model, PRUNED["vit"]).items()}
-    deltas = {m: {n: r.weights(args.sparsity)[n] - w for n, w in weights.items()} for m, r in results.items()}
+    deltas = {m: {n: r.level(args.sparsity).weights[n] - w for n, w in weights.items()} for m, r in results.items()}
     losses = quadratic_losses(model, deltas, pairs[args.num_grads : 2 * args.num_grads])
     print(f"\nquadratic loss at {100 * args.sparsity:g} % of each layer, on gradients not calibrated on")
     print(f"{'':28}" + "".join(f"{method:>12}" for method in METHODS))
