@@ -12,6 +12,10 @@ import torch
 
 torch.set_num_threads(1)
 
+if not torch.cuda.is_available():
+    # Triton kernels then run in Triton's interpreter, which has to be asked for before triton is imported (timm does).
+    os.environ["TRITON_INTERPRET"] = "1"
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:

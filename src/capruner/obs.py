@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from capruner.kernels import kernel_for
 from capruner.numerics import NotPositiveDefiniteError, full_precision
 
 PANEL = 32
@@ -133,9 +134,11 @@ def eliminate(
     order = torch.empty(n, B, dtype=torch.int64, device=weight.device)
     losses = torch.full((n, B), torch.inf, dtype=weight.dtype, device=weight.device)
     chunk = blocks_at_once(blocks_in_parallel, B, weight.element_size())
-    for start in range(0, n, chunk):
-        part = slice(start, start + chunk)
-        _eliminate_chunk(
+    kernel = kernel_for(weight.device)
+    eliminate_blocks = _eliminate_chunk if kernel is None else kernel.eliminate_blocks
+    for start in range(0, n, chunk if kernel is None else max(n, 1)):
+        part = slice(start, start + chunk) if kernel is None else slice(None)
+        eliminate_blocks(
             weight[part],
             fisher_inv[part],
             None if dead is None else dead[part],
