@@ -26,7 +26,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "convnext_atto": {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]},
     "resnet18": {"channels": [8, 16, 24, 32]},
-    "efficientnet_lite0": {"channel_multiplier": 0.25, "depth_multiplier": 0.3},
+    "mobilenetv2_035": {},  # an EfficientNet to timm
     "mobilenetv3_small_050": {},
 }
 RECIPE = """
@@ -67,4 +67,5 @@ def test_a_family_trains_and_prunes(family: str, modifier: str, line: Line, tmp_
     assert float(rows(folder)[-1]["sparsity"]) == pytest.approx(0.75, abs=1e-3)
     layers = json.loads((folder / "layer_sparsity.json").read_text())[-1]["layers"]
     assert len(layers) > 4
-    assert len({row["zeros"] / row["numel"] for row in layers}) > 1  # one target over all layers, not the same in each
+    each = {round(row["zeros"] / row["numel"], 2) for row in layers}
+    assert (len(each) > 1) == (modifier == "CAPruningModifier")  # one target over all layers; FastCAP: the same in each
