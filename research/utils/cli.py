@@ -1,68 +1,10 @@
-"""Command lines that teach: dashes or underscores, one clear line for a user's mistake, a traceback only on ``--debug``."""
+"""The command line helpers of ``capruner.cli``, and what has to be set before SparseML is imported."""
 
-from __future__ import annotations
-
-import argparse
-import ast
 import os
-import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+
+from capruner.cli.arguments import KeyValues, Parser, UserError, run
 
 # Before anything imports SparseML: nobody receives its usage events any more.
 os.environ.setdefault("NM_DISABLE_ANALYTICS", "1")
 
-
-class UserError(Exception):
-    """Something the user can mend; the message says what and how."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Accepts ``--data_dir`` for ``--data-dir``; its help keeps the description's line breaks and shows defaults."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
-        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
-
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        return super().parse_known_args([_dashed(a) for a in (sys.argv[1:] if args is None else args)], namespace)
-
-
-def _dashed(argument: str) -> str:
-    if not argument.startswith("--"):
-        return argument
-    flag, equals, value = argument.partition("=")
-    return flag.replace("_", "-") + equals + value
-
-
-class KeyValues(argparse.Action):
-    """``--model-kwargs img_size=32 qkv_bias=False``: Python literals, or strings."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        found = dict(getattr(namespace, self.dest) or {})
-        for item in values:
-            key, equals, text = item.partition("=")
-            if not equals:
-                parser.error(f"{option_string} wants KEY=VALUE, got {item!r}")
-            try:
-                found[key] = ast.literal_eval(text)
-            except (ValueError, SyntaxError):
-                found[key] = text
-        setattr(namespace, self.dest, found)
-
-
-def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
-    """Exit status of ``main``: 0, or 2 after one line on stderr for a mistake of the user's, 130 after Ctrl-C."""
-    arguments = sys.argv[1:] if argv is None else argv
-    try:
-        main(argv)
-    except (UserError, ValueError, RuntimeError, OSError) as error:
-        if "--debug" in arguments:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        print("(--debug shows where)", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+__all__ = ["KeyValues", "Parser", "UserError", "run"]
