@@ -7,19 +7,23 @@
 DATA holds train/<class>/*.jpg and val/<class>/*.jpg. The recipe may use any SparseML pruning modifier: CAP and FastCAP serve the whole list from one
 calibration, SparseML's own (OBSPruningModifier, MFACPruningModifier, GlobalMagnitudePruningModifier, ...) are applied anew at each sparsity.
 
-Written to OUTPUT/EXPERIMENT: summary.json and summary.csv, accuracy_vs_sparsity.png, layer_sparsity.png, the recipe, result.safetensors (CAP, FastCAP), and
-checkpoints/sparsity_0.75.safetensors, ... which timm.create_model(..., checkpoint_path=...) loads.
+Without a recipe --method, --num-grads, --damp, --fisher-block-size, --mask-type and --params make one.
+
+Written to OUTPUT/EXPERIMENT: report.html, summary.json and summary.csv, accuracy_vs_sparsity.png, layer_sparsity.png, the recipe, result.safetensors (CAP,
+FastCAP), and checkpoints/sparsity_0.75.safetensors, ... which timm.create_model(..., checkpoint_path=...) loads.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import platform
 import resource
-import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,9 +38,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import capruner
+from capruner.report import multiply_adds, write_report
 from capruner.sparseml.base import CorrelationAwareModifier
 from research.utils import data as images
-from research.utils import evaluate, modeling, output, plots, recipe
+from research.utils import evaluate, modeling, one_shot_arguments, output, plots, recipe
 
 COLUMNS = {
     "method": "method",
@@ -52,82 +57,23 @@ COLUMNS = {
 }
 
 
-def parse(argv: Sequence[str] | None) -> Any:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.Parser(description=__doc__)
-    what = parser.add_argument_group("what to prune")
-    what.add_argument("--model", required=True, help="timm model name")
-    what.add_argument(
-        "--model-kwargs",
-        nargs="*",
-        action=cli.KeyValues,
-        default={},
-        metavar="KEY=VALUE",
-        help="arguments of timm.create_model, img_size=32 say",
-    )
-    what.add_argument("--checkpoint", default="", help="weights to start from (.safetensors or .pth)")
-    what.add_argument("--pretrained", action="store_true", help="start from timm's pretrained weights")
-    how = parser.add_argument_group("how")
-    how.add_argument(
-        "--sparseml-recipe", required=True, help="YAML with one pruning modifier; see research/recipes/one_shot"
-    )
-    how.add_argument(
-        "--sparsities",
-        type=float,
-        nargs="*",
-        default=[],
-        help="shares of weights to remove, 0.5 0.9 say (default: the recipe's)",
-    )
-    how.add_argument(
-        "--recalibrate-bn",
-        type=int,
-        default=0,
-        metavar="N",
-        help="also report accuracy after re-estimating BatchNorm statistics from N batches",
-    )
-    how.add_argument(
-        "--gradients",
-        choices=("batch", "sample"),
-        help="CAP, FastCAP: one gradient from each batch or from each image (default: the recipe's)",
-    )
-    how.add_argument("--seed", type=int, default=42)
-    how.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: the GPU if there is one)")
-    source = parser.add_argument_group("data")
-    source.add_argument("--data-dir", required=True, help="folder with train/ and val/, or the root of --dataset")
-    source.add_argument(
-        "--dataset", default="", help="a data set that timm knows, torch/cifar10 say (default: image folders)"
-    )
-    source.add_argument("-gb", "--gs-batch-size", type=int, default=16, help="images per gradient (default 16)")
-    source.add_argument(
-        "--gs-aug", action="store_true", help="calibrate on augmented images (default: evaluation transforms)"
-    )
-    source.add_argument("-vb", "--val-batch-size", type=int, default=128, help="default 128")
-    source.add_argument("--val-limit", type=int, help="evaluate on so many images only, the same each time")
-    source.add_argument("--workers", type=int, default=2, help="loader processes (default 2)")
-    images.preprocessing_arguments(parser)
-    out = parser.add_argument_group("output")
-    out.add_argument("--output", default="output", help="parent folder (default ./output)")
-    out.add_argument("--experiment", default="", help="name of the folder in it (default: model and recipe)")
-    out.add_argument("--save-model", action="store_true", help="write a checkpoint per sparsity")
-    out.add_argument(
-        "--log-wandb", action="store_true", help="log to Weights & Biases too (WANDB_MODE=offline needs no account)"
-    )
-    args = parser.parse_args(argv)
-    wrong = [s for s in args.sparsities if not 0 <= s < 1]
-    if wrong:
-        raise cli.UserError(f"--sparsities {' '.join(map(str, wrong))}: must lie in [0, 1); write 0.9 for 90 %")
-    if not args.experiment:
-        args.experiment = f"{args.model}-{Path(args.sparseml_recipe).parent.name}-{Path(args.sparseml_recipe).stem}"
-    return args
+    one_shot_arguments.add_arguments(parser)
+    return one_shot_arguments.checked(parser.parse_args(argv))
 
 
 class Run:
     """One invocation: the dense model, its data, and the rows of the summary so far."""
 
-    def __init__(self, args: Any, folder: Path) -> None:
+    def __init__(self, args: argparse.Namespace, folder: Path, recipe_path: str) -> None:
         self.args = args
         self.folder = folder
-        self.manager = recipe.load_manager(args.sparseml_recipe)  # kept: SparseML empties a manager that is collected
-        self.modifier = recipe.pruning_modifier(self.manager, args.sparseml_recipe)
+        self.recipe_path = recipe_path
+        self.stages: list[dict[str, Any]] = []
+        self._stage_began = time.perf_counter()
+        self.manager = recipe.load_manager(recipe_path)  # kept: SparseML empties a manager that is collected
+        self.modifier = recipe.pruning_modifier(self.manager, recipe_path)
         if args.gradients:
             if not isinstance(self.modifier, CorrelationAwareModifier):
                 raise cli.UserError(f"--gradients means nothing to {type(self.modifier).__name__}; leave it out")
@@ -141,11 +87,13 @@ class Run:
         self.train, val = images.open_splits(args.data_dir, args.dataset, self.model)
         self.config = images.preprocessing(args, self.model)
         self.val = images.loader(val, self.config, args.val_batch_size, args.workers, limit=args.val_limit)
-        recipe.check_sparsities(self.modifier, self.model, args.sparsities, args.sparseml_recipe)
+        recipe.check_sparsities(self.modifier, self.model, args.sparsities, recipe_path)
         self.rows: list[dict[str, Any]] = []
         self.layers: dict[float, list[dict[str, Any]]] = {}
         self.wandb = self._wandb() if args.log_wandb else None
-        shutil.copy(args.sparseml_recipe, folder / "recipe.yaml")
+        self.macs = multiply_adds(self.model, self.config["input_size"])
+        (folder / "recipe.yaml").write_text(Path(recipe_path).read_text())
+        self.stage_done("load model and data")
 
     def _wandb(self) -> Any:
         try:
@@ -168,11 +116,26 @@ class Run:
         )
         return {"data_loader_builder": batches, "loss_function": loss}
 
-    def record(self, model: nn.Module, requested: float | None, seconds: float, stages: dict[str, float]) -> None:
-        """Measure a model, write its checkpoint, and bring the summary up to date."""
+    def stage_done(self, stage: str, parts: dict[str, float] | None = None) -> None:
+        """A stage ends and the next begins. ``parts``: seconds of what it consisted of."""
+        now = time.perf_counter()
+        row = {"stage": stage, "seconds": now - self._stage_began, "peak_memory_gib": peak_memory(self.device)}
+        self.stages.append(row | ({"parts": parts} if parts else {}))
+        self._stage_began = now
+
+    def record(
+        self,
+        model: nn.Module,
+        requested: float | None,
+        seconds: float,
+        stages: dict[str, float],
+        predicted: dict[str, float] | None = None,
+    ) -> None:
+        """Measure a model, write its checkpoint, and bring the summary up to date. ``predicted``: increase of the loss by layer."""
         weights = dict(model.named_parameters())
         zeros = {name: int((weights[name] == 0).sum()) for name in self.names}
         prunable = sum(weights[name].numel() for name in self.names)
+        shares = {name: zeros[name] / weights[name].numel() for name in self.names}
         row: dict[str, Any] = {
             "method": "dense" if requested is None else self.method,
             "requested": requested,
@@ -182,16 +145,20 @@ class Run:
             "seconds": seconds,
             **{f"seconds_{stage}": value for stage, value in stages.items()},
             "peak_memory_gib": peak_memory(self.device),
+            "predicted_loss": None if predicted is None else sum(predicted.values()),
+            "macs_left": self.macs.left(shares),
         }
         if requested is not None:
             self.layers[requested] = [
-                {"name": n, "numel": weights[n].numel(), "zeros": zeros[n], "sparsity": zeros[n] / weights[n].numel()}
+                {"name": n, "numel": weights[n].numel(), "zeros": zeros[n], "sparsity": shares[n]}
+                | ({} if predicted is None else {"predicted_loss": predicted.get(n, 0.0)})
                 for n in self.names
             ]
             self.save(model, f"sparsity_{requested:g}")
             if self.args.recalibrate_bn:
                 self.recalibrate(model, row)
         self.rows.append(row)
+        self.stage_done("evaluate dense" if requested is None else f"apply and evaluate {100 * requested:g} %")
         if self.wandb:
             self.wandb.log({key: value for key, value in row.items() if value is not None})
         self.write()
@@ -226,6 +193,8 @@ class Run:
             "recipe": (self.folder / "recipe.yaml").read_text(),
             "versions": versions,
             "device": str(self.device),
+            "macs": asdict(self.macs),
+            "stages": self.stages,
             "rows": self.rows,
             "layers": [{"requested": s, "layers": rows} for s, rows in self.layers.items()],
         }
@@ -252,6 +221,7 @@ class Run:
             }
             for row in self.rows
         ]
+        write_report(self.folder)
         print("\n" + output.table(percent, shown))
         print(f"\nwritten to {self.folder}")
         if self.wandb:
@@ -278,10 +248,12 @@ def prune_by_one_calibration(run: Run) -> None:
     result = run.modifier.one_shot(run.model, run.args.sparsities, run.grad_sampler(nn.functional.cross_entropy))
     seconds = time.perf_counter() - start
     output.write_atomically(run.folder / "result.safetensors", result.save)
+    run.stage_done("calibrate and prune", result.timings)
     for sparsity in result.sparsities:
         model = copy.deepcopy(run.model)
         result.apply(model, sparsity)
-        run.record(model, sparsity, seconds, result.timings)
+        predicted = dict(result.level(sparsity).losses)
+        run.record(model, sparsity, seconds, result.timings, predicted)
         asked, found = (
             sum(r["zeros"] for r in result.layer_report(sparsity)),
             sum(r["zeros"] for r in run.layers[sparsity]),
@@ -296,21 +268,32 @@ def prune_anew_at_each(run: Run) -> None:
         model = copy.deepcopy(run.model)
         modeling.seed_everything(run.args.seed)
         start = time.perf_counter()
-        recipe.apply_at(run.args.sparseml_recipe, model, sparsity, run.grad_sampler(finite_cross_entropy))
+        recipe.apply_at(run.recipe_path, model, sparsity, run.grad_sampler(finite_cross_entropy))
+        run.stage_done(f"prune to {100 * sparsity:g} %")
         run.record(model, sparsity, time.perf_counter() - start, {})
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse(argv)
+def prune(args: argparse.Namespace) -> None:
+    """Prune as the arguments (of :mod:`research.utils.one_shot_arguments`) say."""
     folder = output.make_folder(args.output, args.experiment)
-    with output.emptied_on_error(folder):
-        run = Run(args, folder)
+    with output.emptied_on_error(folder), tempfile.TemporaryDirectory() as made:
+        path = args.sparseml_recipe
+        if not path:
+            path = f"{made}/recipe.yaml"
+            Path(path).write_text(one_shot_arguments.recipe_text(args))
+        run = Run(args, folder, path)
+    run.recipe_path = str(folder / "recipe.yaml")
     run.record(run.model, None, 0.0, {})
     dense = run.rows[0]
     print(f"dense: top-1 {dense['top1']:.2f} % of {dense['images']} images; {len(run.names)} layers to prune")
-    prune = prune_by_one_calibration if isinstance(run.modifier, CorrelationAwareModifier) else prune_anew_at_each
-    prune(run)
+    once = isinstance(run.modifier, CorrelationAwareModifier)
+    (prune_by_one_calibration if once else prune_anew_at_each)(run)
     run.finish()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prune as the command line says."""
+    prune(parse(argv))
 
 
 if __name__ == "__main__":

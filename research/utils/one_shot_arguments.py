@@ -1,0 +1,176 @@
+"""The flags of one-shot pruning, for the script and for ``capruner prune``; a recipe from a few of them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from capruner.methods import METHODS
+from capruner.patterns import parse_mask_type
+from research.utils import cli
+from research.utils import data as images
+
+MODIFIERS = {
+    "cap": "CAPruningModifier",
+    "fast_cap": "FastCAPruningModifier",
+    "obs": "OBSPruningModifier",
+    "magnitude": "GlobalMagnitudePruningModifier",
+}
+# What stands in for a recipe, and each flag's default by method; absent: the method has no such knob.
+DEFAULTS = {
+    "num_grads": {"cap": 4096, "fast_cap": 256, "obs": 4096},
+    "damp": {"cap": METHODS["cap"].default_damp, "fast_cap": METHODS["fast_cap"].default_damp, "obs": 1e-6},
+    "fisher_block_size": {"cap": 192, "fast_cap": 192, "obs": 192},
+    "mask_type": dict.fromkeys(MODIFIERS, "unstructured"),
+    "params": dict.fromkeys(MODIFIERS, "__ALL_PRUNABLE__"),
+    "skip_unsupported": {"cap": False, "fast_cap": False},
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """All flags of one-shot pruning."""
+    what = parser.add_argument_group("what to prune")
+    what.add_argument("--model", required=True, help="timm model name")
+    what.add_argument(
+        "--model-kwargs",
+        nargs="*",
+        action=cli.KeyValues,
+        default={},
+        metavar="KEY=VALUE",
+        help="arguments of timm.create_model, img_size=32 say",
+    )
+    what.add_argument("--checkpoint", default="", help="weights to start from (.safetensors or .pth)")
+    what.add_argument("--pretrained", action="store_true", help="start from timm's pretrained weights")
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--sparseml-recipe",
+        help="YAML with one pruning modifier; see research/recipes/one_shot (default: one made from the flags below)",
+    )
+    how.add_argument(
+        "--sparsities",
+        type=float,
+        nargs="*",
+        default=[],
+        help="shares of weights to remove, 0.5 0.9 say (default: the recipe's; without one 0.5, or what the mask type means)",
+    )
+    how.add_argument(
+        "--recalibrate-bn",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also report accuracy after re-estimating BatchNorm statistics from N batches",
+    )
+    how.add_argument(
+        "--gradients",
+        choices=("batch", "sample"),
+        help="CAP, FastCAP: one gradient from each batch or from each image (default: the recipe's)",
+    )
+    how.add_argument("--seed", type=int, default=42)
+    how.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: the GPU if there is one)")
+    _recipe_arguments(parser)
+    source = parser.add_argument_group("data")
+    source.add_argument("--data-dir", required=True, help="folder with train/ and val/, or the root of --dataset")
+    source.add_argument(
+        "--dataset", default="", help="a data set that timm knows, torch/cifar10 say (default: image folders)"
+    )
+    source.add_argument("-gb", "--gs-batch-size", type=int, default=16, help="images per gradient (default 16)")
+    source.add_argument(
+        "--gs-aug", action="store_true", help="calibrate on augmented images (default: evaluation transforms)"
+    )
+    source.add_argument("-vb", "--val-batch-size", type=int, default=128, help="default 128")
+    source.add_argument("--val-limit", type=int, help="evaluate on so many images only, the same each time")
+    source.add_argument("--workers", type=int, default=2, help="loader processes (default 2)")
+    images.preprocessing_arguments(parser)
+    out = parser.add_argument_group("output")
+    out.add_argument("--output", default="output", help="parent folder (default ./output)")
+    out.add_argument("--experiment", default="", help="name of the folder in it (default: model and recipe)")
+    out.add_argument("--save-model", action="store_true", help="write a checkpoint per sparsity")
+    out.add_argument(
+        "--log-wandb", action="store_true", help="log to Weights & Biases too (WANDB_MODE=offline needs no account)"
+    )
+
+
+def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("instead of a recipe (what they make is written to the output as recipe.yaml)")
+    group.add_argument(
+        "--method",
+        choices=MODIFIERS,
+        help="cap: correlation-aware, the most accurate; fast_cap: one Fisher matrix per layer, quicker; to compare with: "
+        "obs (SparseML's WoodFisher), magnitude (default cap)",
+    )
+    group.add_argument("--num-grads", type=int, help="gradients to calibrate from (default 4096; fast_cap 256)")
+    group.add_argument(
+        "--damp",
+        type=float,
+        help="on the diagonal of the Fisher matrix (default 1e-8; fast_cap 0.1, relative; obs 1e-6)",
+    )
+    group.add_argument("--fisher-block-size", type=int, help="weights per Fisher block (default 192)")
+    group.add_argument("--mask-type", help="unstructured (default), 2:4 or another N:M, block4")
+    group.add_argument(
+        "--params",
+        nargs="+",
+        help="parameters or modules to prune, or re:PATTERN (default __ALL_PRUNABLE__: all Linear and convolution weights)",
+    )
+    group.add_argument(
+        "--skip-unsupported",
+        action="store_true",
+        default=None,
+        help="leave layers dense that cannot hold the mask type, an image's three input channels for 2:4 say",
+    )
+
+
+def checked(args: argparse.Namespace) -> argparse.Namespace:
+    """``args`` when they make sense together, with the experiment's name filled in.
+
+    Raises:
+        UserError: they do not.
+    """
+    wrong = [s for s in args.sparsities if not 0 <= s < 1]
+    if wrong:
+        raise cli.UserError(f"--sparsities {' '.join(map(str, wrong))}: must lie in [0, 1); write 0.9 for 90 %")
+    given = [key for key in ("method", *DEFAULTS) if getattr(args, key) is not None]
+    if args.sparseml_recipe and given:
+        flags = ", ".join(_flag(key) for key in given)
+        raise cli.UserError(f"{flags} and --sparseml-recipe: a recipe says these things itself; leave one of them out")
+    if args.sparseml_recipe:
+        name = f"{Path(args.sparseml_recipe).parent.name}-{Path(args.sparseml_recipe).stem}"
+    else:
+        name = args.method = args.method or "cap"
+    args.experiment = args.experiment or f"{args.model}-{name}"
+    return args
+
+
+def _flag(key: str) -> str:
+    return "--" + key.replace("_", "-")
+
+
+def recipe_text(args: argparse.Namespace) -> str:
+    """A recipe for the flags that stand in for one.
+
+    Raises:
+        UserError: a flag that the method does not know.
+        ValueError: no such mask type.
+    """
+    idle = [_flag(key) for key in DEFAULTS if getattr(args, key) is not None and args.method not in DEFAULTS[key]]
+    if idle:
+        raise cli.UserError(f"{', '.join(idle)} means nothing to --method {args.method}; leave it out")
+    values = {
+        key: default[args.method] if getattr(args, key) is None else getattr(args, key)
+        for key, default in DEFAULTS.items()
+        if args.method in default
+    }
+    pattern = parse_mask_type(values["mask_type"])
+    sparsity = args.sparsities[-1] if args.sparsities else 0.5 if pattern.sparsity is None else pattern.sparsity
+    modifier, globally = MODIFIERS[args.method], pattern.n_m is None
+    if args.method == "magnitude":
+        # The global one decides over all layers together, and knows no pattern.
+        modifier = modifier if pattern.group == 1 else "MagnitudePruningModifier"
+        if pattern.group == 1:
+            del values["mask_type"]
+    elif args.method != "fast_cap":  # which prunes each layer alike, as published
+        values["global_sparsity"] = globally
+    values |= {"init_sparsity": sparsity, "final_sparsity": sparsity}
+    values |= {"start_epoch": 0.0, "end_epoch": 1.0, "update_frequency": 1.0}
+    lines = [f"      {key}: {json.dumps(value)}" for key, value in values.items()]
+    return "\n".join(["# Made from the flags of the command line.", "modifiers:", f"  - !{modifier}", *lines, ""])

@@ -1,0 +1,121 @@
+"""Line charts over sparsity as inline SVG: no script, no font, colours from the page's style sheet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, HEIGHT = 420, 270
+LEFT, RIGHT, TOP, BOTTOM = 50, 16, 16, 46
+MARK = 4
+
+
+@dataclass
+class Series:
+    """Points ``(x, y)``, ascending; ``label`` writes a value beside each point."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    label: Callable[[float], str] | None = None
+
+
+def halvings(sparsity: float) -> float:
+    """How often the dense weights were halved: 1 at 0.5, 2 at 0.75."""
+    return -math.log2(max(1 - sparsity, 2**-14))
+
+
+def nice_ticks(low: float, high: float) -> list[float]:
+    """About five round numbers that span ``[low, high]``."""
+    span = max(high - low, 1e-9)
+    step = 10 ** math.floor(math.log10(span / 4))
+    step *= next(factor for factor in (1, 2, 2.5, 5, 10) if span / (step * factor) <= 5)
+    first = math.floor(low / step)
+    return [round((first + i) * step, 10) for i in range(math.ceil(high / step) - first + 1)]
+
+
+def decades(low: float, high: float) -> list[float]:
+    """Powers of ten that span ``[low, high]``."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    return [10.0**k for k in range(first, max(last, first + 1) + 1)]
+
+
+def line_chart(
+    identity: str,
+    title: str,
+    words: str,
+    series: Sequence[Series],
+    x_ticks: Sequence[tuple[float, str]],
+    x_title: str,
+    y_ticks: Sequence[float],
+    *,
+    dense: float | None = None,
+    logarithmic: bool = False,
+    show: Callable[[float], str] = "{:g}".format,
+) -> str:
+    """One or two series.
+
+    Args:
+        identity: unique on the page.
+        words: what the picture shows, for those who do not see it.
+        x_ticks: place and text, ascending; texts that would cover each other are left out.
+        y_ticks: the axis spans them.
+        dense: draws a dashed line at this height.
+        show: writes a tick.
+    """
+    first, last = x_ticks[0][0], x_ticks[-1][0]
+    pad = (last - first) * 0.06 or 0.5
+    scale = math.log10 if logarithmic else float
+    low, high = scale(y_ticks[0]), scale(y_ticks[-1])
+
+    def x(value: float) -> float:
+        return LEFT + (value - first + pad) / (last - first + 2 * pad) * (WIDTH - LEFT - RIGHT)
+
+    def y(value: float) -> float:
+        return TOP + (high - scale(value)) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
+    parts = [
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-labelledby="{identity}-title {identity}-words">',
+        f'<title id="{identity}-title">{escape(title)}</title><desc id="{identity}-words">{escape(words)}</desc>',
+    ]
+    for tick in y_ticks:
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
+        parts.append(
+            f'<text class="axis" x="{LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{escape(show(tick))}</text>'
+        )
+    right = -math.inf
+    for place, text in x_ticks:
+        half = 3.8 * len(text)
+        if x(place) - half > right + 4:
+            parts.append(
+                f'<text class="axis" x="{x(place):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{escape(text)}</text>'
+            )
+            right = x(place) + half
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    parts.append(f'<text class="axis" x="{middle:.0f}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_title)}</text>')
+    if dense is not None:
+        parts.append(f'<line class="dense" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(dense):.1f}" y2="{y(dense):.1f}"/>')
+    for one, style in zip(series, ("one", "two")):
+        places = [(x(a), y(b)) for a, b in one.points]
+        path = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
+        parts.append(f'<polyline class="{style}" points="{path}" fill="none" stroke-width="2"/>')
+        for (a, b), (_, value) in zip(places, one.points):
+            if style == "one":
+                parts.append(f'<circle class="one" cx="{a:.1f}" cy="{b:.1f}" r="{MARK}"/>')
+            else:
+                parts.append(
+                    f'<rect class="two" x="{a - MARK:.1f}" y="{b - MARK:.1f}" width="{2 * MARK}" height="{2 * MARK}"/>'
+                )
+            if one.label:
+                below = b + 18 if b + 18 < HEIGHT - BOTTOM - 2 else b - 9
+                parts.append(
+                    f'<text x="{a + 3:.1f}" y="{below:.1f}" text-anchor="end">{escape(one.label(value))}</text>'
+                )
+    if len(series) > 1:  # a legend in the corner that rising curves leave free
+        for index, (one, style) in enumerate(zip(series, ("one", "two"))):
+            height = TOP + 14 + 18 * index
+            parts.append(
+                f'<text class="{style}" x="{LEFT + 8}" y="{height}">{"●" if style == "one" else "■"} {escape(one.name)}</text>'
+            )
+    return "".join([*parts, "</svg>"])

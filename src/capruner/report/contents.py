@@ -1,0 +1,83 @@
+"""What a report says, before it is a page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Level:
+    """A model at one sparsity, or dense.
+
+    Attributes:
+        name: how to call it, "75 %" say.
+        requested: share of the prunable weights that was asked for; None: dense.
+        prunable, overall: share of zeros over the prunable weights, and over all weights of the model.
+        top1, top5: accuracy in %, None where it was not measured; ``top1_bn`` after BatchNorm recalibration.
+        loss: on the validation images.
+        predicted: increase of the calibration loss that the quadratic model predicts.
+        macs: multiply-adds for one input that are left.
+        layers: rows with name, numel, zeros, sparsity; perhaps predicted_loss.
+        checkpoints: ``(text, link)``, links relative to the page.
+    """
+
+    name: str
+    requested: float | None
+    prunable: float
+    overall: float
+    top1: float | None = None
+    top1_bn: float | None = None
+    top5: float | None = None
+    loss: float | None = None
+    predicted: float | None = None
+    macs: int | None = None
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    checkpoints: list[tuple[str, str]] = field(default_factory=list)
+
+
+@dataclass
+class Contents:
+    """A report.
+
+    Attributes:
+        title: of the page.
+        model: timm's name of the architecture.
+        method: what pruned it.
+        levels: the dense model first, if it was measured, then ascending in sparsity.
+        macs_dense: multiply-adds of the dense model for one input; None: not counted, and a note says why.
+        macs_input: size of that input.
+        macs_fixed: those among them that no sparsity of weights saves.
+        stages: rows with stage, seconds, perhaps peak_memory_gib, perhaps parts ``{name: seconds}``.
+        epochs: rows with epoch, sparsity, top1, perhaps ema_top1, train_loss, lr (training only).
+        facts: what was run, ``{name: value}``.
+        recipe: its text.
+        versions: of packages.
+        files: ``(text, link)`` of what else lies in the folder.
+        notes: what the reader has to know.
+    """
+
+    title: str
+    model: str
+    method: str
+    levels: list[Level]
+    macs_dense: int | None = None
+    macs_input: tuple[int, ...] = ()
+    macs_fixed: int = 0
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    recipe: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    files: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def dense(self) -> Level | None:
+        """The dense model, if it was measured."""
+        return self.levels[0] if self.levels and self.levels[0].requested is None else None
+
+    @property
+    def pruned(self) -> list[Level]:
+        """All but the dense model."""
+        return [level for level in self.levels if level.requested is not None]

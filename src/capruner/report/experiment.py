@@ -1,0 +1,259 @@
+"""What the scripts leave in a folder, and what a checkpoint says by itself, as the contents of a report."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from safetensors import SafetensorError, safe_open
+
+from capruner.report.architecture import architecture, architecture_macs
+from capruner.report.checkpoint import layer_rows, read_weights
+from capruner.report.contents import Contents, Level
+from capruner.report.macs import MultiplyAdds
+from capruner.report.page import page
+from capruner.selection import select_parameters
+
+FILES = {
+    "summary.json": "all numbers (JSON)",
+    "summary.csv": "a row per sparsity or epoch (CSV)",
+    "layer_sparsity.json": "sparsity of each layer (JSON)",
+    "result.safetensors": "masks and weights of all sparsities (capruner.load_result)",
+    "recipe.yaml": "the recipe",
+    "arguments.yaml": "the arguments",
+    "accuracy_vs_sparsity.png": "accuracy against sparsity (PNG)",
+    "layer_sparsity.png": "sparsity by layer (PNG)",
+    "training.png": "training curves (PNG)",
+}
+
+
+def write_report(folder: str | Path) -> Path:
+    """Write ``report.html`` into the folder of an experiment; its path.
+
+    Raises:
+        ValueError: the folder holds no results of one-shot pruning or sparse training.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder")
+    if (folder / "summary.json").is_file():
+        contents = one_shot_contents(folder)
+    elif (folder / "summary.csv").is_file() and (folder / "arguments.yaml").is_file():
+        contents = training_contents(folder)
+    else:
+        raise ValueError(
+            f"{folder} holds no summary.json (of one-shot pruning), and no summary.csv with arguments.yaml (of sparse training); "
+            "give the folder that a script calls 'written to', or a checkpoint with --model"
+        )
+    return write_page(contents, folder / "report.html")
+
+
+def write_page(contents: Contents, path: Path) -> Path:
+    """The page, in one step; ``path``."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(page(contents), encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def percent(share: float) -> str:
+    """0.75 as "75 %", 0.9375 as "93.75 %"."""
+    return f"{100 * share:.4g} %"
+
+
+def one_shot_contents(folder: Path) -> Contents:
+    """From ``summary.json``; what an older one lacks is computed from the architecture, or noted."""
+    try:
+        summary = json.loads((folder / "summary.json").read_text())
+        return _one_shot(folder, summary, summary["arguments"])
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'summary.json'} is not what one-shot pruning writes: {error!r}") from error
+
+
+def _one_shot(folder: Path, summary: Mapping[str, Any], arguments: Mapping[str, Any]) -> Contents:
+    layers = {entry["requested"]: entry["layers"] for entry in summary["layers"]}
+    levels = []
+    for row in summary["rows"]:
+        requested = row["requested"]
+        there = layers.get(requested, [])
+        level = Level(
+            name="dense" if requested is None else percent(requested),
+            requested=requested,
+            prunable=row["reached_prunable"],
+            overall=row["reached_all"],
+            predicted=row.get("predicted_loss"),
+            macs=row.get("macs_left"),
+            layers=there,
+            **{key: row.get(key) for key in ("top1", "top1_bn", "top5", "loss")},
+        )
+        if requested is not None:
+            for suffix, text in (("", "checkpoint"), ("_bn", "checkpoint, BatchNorm recalibrated")):
+                file = Path("checkpoints") / f"sparsity_{requested:g}{suffix}.safetensors"
+                if (folder / file).is_file():
+                    level.checkpoints.append((text, link(file)))
+        levels.append(level)
+    pruned = [row for row in summary["rows"] if row["requested"] is not None]
+    method = pruned[0]["method"] if pruned else "nothing"
+    contents = Contents(
+        title=f"{arguments['model']} pruned in one shot by {method}",
+        model=arguments["model"],
+        method=method,
+        levels=levels,
+        stages=summary.get("stages") or _stages(pruned),
+        facts=_facts(arguments) | {"device": summary.get("device")},
+        recipe=summary.get("recipe", ""),
+        versions=summary.get("versions", {}),
+        files=_files(folder),
+    )
+    images = next((row["images"] for row in summary["rows"] if row.get("images")), None)
+    if images:
+        contents.notes.append(f"Accuracy and loss are those of {images:,} validation images.")
+    if arguments.get("checkpoint") == "" and not arguments.get("pretrained"):
+        contents.notes.append("The weights before pruning were random: the accuracies say nothing.")
+    if "macs" in summary:
+        macs = MultiplyAdds(**summary["macs"])
+        _put_macs(contents, macs)
+    else:
+        _count_macs(contents, arguments.get("model_kwargs") or {}, arguments.get("img_size"))
+    return contents
+
+
+def _stages(pruned: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The little that summaries without stages know: one calibration for all rows, with its parts."""
+    if not pruned or not any(key.startswith("seconds_") for key in pruned[0]):
+        return [{"stage": f"prune to {percent(row['requested'])}", "seconds": row["seconds"]} for row in pruned]
+    parts = {k.removeprefix("seconds_"): v for k, v in pruned[0].items() if k.startswith("seconds_") and v is not None}
+    return [{"stage": "calibrate and prune", "seconds": pruned[0]["seconds"], "parts": parts}]
+
+
+def training_contents(folder: Path) -> Contents:
+    """From what ``sparse_training.py`` writes: a level for each sparsity that has a best checkpoint."""
+    import yaml
+
+    arguments = yaml.safe_load((folder / "arguments.yaml").read_text())
+    with (folder / "summary.csv").open() as file:
+        epochs = [{key: float(value) if value else None for key, value in row.items()} for row in csv.DictReader(file)]
+    updates = (
+        json.loads((folder / "layer_sparsity.json").read_text()) if (folder / "layer_sparsity.json").is_file() else []
+    )
+    if not epochs or not isinstance(arguments, dict) or "model" not in arguments:
+        raise ValueError(f"{folder}: no epoch is finished yet, or arguments.yaml names no model")
+    recipe = folder / "recipe.yaml"
+    method = Path(str(arguments.get("sparseml_recipe", ""))).stem
+    contents = Contents(
+        title=f"{arguments['model']} trained sparse by {method}",
+        model=arguments["model"],
+        method=method,
+        levels=[],
+        epochs=epochs,
+        stages=[{"stage": f"epoch {row['epoch']:.0f}", "seconds": row.get("seconds") or 0.0} for row in epochs],
+        facts=_facts(arguments),
+        recipe=recipe.read_text() if recipe.is_file() else "",
+        files=_files(folder),
+    )
+    before = next((row for row in epochs if row["epoch"] == 0 and not row["sparsity"]), None)
+    if before:
+        contents.levels.append(
+            Level("before training", None, 0.0, 0.0, top1=before.get("top1"), loss=before.get("loss"))
+        )
+    sizes = {
+        name: p.numel()
+        for name, p in architecture(contents.model, arguments.get("model_kwargs") or {}).named_parameters()
+    }
+    for path in sorted((folder / "checkpoints").glob("best_sparsity_*.safetensors")):
+        facts = checkpoint_facts(path)
+        if "sparsity" not in facts:
+            continue
+        update = min(updates, key=lambda u: abs(u["sparsity"] - facts["sparsity"]), default=None)
+        layers = update["layers"] if update and abs(update["sparsity"] - facts["sparsity"]) < 5e-5 else []
+        zeros = sum(row["zeros"] for row in layers)
+        level = Level(percent(facts["sparsity"]), facts["sparsity"], facts["sparsity"], zeros / sum(sizes.values()))
+        level.top1, level.layers = facts.get("top1"), layers
+        level.checkpoints = [(f"best, epoch {facts.get('epoch')}", link(path.relative_to(folder)))]
+        contents.levels.append(level)
+    contents.levels.sort(key=lambda level: (level.requested is not None, level.requested))
+    contents.notes.append("Each sparsity stands for its best epoch; the curve over epochs is below.")
+    _count_macs(contents, arguments.get("model_kwargs") or {}, arguments.get("img_size"))
+    return contents
+
+
+def checkpoint_contents(
+    path: Path, model: str, kwargs: Mapping[str, Any], params: Sequence[str], page_folder: Path
+) -> Contents:
+    """From the weights alone, and the architecture's name.
+
+    Raises:
+        ValueError: not weights of that architecture.
+    """
+    module = architecture(model, kwargs)
+    weights = read_weights(path)
+    shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+    unfit = [name for name, shape in shapes.items() if name not in weights or tuple(weights[name].shape) != shape]
+    if unfit:
+        raise ValueError(
+            f"{path} holds no weights of {model} {dict(kwargs) or ''}: {', '.join(unfit[:3])} missing or of another shape"
+        )
+    rows = layer_rows(weights, select_parameters(module, params))
+    zeros = sum(row["zeros"] for row in rows)
+    share = zeros / sum(row["numel"] for row in rows)
+    level = Level(percent(share), share, share, zeros / sum(weights[name].numel() for name in shapes), layers=rows)
+    facts = checkpoint_facts(path)
+    level.top1 = facts.get("top1")
+    level.checkpoints = [(path.name, link(Path(os.path.relpath(path.resolve(), page_folder.resolve()))))]
+    prunable = ", ".join(params)
+    contents = Contents(f"{path.name}: {model}", model, facts.get("method", "unknown"), [level], facts=facts)
+    contents.facts = {
+        "checkpoint": path.name,
+        "model": model,
+        "model_kwargs": dict(kwargs),
+        "prunable": prunable,
+    } | facts
+    contents.notes.append(f"Read from the checkpoint alone; prunable are {prunable}.")
+    _count_macs(contents, kwargs, None)
+    return contents
+
+
+def checkpoint_facts(path: Path) -> dict[str, Any]:
+    """What our scripts write into a safetensors header; empty for other files."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = json.loads((file.metadata() or {}).get("capruner", "{}"))
+    except (SafetensorError, json.JSONDecodeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _count_macs(contents: Contents, kwargs: Mapping[str, Any], img_size: int | None) -> None:
+    try:
+        macs = architecture_macs(architecture(contents.model, kwargs), kwargs, img_size)
+    except (ValueError, RuntimeError, ModuleNotFoundError) as error:
+        contents.notes.append(f"Multiply-adds are not counted: {error}.")
+        return
+    _put_macs(contents, macs)
+
+
+def _put_macs(contents: Contents, macs: MultiplyAdds) -> None:
+    contents.macs_dense, contents.macs_fixed = macs.dense, macs.activations
+    contents.macs_input = tuple(macs.input_size)
+    for level in contents.levels:
+        if level.macs is None and (level.layers or level.requested is None):
+            level.macs = macs.left({row["name"]: row["sparsity"] for row in level.layers})
+
+
+def _facts(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments that say something: neither empty nor switched off."""
+    return {key: value for key, value in arguments.items() if value not in (None, "", False, [], {})}
+
+
+def _files(folder: Path) -> list[tuple[str, str]]:
+    return [(text, link(Path(name))) for name, text in FILES.items() if (folder / name).is_file()]
+
+
+def link(path: Path) -> str:
+    """A relative path as a URL."""
+    return quote(path.as_posix())

@@ -1,0 +1,96 @@
+"""Multiply-adds of one forward pass, by parameter: what sparsity can save at most.
+
+Counted where PyTorch dispatches its kernels, so that layers which are written as functions, or call a weight twice, count for what they do. Products of
+activations with each other (attention) are counted apart: no sparsity of weights saves them. Norms, activations and additions are not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_aten = torch.ops.aten
+_PRODUCTS = {_aten.mm: 0, _aten.bmm: 0, _aten.addmm: 1, _aten.baddbmm: 1}  # where the first factor stands
+
+
+@dataclass(frozen=True)
+class MultiplyAdds:
+    """Of one sample.
+
+    Attributes:
+        input_size: of the sample, ``(channels, height, width)`` say.
+        weights: ``{parameter name: multiply-adds with that parameter}``.
+        activations: multiply-adds of activations with each other.
+    """
+
+    input_size: tuple[int, ...]
+    weights: dict[str, int]
+    activations: int
+
+    @property
+    def dense(self) -> int:
+        """All of them."""
+        return sum(self.weights.values()) + self.activations
+
+    def left(self, sparsity: Mapping[str, float]) -> int:
+        """Those that remain when products with zeros are skipped; ``sparsity`` by parameter name, absent means dense."""
+        kept = sum(count * (1 - sparsity.get(name, 0.0)) for name, count in self.weights.items())
+        return round(kept) + self.activations
+
+
+class _Counter(TorchDispatchMode):
+    def __init__(self, names: Mapping[int, str]) -> None:
+        super().__init__()
+        self.names = names
+        self.weights: dict[str, int] = {}
+        self.activations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        operation = func.overloadpacket
+        if operation in _PRODUCTS:
+            factors = args[_PRODUCTS[operation] :][:2]
+            self._count(factors, out.numel() * factors[0].shape[-1])
+        elif operation is _aten.convolution:
+            image, weight, transposed = args[0], args[1], args[6]
+            positions = (image if transposed else out).numel() // (image if transposed else out).shape[1]
+            self._count([weight], weight.numel() * positions)
+        return out
+
+    def _count(self, factors: Sequence[Tensor], products: int) -> None:
+        for factor in factors:
+            if name := self.names.get(_storage(factor)):
+                self.weights[name] = self.weights.get(name, 0) + products
+                return
+        self.activations += products
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)  # an identity that tensors without data, on the meta device, have too
+
+
+@torch.no_grad()
+def multiply_adds(model: nn.Module, input_size: Sequence[int]) -> MultiplyAdds:
+    """Multiply-adds of ``model`` on one sample of ``input_size``, by a forward pass in eval mode on the model's device (``meta`` will do).
+
+    Raises:
+        RuntimeError: the model does not take such an input.
+    """
+    modes = {module: module.training for module in model.modules()}
+    some = next(model.parameters())
+    sample = torch.zeros(1, *input_size, device=some.device, dtype=some.dtype)
+    counter = _Counter({_storage(p): name for name, p in model.named_parameters()})
+    model.eval()
+    try:
+        with sdpa_kernel(SDPBackend.MATH), counter:  # as products that can be counted, and not as one fused kernel
+            model(sample)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return MultiplyAdds(tuple(input_size), counter.weights, counter.activations)

@@ -1,0 +1,356 @@
+"""The page: plain HTML that loads nothing, reads on a phone, aloud, and by day and night."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from html import escape
+from importlib.resources import files
+from typing import Any
+
+from capruner.report.charts import Series, decades, halvings, line_chart, nice_ticks
+from capruner.report.contents import Contents, Level
+from capruner.report.heatmap import depth_table, in_words, layer_table
+
+
+@cache
+def _style() -> str:
+    return files("capruner.report").joinpath("style.css").read_text(encoding="utf-8")
+
+
+def page(contents: Contents) -> str:
+    """The whole document. Every name and value that comes from outside is escaped."""
+    sections = [
+        ("accuracy", "Accuracy and sparsity", _accuracy(contents)),
+        ("size", "What is left", _left(contents)),
+        ("layers", "Sparsity by layer and depth", _layers(contents)),
+        ("loss", "Predicted and measured loss", _loss(contents)),
+        ("epochs", "Training", _epochs(contents)),
+        ("stages", "Time and memory", _stages(contents)),
+        ("run", "What was run", _run(contents)),
+        ("files", "Files", _files(contents)),
+    ]
+    sections = [(identity, heading, body) for identity, heading, body in sections if body]
+    toc = "".join(f'<li><a href="#{identity}">{heading}</a></li>' for identity, heading, _ in sections)
+    body = "".join(
+        f'<section id="{identity}" aria-labelledby="h-{identity}"><h2 id="h-{identity}">{heading}</h2>{text}</section>'
+        for identity, heading, text in sections
+    )
+    notes = "".join(f"<p class=soft>{escape(note)}</p>" for note in contents.notes)
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        # The browser itself sees to it that nothing is loaded.
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        f"<title>{escape(contents.title)}</title><style>{_style()}</style></head><body><header><h1>{escape(contents.title)}</h1>"
+        f'<p>{escape(_summary(contents))}</p>{_key_figures(contents)}{notes}<nav aria-label="Sections"><ul>{toc}</ul></nav></header>'
+        f"<main>{body}</main></body></html>\n"
+    )
+
+
+def _summary(contents: Contents) -> str:
+    """The outcome in a sentence or two."""
+    if not contents.pruned:
+        return "Nothing is pruned yet."
+    last, dense = contents.pruned[-1], contents.dense
+    if last.top1 is None:
+        return f"{100 * last.prunable:.2f} % of the prunable weights are zero, {100 * last.overall:.2f} % of all."
+    steps = [f"{level.top1:.2f} % at {level.name}" for level in contents.pruned if level.top1 is not None]
+    before = (
+        f"Top-1 accuracy is {dense.top1:.2f} % {dense.name}, "
+        if dense and dense.top1 is not None
+        else "Top-1 accuracy is "
+    )
+    return before + _listed(steps) + " of the prunable weights removed."
+
+
+def _listed(items: Sequence[str]) -> str:
+    return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
+
+
+def _key_figures(contents: Contents) -> str:
+    """Of the sparsest model within a point of the dense accuracy, or of the only one."""
+    dense, chosen = contents.dense, contents.pruned[-1:] if len(contents.pruned) == 1 else []
+    heading = ""
+    if dense and dense.top1 is not None:
+        near = [level for level in contents.pruned if level.top1 is not None and level.top1 >= dense.top1 - 1]
+        if near:
+            chosen, heading = near[-1:], "The sparsest model within one point of the dense accuracy:"
+    if not chosen:
+        return ""
+    level = chosen[0]
+    figures = [
+        ("of the prunable weights removed", f"{100 * level.prunable:.2f} %"),
+        ("of all weights", f"{100 * level.overall:.2f} %"),
+    ]
+    if level.top1 is not None:
+        figures.append(("top-1 accuracy", f"{level.top1:.2f} %"))
+    if level.macs is not None and contents.macs_dense:
+        figures.append(("multiply-adds left", f"{100 * level.macs / contents.macs_dense:.1f} %"))
+    boxes = "".join(f"<div><dt>{text}</dt><dd>{value}</dd></div>" for text, value in figures)
+    return (f"<p>{heading}</p>" if heading else "") + f'<dl class="key">{boxes}</dl>'
+
+
+def _table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]], style: str = "") -> str:
+    """``rows`` of cells that are HTML already; the first cell of each names it."""
+    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
+    body = "".join(
+        f'<tr><th scope="row">{cells[0]}</th>{"".join(c if c.startswith("<td") else f"<td>{c}</td>" for c in cells[1:])}</tr>'
+        for cells in rows
+    )
+    return (
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(caption)}"><table{style}><caption>{escape(caption)}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def _number(value: float | None, form: str = ".2f") -> str:
+    return "–" if value is None else format(value, form)
+
+
+def _links(level: Level) -> str:
+    return (
+        '<td class="text">'
+        + ("<br>".join(f'<a href="{escape(href)}">{escape(text)}</a>' for text, href in level.checkpoints) or "–")
+        + "</td>"
+    )
+
+
+def _x_ticks(levels: Sequence[Level]) -> list[tuple[float, str]]:
+    return [(halvings(level.requested or 0.0), level.name.removesuffix(" %")) for level in levels]
+
+
+def _accuracy(contents: Contents) -> str:
+    measured = [level for level in contents.pruned if level.top1 is not None]
+    if not contents.pruned:
+        return ""
+    figure = ""
+    if measured:
+        dense = contents.dense.top1 if contents.dense else None
+        series = [
+            Series(
+                "plain", [(halvings(v.requested or 0.0), v.top1 or 0.0) for v in measured], lambda value: f"{value:.1f}"
+            )
+        ]
+        values = [value for *_, value in series[0].points] + ([dense] if dense is not None else [])
+        low = min(values)
+        ticks = nice_ticks(0 if low < 60 else max(0, low - 2), 100 if low < 60 else min(100, max(values) + 1))
+        words = _summary(contents)
+        chart = line_chart(
+            "accuracy-chart",
+            "Top-1 accuracy against sparsity",
+            words,
+            series,
+            _x_ticks(measured),
+            "weights removed (%)",
+            ticks,
+            dense=dense,
+        )
+        line = " The dashed line is the model before." if dense is not None and contents.dense else ""
+        caption = f"Top-1 accuracy (%) against the share of weights removed, by the logarithm of what stays.{line}"
+        figure = f"<figure>{chart}<figcaption>{escape(caption)}</figcaption></figure>"
+    recalibrated = any(level.top1_bn is not None for level in contents.levels)
+    columns = [
+        "removed",
+        "top-1 %",
+        *(["with BatchNorm recalibrated"] if recalibrated else []),
+        "top-5 %",
+        "loss",
+        "checkpoint",
+    ]
+    rows = [
+        [
+            escape(level.name),
+            _number(level.top1),
+            *([_number(level.top1_bn)] if recalibrated else []),
+            _number(level.top5),
+            _number(level.loss, ".4f"),
+            _links(level),
+        ]
+        for level in contents.levels
+    ]
+    return figure + _table("Accuracy at each sparsity", columns, rows)
+
+
+def _left(contents: Contents) -> str:
+    if not contents.levels:
+        return ""
+    columns, dense = ["removed", "zeros, % of prunable", "zeros, % of all weights"], contents.macs_dense
+    columns += ["multiply-adds (million)", "% of dense"] if dense else []
+    rows = []
+    for level in contents.levels:
+        row = [escape(level.name), f"{100 * level.prunable:.3f}", f"{100 * level.overall:.3f}"]
+        if dense:
+            row += [
+                _number(None if level.macs is None else level.macs / 1e6, ",.1f"),
+                _number(None if level.macs is None else 100 * level.macs / dense, ".1f"),
+            ]
+        rows.append(row)
+    text = (
+        "<p>Two denominators: the prunable weights are those of the layers that the recipe names; all weights are every parameter of the model, "
+        "biases, norms and embeddings too.</p>"
+    )
+    if dense:
+        size = "×".join(map(str, contents.macs_input))
+        fixed = (
+            f" {contents.macs_fixed / 1e6:,.1f} million of them multiply activations with each other (attention), which no sparsity of weights saves."
+            if contents.macs_fixed
+            else ""
+        )
+        text += (
+            f"<p>A multiply-add is two FLOPs. The dense model does {dense / 1e6:,.1f} million ({2 * dense / 1e9:,.3g} GFLOPs) for one {size} input.{fixed} "
+            "What is left counts products with non-zero weights only: it is what an engine that skips every zero would do, not a measured speed.</p>"
+        )
+    return text + _table("Weights and multiply-adds that are left", columns, rows)
+
+
+def _layers(contents: Contents) -> str:
+    levels = [level for level in contents.pruned if level.layers]
+    if not levels:
+        return ""
+    opened = levels[len(levels) // 2]
+    figures = []
+    for level in levels:
+        figures.append(
+            f"<details{' open' if level is opened else ''}><summary>{escape(level.name)} removed</summary>"
+            f"<figure>{depth_table(level)}<figcaption>{escape(in_words(level))}</figcaption></figure></details>"
+        )
+    text = "<p>Rows run from the input to the output. The darker (by night: the brighter) a cell, the fewer weights stay; one shade for each halving.</p>"
+    return (
+        text
+        + "".join(figures)
+        + f"<details><summary>All layers, all sparsities</summary>{layer_table(levels)}</details>"
+    )
+
+
+def _loss(contents: Contents) -> str:
+    dense = contents.dense
+    levels = [level for level in contents.pruned if level.predicted is not None]
+    if not levels:
+        return ""
+    base = dense.loss if dense else None
+    found = [(v, v.predicted or 0.0, None if base is None or v.loss is None else v.loss - base) for v in levels]
+    series = [
+        Series("predicted", [(halvings(v.requested or 0.0), p) for v, p, _ in found if p > 0]),
+        Series("measured", [(halvings(v.requested or 0.0), m) for v, _, m in found if m is not None and m > 0]),
+    ]
+    figure = ""
+    values = [value for one in series for _, value in one.points]
+    if values:
+        words = "; ".join(
+            f"at {v.name} predicted {p:.3g}, measured {'nothing' if m is None else format(m, '.3g')}"
+            for v, p, m in found
+        )
+        chart = line_chart(
+            "loss-chart",
+            "Increase of the loss, predicted and measured",
+            words,
+            series,
+            _x_ticks(levels),
+            "weights removed (%)",
+            decades(min(values), max(values)),
+            logarithmic=True,
+        )
+        missing = " Where the loss did not rise there is no point." if len(values) < 2 * len(levels) else ""
+        figure = f"<figure>{chart}<figcaption>Increase of the loss by pruning, both axes logarithmic.{missing}</figcaption></figure>"
+    rows = [
+        [escape(v.name), f"{p:.4g}", _number(m, ".4g"), _number(m / p if m is not None and p > 0 else None, ".2g")]
+        for v, p, m in found
+    ]
+    text = (
+        "<p>Predicted is the increase of the calibration loss by the quadratic model that chose the weights; measured is that of the validation loss over "
+        "the dense model. Where they part, the quadratic model no longer holds, and smaller steps (num_recomputations) or retraining pay.</p>"
+    )
+    return (
+        text
+        + figure
+        + _table("Increase of the loss", ["removed", "predicted", "measured", "measured / predicted"], rows)
+    )
+
+
+def _epochs(contents: Contents) -> str:
+    rows = contents.epochs
+    if len(rows) < 2:
+        return ""
+    averaged = any(row.get("ema_top1") is not None for row in rows)
+    series = [Series("model", [(row["epoch"], row["top1"]) for row in rows if row.get("top1") is not None])]
+    if averaged:
+        series.append(
+            Series(
+                "moving average", [(row["epoch"], row["ema_top1"]) for row in rows if row.get("ema_top1") is not None]
+            )
+        )
+    values = [value for one in series for _, value in one.points]
+    begin, end = (series[0].points[i][1] for i in (0, -1))
+    words = f"Top-1 accuracy begins at {begin:.2f} % and ends at {end:.2f} %; sparsity ends at {100 * rows[-1]['sparsity']:.2f} %."
+    ticks = [(row["epoch"], f"{row['epoch']:.0f}") for row in rows]
+    chart = line_chart(
+        "epochs-chart", "Top-1 accuracy by epoch", words, series, ticks, "epoch", nice_ticks(min(values), max(values))
+    )
+    columns = {
+        "sparsity": "sparsity %",
+        "top1": "top-1 %",
+        "ema_top1": "top-1 % (moving average)",
+        "train_loss": "training loss",
+        "lr": "learning rate",
+    }
+    shown = [key for key in columns if any(row.get(key) is not None for row in rows)]
+    forms = {"train_loss": ".4f", "lr": ".2e"}
+    cells = [
+        [
+            f"{row['epoch']:.0f}",
+            *(_number(100 * row[k] if k == "sparsity" else row.get(k), forms.get(k, ".2f")) for k in shown),
+        ]
+        for row in rows
+    ]
+    table = _table("Epoch by epoch", ["epoch", *(columns[key] for key in shown)], cells)
+    return f"<figure>{chart}<figcaption>{escape(words)}</figcaption></figure><details><summary>Epoch by epoch</summary>{table}</details>"
+
+
+def _stages(contents: Contents) -> str:
+    if not contents.stages:
+        return ""
+    total = sum(row["seconds"] for row in contents.stages) or 1.0
+    memory = any(row.get("peak_memory_gib") is not None for row in contents.stages)
+    rows = []
+    for row in contents.stages:
+        rows.append(_stage(escape(row["stage"]), row["seconds"], total, row.get("peak_memory_gib"), memory))
+        for part, seconds in row.get("parts", {}).items():
+            rows.append(_stage(f"&emsp;– {escape(part)}", seconds, total, None, memory))
+    text = f"<p>{total:,.1f} seconds in all.</p>"
+    if memory:
+        text += "<p>Memory is the highest that the process had needed by the end of each stage, so it never falls.</p>"
+    return text + _table("Stages", ["stage", "seconds", "share", *(["peak GiB"] if memory else [])], rows)
+
+
+def _stage(name: str, seconds: float, total: float, gib: float | None, memory: bool) -> list[str]:
+    width = 100 * seconds / total
+    bar = f'<td class="share"><span class="bar" style="width:{width:.1f}%" role="img" aria-label="{width:.0f} % of the time"></span></td>'
+    return [name, f"{seconds:,.2f}", bar, *([_number(gib)] if memory else [])]
+
+
+def _run(contents: Contents) -> str:
+    def facts(caption: str, found: dict[str, Any]) -> str:
+        rows = [[escape(str(key)), escape(_plain(value))] for key, value in found.items() if value is not None]
+        return _table(caption, ["name", "value"], rows, ' class="facts"') if rows else ""
+
+    recipe = f"<h3>Recipe</h3><pre tabindex=0>{escape(contents.recipe)}</pre>" if contents.recipe else ""
+    return facts("Arguments", contents.facts) + recipe + facts("Versions", contents.versions)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={item}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return str(value)
+
+
+def _files(contents: Contents) -> str:
+    links = [
+        pair
+        for level in contents.levels
+        for pair in [(f"{level.name}: {text}", href) for text, href in level.checkpoints]
+    ]
+    items = "".join(f'<li><a href="{escape(href)}">{escape(text)}</a></li>' for text, href in [*links, *contents.files])
+    return f"<ul>{items}</ul>" if items else ""
