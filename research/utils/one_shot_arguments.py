@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from capruner.methods import METHODS
 from capruner.patterns import parse_mask_type
@@ -18,7 +19,7 @@ MODIFIERS = {
     "magnitude": "GlobalMagnitudePruningModifier",
 }
 # What stands in for a recipe, and each flag's default by method; absent: the method has no such knob.
-DEFAULTS = {
+DEFAULTS: dict[str, dict[str, Any]] = {
     "num_grads": {"cap": 4096, "fast_cap": 256, "obs": 4096},
     "damp": {"cap": METHODS["cap"].default_damp, "fast_cap": METHODS["fast_cap"].default_damp, "obs": 1e-6},
     "fisher_block_size": {"cap": 192, "fast_cap": 192, "obs": 192},

@@ -43,7 +43,7 @@ def emptied_on_error(folder: Path) -> Iterator[None]:
         raise
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """``write`` a file beside ``path`` and put it there in one step: a killed run leaves the old file or the new one."""
     partial = path.with_name(f".{path.name}.partial")
     write(partial)

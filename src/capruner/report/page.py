@@ -146,7 +146,7 @@ def _accuracy(contents: Contents) -> str:
             ticks,
             dense=dense,
         )
-        line = " The dashed line is the model before." if dense is not None and contents.dense else ""
+        line = f" The dashed line: {contents.dense.name}." if dense is not None and contents.dense else ""
         caption = f"Top-1 accuracy (%) against the share of weights removed, by the logarithm of what stays.{line}"
         figure = f"<figure>{chart}<figcaption>{escape(caption)}</figcaption></figure>"
     recalibrated = any(level.top1_bn is not None for level in contents.levels)

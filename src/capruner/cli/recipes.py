@@ -1,0 +1,134 @@
+"""``capruner recipes``: the recipes that come with the package, and what a recipe prunes in a given architecture."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from capruner.cli.arguments import KeyValues, UserError
+from capruner.cli.tables import text_table
+
+HELP = """\
+List the recipes that come with capruner, show one, or check one against a timm model.
+
+  list [WORD ...]             names and a line each; of those whose name or line has all the words
+  show NAME                   print one
+  lint RECIPE --model NAME    what it prunes in that architecture (built without weights), and whether its values can be; exit code 1 if not
+"""
+EXAMPLE = """\
+examples:
+  capruner recipes list one_shot vit
+  capruner recipes show one_shot/cap/vit > my.yaml
+  capruner recipes lint my.yaml --model deit3_small_patch16_224
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags."""
+    parser.add_argument("action", choices=("list", "show", "lint"))
+    parser.add_argument("what", nargs="*", metavar="NAME", help="a name as list prints it; for lint also a file")
+    parser.add_argument("--model", help="timm model name, for lint")
+    parser.add_argument(
+        "--model-kwargs",
+        nargs="*",
+        action=KeyValues,
+        default={},
+        metavar="KEY=VALUE",
+        help="arguments of timm.create_model, img_size=32 say",
+    )
+    parser.epilog = EXAMPLE
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do it; 1 if lint finds something."""
+    if args.action == "list":
+        return _list(args.what)
+    if len(args.what) != 1:
+        raise UserError(
+            f"capruner recipes {args.action} takes one recipe, got {len(args.what)}; 'capruner recipes list' names them"
+        )
+    path = find(args.what[0])
+    if args.action == "show":
+        print(path.read_text(), end="")
+        return 0
+    if not args.model:
+        raise UserError("capruner recipes lint needs --model: the timm architecture to check against")
+    return _lint(path, args.model, args.model_kwargs)
+
+
+def folder() -> Path:
+    """Where the recipes are installed."""
+    spec = importlib.util.find_spec("research")
+    for place in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(place) / "recipes").is_dir():
+            return Path(place) / "recipes"
+    raise UserError(
+        "the recipes are not installed: reinstall capruner from a wheel or a checkout that has research/recipes"
+    )
+
+
+def shipped() -> dict[str, Path]:
+    """``{name: file}``, names like ``one_shot/cap/vit``."""
+    root = folder()
+    return {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.rglob("*.yaml"))}
+
+
+def find(name: str) -> Path:
+    """The file of a shipped recipe's name, or that file."""
+    if Path(name).is_file():
+        return Path(name)
+    there = shipped()
+    short = name.removesuffix(".yaml")
+    if short in there:
+        return there[short]
+    near = [other for other in there if short.rpartition("/")[2] in other][:4]
+    raise UserError(
+        f"there is no recipe {name!r}, neither as a file nor shipped{'; near: ' + ', '.join(near) if near else ''}; see 'capruner recipes list'"
+    )
+
+
+def line(path: Path) -> str:
+    """The first sentence of a recipe's comment."""
+    words: list[str] = []
+    for text in path.read_text().splitlines():
+        if not text.startswith("#"):
+            break
+        words.append(text.lstrip("# ").strip())
+        if text.rstrip().endswith("."):
+            break
+    return " ".join(words).partition(". ")[0].rstrip(".:")
+
+
+def _list(words: list[str]) -> int:
+    lines = {name: line(path) for name, path in shipped().items()}
+    chosen = {n: text for n, text in lines.items() if all(w.lower() in f"{n} {text}".lower() for w in words)}
+    if not chosen:
+        raise UserError(
+            f"no recipe has {' and '.join(map(repr, words))} in its name or its line; 'capruner recipes list' shows all {len(lines)}"
+        )
+    width = max(map(len, chosen))
+    for name, text in chosen.items():
+        print(f"{name:<{width}}  {text}")
+    return 0
+
+
+def _lint(path: Path, model_name: str, kwargs: dict[str, Any]) -> int:
+    from capruner.cli.lint import lint
+    from capruner.report.architecture import architecture
+
+    model = architecture(model_name, kwargs)
+    found, problems = lint(path, model)
+    total = sum(p.numel() for p in model.parameters())
+    if found:
+        rows = [[name, "×".join(map(str, p.shape)), f"{p.numel():,}"] for name, p in found.items()]
+        print(text_table(["layer", "shape", "weights"], rows))
+        weights = sum(p.numel() for p in found.values())
+        print(
+            f"\n{len(found)} layers, {weights:,} weights: {100 * weights / total:.1f} % of the {total:,} parameters of {model_name}"
+        )
+    for problem in problems:
+        print(f"problem: {problem}")
+    print(f"{path.name}: " + ("fits" if not problems else f"{len(problems)} problem{'s' * (len(problems) > 1)}"))
+    return 1 if problems else 0
