@@ -43,6 +43,7 @@ from timm.scheduler.scheduler_factory import scheduler_kwargs
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import nn
 
+from capruner.report import write_report
 from capruner.sparseml.state import load_manager_state, manager_state
 from research.utils import data as images
 from research.utils import modeling, output
@@ -200,6 +201,7 @@ class Training:
         if self.processes.first:
             if self.args.save_last:
                 self._save_weights("last", self.model, self.log.rows[-1])
+            write_report(self.folder)
             self._tell_best()
             self.log.close()
 
