@@ -1,10 +1,14 @@
 """Greedy elimination on CPUs, compiled by numba: one block per task, its state in the core's own cache.
 
+Threads are Python's own: the compiled loop releases the interpreter lock, and no pool of threads is left behind to spin beside the training.
+
 Left-looking, on columns that shrink: a weight that has left changes places with the last one that has not, so step ``k`` touches ``k (B − k)`` numbers
 and the whole block ``B³/6``.
 """
 
 from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
 
 import numba
 import numpy as np
@@ -31,20 +35,22 @@ def eliminate_blocks(
         if mask is not None:
             kind.masked_fill_(mask, value)
     stay, group = n_m or (1, 1)
-    numba.set_num_threads(max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)))
-    _eliminate(
-        weight.detach().contiguous().numpy(),
-        fisher_inv.detach().contiguous().numpy(),
-        kind.numpy(),
-        stay,
-        group,
-        steps,
-        order.numpy(),
-        losses.numpy(),
-    )
+    arrays = [t.detach().contiguous().numpy() for t in (weight, fisher_inv, kind)]
+    outputs = [order.numpy(), losses.numpy()]
+    threads = torch.get_num_threads()
+    size = max(
+        1, -(-len(weight) // (4 * threads))
+    )  # several shares for each thread: one that is held up leaves the rest to others
+
+    def share(start: int) -> None:
+        part = slice(start, start + size)
+        _eliminate(*(a[part] for a in arrays), stay, group, steps, *(a[part] for a in outputs))
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(share, range(0, len(weight), size)))
 
 
-@numba.njit(parallel=True, cache=True, fastmath={"contract"}, error_model="numpy")
+@numba.njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy")
 def _eliminate(
     weight: NDArray,
     fisher_inv: NDArray,
@@ -55,11 +61,11 @@ def _eliminate(
     order: NDArray,
     losses: NDArray,
 ) -> None:
-    for block in numba.prange(weight.shape[0]):
+    for block in range(weight.shape[0]):
         _eliminate_one(weight[block], fisher_inv[block], kind[block], stay, group, steps, order[block], losses[block])
 
 
-@numba.njit(cache=True, fastmath={"contract"}, error_model="numpy")
+@numba.njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy")
 def _eliminate_one(
     weight: NDArray,
     H: NDArray,
