@@ -41,6 +41,16 @@ def decades(low: float, high: float) -> list[float]:
     return [10.0**k for k in range(first, max(last, first + 1) + 1)]
 
 
+def power_of_ten(value: float) -> str:
+    """1, 10 and 100 as they are, less as 10⁻³."""
+    exponent = round(math.log10(value))
+    return (
+        f"{value:g}"
+        if -2 <= exponent <= 3
+        else "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    )
+
+
 def line_chart(
     identity: str,
     title: str,
@@ -65,7 +75,8 @@ def line_chart(
         show: writes a tick.
     """
     first, last = x_ticks[0][0], x_ticks[-1][0]
-    pad = (last - first) * 0.06 or 0.5
+    top = TOP + (18 if len(series) > 1 else 0)  # room for a legend
+    pad = (last - first) * 0.1 or 0.5
     scale = math.log10 if logarithmic else float
     low, high = scale(y_ticks[0]), scale(y_ticks[-1])
 
@@ -73,7 +84,7 @@ def line_chart(
         return LEFT + (value - first + pad) / (last - first + 2 * pad) * (WIDTH - LEFT - RIGHT)
 
     def y(value: float) -> float:
-        return TOP + (high - scale(value)) / (high - low) * (HEIGHT - TOP - BOTTOM)
+        return top + (high - scale(value)) / (high - low) * (HEIGHT - top - BOTTOM)
 
     parts = [
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-labelledby="{identity}-title {identity}-words">',
@@ -98,6 +109,7 @@ def line_chart(
         parts.append(f'<line class="dense" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(dense):.1f}" y2="{y(dense):.1f}"/>')
     for one, style in zip(series, ("one", "two")):
         places = [(x(a), y(b)) for a, b in one.points]
+        labelled = -math.inf
         path = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
         parts.append(f'<polyline class="{style}" points="{path}" fill="none" stroke-width="2"/>')
         for (a, b), (_, value) in zip(places, one.points):
@@ -107,15 +119,13 @@ def line_chart(
                 parts.append(
                     f'<rect class="two" x="{a - MARK:.1f}" y="{b - MARK:.1f}" width="{2 * MARK}" height="{2 * MARK}"/>'
                 )
-            if one.label:
+            if one.label and a > labelled + 34:
+                labelled = a
                 below = b + 18 if b + 18 < HEIGHT - BOTTOM - 2 else b - 9
                 parts.append(
                     f'<text x="{a + 3:.1f}" y="{below:.1f}" text-anchor="end">{escape(one.label(value))}</text>'
                 )
-    if len(series) > 1:  # a legend in the corner that rising curves leave free
-        for index, (one, style) in enumerate(zip(series, ("one", "two"))):
-            height = TOP + 14 + 18 * index
-            parts.append(
-                f'<text class="{style}" x="{LEFT + 8}" y="{height}">{"●" if style == "one" else "■"} {escape(one.name)}</text>'
-            )
+    if len(series) > 1:
+        for one, style, mark, left in zip(series, ("one", "two"), "●■", (LEFT, (LEFT + WIDTH) // 2)):
+            parts.append(f'<text class="{style}" x="{left}" y="{TOP}">{mark} {escape(one.name)}</text>')
     return "".join([*parts, "</svg>"])

@@ -132,53 +132,58 @@ def _stages(pruned: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def training_contents(folder: Path) -> Contents:
-    """From what ``sparse_training.py`` writes: a level for each sparsity that has a best checkpoint."""
+    """From what ``sparse_training.py`` writes: a level for each sparsity that was trained at, with its best epoch."""
     import yaml
 
-    arguments = yaml.safe_load((folder / "arguments.yaml").read_text())
-    with (folder / "summary.csv").open() as file:
-        epochs = [{key: float(value) if value else None for key, value in row.items()} for row in csv.DictReader(file)]
-    updates = (
-        json.loads((folder / "layer_sparsity.json").read_text()) if (folder / "layer_sparsity.json").is_file() else []
-    )
-    if not epochs or not isinstance(arguments, dict) or "model" not in arguments:
-        raise ValueError(f"{folder}: no epoch is finished yet, or arguments.yaml names no model")
+    try:
+        arguments = yaml.safe_load((folder / "arguments.yaml").read_text())
+        with (folder / "summary.csv").open() as file:
+            epochs = [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(file)]
+        updates = json.loads((folder / "layer_sparsity.json").read_text())
+        return _training(folder, arguments, epochs, updates)
+    except (yaml.YAMLError, json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{folder} is not what sparse training writes: {error!r}") from error
+
+
+def _training(
+    folder: Path, arguments: Mapping[str, Any], epochs: list[dict[str, Any]], updates: Sequence[Mapping[str, Any]]
+) -> Contents:
+    kwargs = arguments.get("model_kwargs") or {}
     recipe = folder / "recipe.yaml"
-    method = Path(str(arguments.get("sparseml_recipe", ""))).stem
+    method = Path(str(arguments["sparseml_recipe"])).stem
     contents = Contents(
         title=f"{arguments['model']} trained sparse by {method}",
         model=arguments["model"],
         method=method,
         levels=[],
         epochs=epochs,
-        stages=[{"stage": f"epoch {row['epoch']:.0f}", "seconds": row.get("seconds") or 0.0} for row in epochs],
         facts=_facts(arguments),
         recipe=recipe.read_text() if recipe.is_file() else "",
         files=_files(folder),
     )
-    before = next((row for row in epochs if row["epoch"] == 0 and not row["sparsity"]), None)
-    if before:
-        contents.levels.append(
-            Level("before training", None, 0.0, 0.0, top1=before.get("top1"), loss=before.get("loss"))
-        )
-    sizes = {
-        name: p.numel()
-        for name, p in architecture(contents.model, arguments.get("model_kwargs") or {}).named_parameters()
-    }
-    for path in sorted((folder / "checkpoints").glob("best_sparsity_*.safetensors")):
-        facts = checkpoint_facts(path)
-        if "sparsity" not in facts:
-            continue
-        update = min(updates, key=lambda u: abs(u["sparsity"] - facts["sparsity"]), default=None)
-        layers = update["layers"] if update and abs(update["sparsity"] - facts["sparsity"]) < 5e-5 else []
-        zeros = sum(row["zeros"] for row in layers)
-        level = Level(percent(facts["sparsity"]), facts["sparsity"], facts["sparsity"], zeros / sum(sizes.values()))
-        level.top1, level.layers = facts.get("top1"), layers
-        level.checkpoints = [(f"best, epoch {facts.get('epoch')}", link(path.relative_to(folder)))]
+    first, trained = epochs[0], epochs[1:]
+    contents.levels.append(
+        Level("before training", None, first["sparsity"], 0.0, top1=first["top1"], loss=first["loss"])
+    )
+    contents.stages.append({"stage": "evaluate before training", "seconds": first["seconds"]})
+    contents.stages.append({"stage": f"{len(trained)} epochs", "seconds": sum(row["seconds"] for row in trained)})
+    total = sum(p.numel() for p in architecture(contents.model, kwargs).parameters())
+    score = "ema_top1" if first.get("ema_top1") is not None else "top1"
+    for sparsity in sorted({row["sparsity"] for row in trained}):
+        best = max((row for row in trained if row["sparsity"] == sparsity), key=lambda row: row[score])
+        update = min(updates, key=lambda one: abs(one["sparsity"] - sparsity), default=None)
+        layers = update["layers"] if update and abs(update["sparsity"] - sparsity) < 1e-6 else []
+        level = Level(percent(sparsity), sparsity, sparsity, sum(row["zeros"] for row in layers) / total, layers=layers)
+        kind = score.removesuffix("top1")
+        level.top1, level.top5, level.loss = (best.get(kind + key) for key in ("top1", "top5", "loss"))
+        file = Path("checkpoints") / f"best_sparsity_{sparsity:.4f}.safetensors"
+        if (folder / file).is_file():
+            level.checkpoints.append((f"epoch {best['epoch']:.0f}", link(file)))
         contents.levels.append(level)
-    contents.levels.sort(key=lambda level: (level.requested is not None, level.requested))
-    contents.notes.append("Each sparsity stands for its best epoch; the curve over epochs is below.")
-    _count_macs(contents, arguments.get("model_kwargs") or {}, arguments.get("img_size"))
+    contents.notes.append(
+        f"Each sparsity stands for its best epoch{' (of the moving average)' * (score == 'ema_top1')}; all epochs are below."
+    )
+    _count_macs(contents, kwargs, arguments.get("img_size"))
     return contents
 
 
@@ -205,7 +210,7 @@ def checkpoint_contents(
     facts = checkpoint_facts(path)
     level.top1 = facts.get("top1")
     level.checkpoints = [(path.name, link(Path(os.path.relpath(path.resolve(), page_folder.resolve()))))]
-    prunable = ", ".join(params)
+    prunable = "all Linear and convolution weights" if list(params) == ["__ALL_PRUNABLE__"] else ", ".join(params)
     contents = Contents(f"{path.name}: {model}", model, facts.get("method", "unknown"), [level], facts=facts)
     contents.facts = {
         "checkpoint": path.name,
@@ -241,7 +246,7 @@ def _put_macs(contents: Contents, macs: MultiplyAdds) -> None:
     contents.macs_dense, contents.macs_fixed = macs.dense, macs.activations
     contents.macs_input = tuple(macs.input_size)
     for level in contents.levels:
-        if level.macs is None and (level.layers or level.requested is None):
+        if level.macs is None and (level.layers or not level.requested):
             level.macs = macs.left({row["name"]: row["sparsity"] for row in level.layers})
 
 

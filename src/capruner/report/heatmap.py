@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -10,14 +11,20 @@ from typing import Any
 from capruner.report.charts import halvings
 from capruner.report.contents import Level
 
+_ALONE = "single layer"
 DARKEST = 7.0  # halvings that the shades tell apart: up to 99.2 %
 
 
 def place(name: str) -> tuple[str, str]:
-    """Where a parameter stands and what it is: ``blocks.3.attn.qkv.weight`` is ``attn.qkv`` in ``blocks.3``; without a depth ``("", name)``."""
+    """Where a parameter stands and what it is: ``blocks.3.attn.qkv.weight`` is ``attn.qkv`` in ``blocks.3``; ``("", name)`` for one without a depth."""
     parts = name.removesuffix(".weight").split(".")
     cut = max((i for i, part in enumerate(parts[:-1]) if part.isdigit()), default=-1) + 1
     return ".".join(parts[:cut]), ".".join(parts[cut:])
+
+
+def breakable(name: str) -> str:
+    """A dotted name that may wrap after dots and underscores, escaped."""
+    return escape(name).replace(".", ".<wbr>").replace("_", "_<wbr>")
 
 
 def shown(share: float) -> str:
@@ -39,14 +46,18 @@ def cell(share: float | None) -> str:
 
 def depth_table(level: Level) -> str:
     """Rows are places in the network, from the input on; columns kinds of layers."""
+    places = {row["name"]: place(row["name"]) for row in level.layers}
+    often = Counter(kind for depth, kind in places.values() if depth)
     grid: dict[str, dict[str, float]] = {}
     for row in level.layers:
-        depth, kind = place(row["name"])
+        depth, kind = places[row["name"]]
+        if often[kind] < 2 or not depth:  # a stem, a head: a line of its own
+            depth, kind = row["name"].removesuffix(".weight"), _ALONE
         grid.setdefault(depth, {})[kind] = row["sparsity"]
-    kinds = list(dict.fromkeys(kind for line in grid.values() for kind in line))
-    head = "".join(f'<th scope="col">{escape(kind)}</th>' for kind in kinds)
+    kinds = sorted({kind: None for line in grid.values() for kind in line}, key=lambda kind: kind == _ALONE)
+    head = "".join(f'<th scope="col">{breakable(kind)}</th>' for kind in kinds)
     body = "".join(
-        f'<tr><th scope="row">{escape(depth or "elsewhere")}</th>{"".join(cell(line.get(kind)) for kind in kinds)}</tr>'
+        f'<tr><th scope="row">{breakable(depth)}</th>{"".join(cell(line.get(kind)) for kind in kinds)}</tr>'
         for depth, line in grid.items()
     )
     caption = f"Weights removed at {level.name}, in % of each layer"
@@ -58,7 +69,7 @@ def layer_table(levels: Sequence[Level]) -> str:
     by_name: list[Mapping[str, Any]] = [{row["name"]: row["sparsity"] for row in level.layers} for level in levels]
     head = "".join(f'<th scope="col">{escape(level.name)}</th>' for level in levels)
     body = "".join(
-        f'<tr><th scope="row">{escape(row["name"].removesuffix(".weight"))}</th>{"".join(cell(rows.get(row["name"])) for rows in by_name)}'
+        f'<tr><th scope="row">{breakable(row["name"].removesuffix(".weight"))}</th>{"".join(cell(rows.get(row["name"])) for rows in by_name)}'
         f"<td class=none>{row['numel']:,}</td></tr>"
         for row in levels[0].layers
     )

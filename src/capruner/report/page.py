@@ -8,9 +8,9 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from capruner.report.charts import Series, decades, halvings, line_chart, nice_ticks
+from capruner.report.charts import Series, decades, halvings, line_chart, nice_ticks, power_of_ten
 from capruner.report.contents import Contents, Level
-from capruner.report.heatmap import depth_table, in_words, layer_table
+from capruner.report.heatmap import breakable, depth_table, in_words, layer_table
 
 
 @cache
@@ -108,6 +108,10 @@ def _number(value: float | None, form: str = ".2f") -> str:
     return "–" if value is None else format(value, form)
 
 
+def _million(count: int | None) -> str:
+    return "–" if count is None else format(count / 1e6, ",.1f" if count >= 1e7 else ".3g")
+
+
 def _links(level: Level) -> str:
     return (
         '<td class="text">'
@@ -122,33 +126,25 @@ def _x_ticks(levels: Sequence[Level]) -> list[tuple[float, str]]:
 
 def _accuracy(contents: Contents) -> str:
     measured = [level for level in contents.pruned if level.top1 is not None]
-    if not contents.pruned:
+    if not measured:
         return ""
-    figure = ""
-    if measured:
-        dense = contents.dense.top1 if contents.dense else None
-        series = [
-            Series(
-                "plain", [(halvings(v.requested or 0.0), v.top1 or 0.0) for v in measured], lambda value: f"{value:.1f}"
-            )
-        ]
-        values = [value for *_, value in series[0].points] + ([dense] if dense is not None else [])
-        low = min(values)
-        ticks = nice_ticks(0 if low < 60 else max(0, low - 2), 100 if low < 60 else min(100, max(values) + 1))
-        words = _summary(contents)
-        chart = line_chart(
-            "accuracy-chart",
-            "Top-1 accuracy against sparsity",
-            words,
-            series,
-            _x_ticks(measured),
-            "weights removed (%)",
-            ticks,
-            dense=dense,
-        )
-        line = f" The dashed line: {contents.dense.name}." if dense is not None and contents.dense else ""
-        caption = f"Top-1 accuracy (%) against the share of weights removed, by the logarithm of what stays.{line}"
-        figure = f"<figure>{chart}<figcaption>{escape(caption)}</figcaption></figure>"
+    dense = contents.dense.top1 if contents.dense else None
+    points = [(halvings(v.requested or 0.0), v.top1 or 0.0) for v in measured]
+    values = [value for _, value in points] + ([] if dense is None else [dense])
+    whole = min(values) < 60
+    chart = line_chart(
+        "accuracy-chart",
+        "Top-1 accuracy against sparsity",
+        _summary(contents),
+        [Series("top-1", points, lambda value: f"{value:.1f}")],
+        _x_ticks(measured),
+        "weights removed (%)",
+        nice_ticks(0, 100) if whole else nice_ticks(min(values) - 2, min(100, max(values) + 1)),
+        dense=dense,
+    )
+    line = "" if dense is None or contents.dense is None else f" The dashed line: {contents.dense.name}."
+    caption = f"Top-1 accuracy (%) against the share of weights removed, by the logarithm of what stays.{line}"
+    figure = f"<figure>{chart}<figcaption>{escape(caption)}</figcaption></figure>"
     recalibrated = any(level.top1_bn is not None for level in contents.levels)
     columns = [
         "removed",
@@ -182,23 +178,23 @@ def _left(contents: Contents) -> str:
         row = [escape(level.name), f"{100 * level.prunable:.3f}", f"{100 * level.overall:.3f}"]
         if dense:
             row += [
-                _number(None if level.macs is None else level.macs / 1e6, ",.1f"),
+                _million(level.macs),
                 _number(None if level.macs is None else 100 * level.macs / dense, ".1f"),
             ]
         rows.append(row)
     text = (
-        "<p>Two denominators: the prunable weights are those of the layers that the recipe names; all weights are every parameter of the model, "
+        "<p>Two denominators: the prunable weights are those of the layers listed below; all weights are every parameter of the model, "
         "biases, norms and embeddings too.</p>"
     )
     if dense:
         size = "×".join(map(str, contents.macs_input))
         fixed = (
-            f" {contents.macs_fixed / 1e6:,.1f} million of them multiply activations with each other (attention), which no sparsity of weights saves."
+            f" {_million(contents.macs_fixed)} million of them multiply activations with each other (attention), which no sparsity of weights saves."
             if contents.macs_fixed
             else ""
         )
         text += (
-            f"<p>A multiply-add is two FLOPs. The dense model does {dense / 1e6:,.1f} million ({2 * dense / 1e9:,.3g} GFLOPs) for one {size} input.{fixed} "
+            f"<p>A multiply-add is two FLOPs. The dense model does {_million(dense)} million ({2 * dense / 1e9:,.3g} GFLOPs) for one {size} input.{fixed} "
             "What is left counts products with non-zero weights only: it is what an engine that skips every zero would do, not a measured speed.</p>"
         )
     return text + _table("Weights and multiply-adds that are left", columns, rows)
@@ -250,16 +246,18 @@ def _loss(contents: Contents) -> str:
             "weights removed (%)",
             decades(min(values), max(values)),
             logarithmic=True,
+            show=power_of_ten,
         )
         missing = " Where the loss did not rise there is no point." if len(values) < 2 * len(levels) else ""
         figure = f"<figure>{chart}<figcaption>Increase of the loss by pruning, both axes logarithmic.{missing}</figcaption></figure>"
     rows = [
-        [escape(v.name), f"{p:.4g}", _number(m, ".4g"), _number(m / p if m is not None and p > 0 else None, ".2g")]
+        [escape(v.name), f"{p:.4g}", _number(m, ".4g"), "–" if m is None or p <= 0 else f"{float(f'{m / p:.2g}'):,g}×"]
         for v, p, m in found
     ]
     text = (
         "<p>Predicted is the increase of the calibration loss by the quadratic model that chose the weights; measured is that of the validation loss over "
-        "the dense model. Where they part, the quadratic model no longer holds, and smaller steps (num_recomputations) or retraining pay.</p>"
+        "the dense model. A factor between them is usual: gradients averaged over a batch are smaller than those of single images, and the Fisher matrix with "
+        "them. Where the factor climbs, the quadratic model no longer holds, and smaller steps (num_recomputations) or retraining pay.</p>"
     )
     return (
         text
@@ -331,8 +329,9 @@ def _stage(name: str, seconds: float, total: float, gib: float | None, memory: b
 
 def _run(contents: Contents) -> str:
     def facts(caption: str, found: dict[str, Any]) -> str:
-        rows = [[escape(str(key)), escape(_plain(value))] for key, value in found.items() if value is not None]
-        return _table(caption, ["name", "value"], rows, ' class="facts"') if rows else ""
+        rows = [[breakable(str(key)), escape(_plain(value))] for key, value in found.items() if value is not None]
+        table = _table(caption, ["name", "value"], rows, ' class="facts"') if rows else ""
+        return f"<details><summary>{caption}: {len(rows)}</summary>{table}</details>" if len(rows) > 30 else table
 
     recipe = f"<h3>Recipe</h3><pre tabindex=0>{escape(contents.recipe)}</pre>" if contents.recipe else ""
     return facts("Arguments", contents.facts) + recipe + facts("Versions", contents.versions)
