@@ -192,7 +192,7 @@ class Training:
         if self.processes.first:
             self.log.open_wandb()
             self._write_arguments()
-        if self.epoch == 0:
+        if not self.log.rows:
             self._finish_epoch({}, time.perf_counter())
         while self.epoch < self.epochs:
             began = time.perf_counter()
