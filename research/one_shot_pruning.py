@@ -158,7 +158,7 @@ class Run:
             if self.args.recalibrate_bn:
                 self.recalibrate(model, row)
         self.rows.append(row)
-        self.stage_done("evaluate dense" if requested is None else f"apply and evaluate {100 * requested:g} %")
+        self.stage_done("evaluate dense" if requested is None else f"evaluate at {100 * requested:g} %")
         if self.wandb:
             self.wandb.log({key: value for key, value in row.items() if value is not None})
         self.write()

@@ -28,7 +28,8 @@ def halvings(sparsity: float) -> float:
 
 def nice_ticks(low: float, high: float) -> list[float]:
     """About five round numbers that span ``[low, high]``."""
-    span = max(high - low, 1e-9)
+    high = high if high > low else low + 1
+    span = high - low
     step = 10 ** math.floor(math.log10(span / 4))
     step *= next(factor for factor in (1, 2, 2.5, 5, 10) if span / (step * factor) <= 5)
     first = math.floor(low / step)

@@ -36,9 +36,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             return load_file(path)
         found: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, KeyError) as error:
-        reason = " ".join(str(error).split())[:160]
         raise ValueError(
-            f"{path} is damaged, or holds more than tensors (only safetensors, and what torch.load reads with weights_only=True, is opened here): {reason}"
+            f"{path} is damaged, or holds more than tensors; only safetensors, and what torch.load reads with weights_only=True, are opened here"
         ) from error
     if isinstance(found, Mapping):
         found = next((found[key] for key in _HOLDERS if isinstance(found.get(key), Mapping)), found)

@@ -57,7 +57,7 @@ def depth_table(level: Level) -> str:
     kinds = sorted({kind: None for line in grid.values() for kind in line}, key=lambda kind: kind == _ALONE)
     head = "".join(f'<th scope="col">{breakable(kind)}</th>' for kind in kinds)
     body = "".join(
-        f'<tr><th scope="row">{breakable(depth)}</th>{"".join(cell(line.get(kind)) for kind in kinds)}</tr>'
+        f'<tr><th scope="row">{escape(depth)}</th>{"".join(cell(line.get(kind)) for kind in kinds)}</tr>'
         for depth, line in grid.items()
     )
     caption = f"Weights removed at {level.name}, in % of each layer"

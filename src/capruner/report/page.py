@@ -171,8 +171,8 @@ def _accuracy(contents: Contents) -> str:
 def _left(contents: Contents) -> str:
     if not contents.levels:
         return ""
-    columns, dense = ["removed", "zeros, % of prunable", "zeros, % of all weights"], contents.macs_dense
-    columns += ["multiply-adds (million)", "% of dense"] if dense else []
+    columns, dense = ["removed", "% of prunable", "% of all"], contents.macs_dense
+    columns += ["million multiply-adds", "% of dense"] if dense else []
     rows = []
     for level in contents.levels:
         row = [escape(level.name), f"{100 * level.prunable:.3f}", f"{100 * level.overall:.3f}"]
@@ -197,7 +197,7 @@ def _left(contents: Contents) -> str:
             f"<p>A multiply-add is two FLOPs. The dense model does {_million(dense)} million ({2 * dense / 1e9:,.3g} GFLOPs) for one {size} input.{fixed} "
             "What is left counts products with non-zero weights only: it is what an engine that skips every zero would do, not a measured speed.</p>"
         )
-    return text + _table("Weights and multiply-adds that are left", columns, rows)
+    return text + _table("Zeros by both denominators, and the multiply-adds that are left", columns, rows)
 
 
 def _layers(contents: Contents) -> str:

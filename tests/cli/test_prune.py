@@ -1,0 +1,178 @@
+"""``capruner`` and ``capruner prune`` as a user types them: recipes from flags, what a run writes, mistakes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from training_case import KWARGS, MODEL
+
+from capruner.cli.main import COMMANDS, main
+
+timm = pytest.importorskip("timm")
+pytest.importorskip("sparseml")
+
+CAPRUNER = [sys.executable, "-m", "capruner"]
+KWARG_WORDS = [f"{key}={value}" for key, value in KWARGS.items()]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data/train, data/val and dense.safetensors."""
+    root = tmp_path_factory.mktemp("place")
+    noise = np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 3)):
+        for label in range(3):
+            folder = root / "data" / split / f"class{label}"
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = noise.integers(0, 255, (16, 16, 3)).astype("uint8")
+                Image.fromarray(pixels).save(folder / f"{index}.png")
+    torch.manual_seed(0)
+    save_file(timm.create_model(MODEL, **KWARGS).state_dict(), root / "dense.safetensors")
+    return root
+
+
+def words(place: Path, **changes: Any) -> list[str]:
+    given: dict[str, Any] = {
+        "data_dir": place / "data",
+        "model": MODEL,
+        "model_kwargs": KWARG_WORDS,
+        "checkpoint": place / "dense.safetensors",
+        "sparsities": [0.5, 0.75],
+        "num_grads": 6,
+        "damp": 1e-3,
+        "fisher_block_size": 16,
+        "params": ["re:.*blocks.[0-9]+.mlp.(fc1|fc2).weight$"],
+        "experiment": "trial",
+        "output": place / "output",
+        "gs_batch_size": 4,
+        "workers": 0,
+        "device": "cpu",
+    } | changes
+    line = ["prune"]
+    for flag, value in given.items():
+        if value is not None:
+            values = value if isinstance(value, list) else [] if value is True else [value]
+            line += [f"--{flag}", *map(str, values)]  # with underscores: they are taken for dashes
+    return line
+
+
+def test_a_run_from_flags_writes_recipe_report_and_what_it_measured(place: Path, tmp_path: Path) -> None:
+    done = subprocess.run([*CAPRUNER, *words(place, save_model=True)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.iterdir()) == []
+    folder = place / "output" / "trial"
+    recipe = (folder / "recipe.yaml").read_text()
+    assert "!CAPruningModifier" in recipe
+    assert "fisher_block_size: 16" in recipe
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["arguments"]["sparseml_recipe"] is None
+    assert summary["recipe"] == recipe
+    stages = [row["stage"] for row in summary["stages"]]
+    assert stages == [
+        "load model and data",
+        "evaluate dense",
+        "calibrate and prune",
+        "evaluate at 50 %",
+        "evaluate at 75 %",
+    ]
+    assert all(row["seconds"] >= 0 and row["peak_memory_gib"] > 0 for row in summary["stages"])
+    assert summary["stages"][2]["parts"].keys() >= {"gradients", "fisher", "eliminate"}
+
+    fixed = summary["macs"]["activations"]
+    weights = summary["macs"]["weights"]
+    mlp = sum(count for name, count in weights.items() if ".mlp." in name)
+    dense, half, quarter = summary["rows"]
+    assert dense["macs_left"] == sum(weights.values()) + fixed
+    assert dense["macs_left"] - half["macs_left"] == mlp / 2  # every token meets every weight of the MLPs
+    assert dense["macs_left"] - quarter["macs_left"] == mlp * 3 / 4
+    assert dense["predicted_loss"] is None
+    assert 0 < half["predicted_loss"] < quarter["predicted_loss"]
+    by_layer = sum(row["predicted_loss"] for row in summary["layers"][0]["layers"])
+    assert by_layer == pytest.approx(half["predicted_loss"])
+
+    page = (folder / "report.html").read_text()
+    for link in ("checkpoints/sparsity_0.5.safetensors", "checkpoints/sparsity_0.75.safetensors", "summary.json"):
+        assert f'href="{link}"' in page
+        assert (folder / link).is_file()
+
+
+def test_overview_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for command in filter(lambda name: find_spec(f"capruner.cli.{name}"), COMMANDS):
+        assert f"\n  {command} " in shown
+    assert main([]) == 2
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="0"):
+        main(["prune", "--help"])
+    shown = capsys.readouterr().out
+    assert "examples:\n  capruner prune" in shown
+    assert "--mask-type" in shown
+
+
+def test_no_such_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prnue"]) == 2
+    assert "did you mean prune?" in capsys.readouterr().err
+
+
+BAD = {
+    "no data": ({"data_dir": None}, "required: --data-dir"),
+    "percent": ({"sparsities": [50]}, "write 0.9 for 90 %"),
+    "recipe and flags": ({"sparseml_recipe": "a.yaml"}, "--num-grads, --damp, --fisher-block-size, --params and --sparseml-recipe"),
+    "no such knob": ({"method": "magnitude"}, "--num-grads, --damp, --fisher-block-size means nothing to --method magnitude"),
+    "mask type": ({"mask_type": "4:2"}, "mask_type must be"),
+    "no match": ({"params": ["blocks.7"]}, "no parameter or module is called 'blocks.7'"),
+    "pattern and sparsity": ({"mask_type": "2:4", "sparsities": [0.9]}, "a sparsity of 0.5; got"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_mistake_is_one_line(case: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes, message = BAD[case]
+    try:
+        status = main(words(place, experiment="bad", **changes))
+    except SystemExit as stop:  # argparse's own
+        status = stop.code
+    assert status == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert message in error
+
+
+def test_every_method_s_recipe_is_one_that_sparseml_reads(tmp_path: Path) -> None:
+    from research.utils import one_shot_arguments
+    from research.utils.recipe import load_manager, pruning_modifier
+
+    names = {
+        ("cap", "unstructured"): "CAPruningModifier",
+        ("cap", "2:4"): "CAPruningModifier",
+        ("fast_cap", "2:4"): "FastCAPruningModifier",
+        ("obs", "unstructured"): "OBSPruningModifier",
+        ("magnitude", "unstructured"): "GlobalMagnitudePruningModifier",
+        ("magnitude", "2:4"): "MagnitudePruningModifier",
+    }
+    parser = argparse.ArgumentParser()
+    one_shot_arguments.add_arguments(parser)
+    for (method, mask_type), name in names.items():
+        line = f"--model {MODEL} --data-dir x --method {method} --mask-type {mask_type} --params a re:b.*"
+        args = one_shot_arguments.checked(parser.parse_args(line.split()))
+        path = tmp_path / f"{method}.yaml"
+        path.write_text(one_shot_arguments.recipe_text(args))
+        manager = load_manager(str(path))
+        modifier = pruning_modifier(manager, str(path))
+        assert type(modifier).__name__ == name
+        assert modifier.params == ["a", "re:b.*"]
+        assert modifier.final_sparsity == 0.5
+        if hasattr(modifier, "mask_type") and method != "obs":
+            assert str(modifier.mask_type) == mask_type

@@ -1,0 +1,84 @@
+"""``capruner recipes``: list, show, lint."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from training_case import KWARGS, MODEL, PRUNE, ROOT
+
+from capruner.cli.main import main
+
+pytest.importorskip("timm")
+
+RECIPES = ROOT / "research" / "recipes"
+CAPRUNER = [sys.executable, "-m", "capruner", "recipes"]
+WORDS = ["--model", MODEL, "--model-kwargs", *(f"{key}={value}" for key, value in KWARGS.items())]
+HEAD, TO_90 = (
+    "modifiers:\n  - !CAPruningModifier" + PRUNE.format(first=0.5, last=last, start=0.0, end=1.0, every=1.0)
+    for last in (0.5, 0.9)
+)
+
+
+def test_list_names_every_recipe_with_a_line(tmp_path: Path) -> None:
+    done = subprocess.run([*CAPRUNER, "list"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    lines = dict(line.split("  ", 1) for line in done.stdout.splitlines())
+    assert set(lines) == {path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml")}
+    assert all(len(text.strip()) > 15 for text in lines.values())
+
+
+def test_list_by_words_and_show(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes", "list", "one_shot/cap", "2:4"]) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == ["one_shot/cap/resnet50d_2of4", "one_shot/cap/vit_2of4"]
+    assert main(["recipes", "show", "one_shot/cap/vit.yaml"]) == 0
+    assert capsys.readouterr().out == (RECIPES / "one_shot/cap/vit.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["show", "one_shot/cap/bert"], "there is no recipe 'one_shot/cap/bert'"),
+        (["show", "vit_2of4"], "near: one_shot/cap/vit_2of4"),
+        (["show"], "takes one recipe, got 0"),
+        (["list", "gpt"], "no recipe has 'gpt'"),
+        (["lint", "one_shot/cap/vit"], "needs --model"),
+        (["lint", "one_shot/cap/vit", "--model", "vit_tinny_patch16_224"], "near: vit_tiny_patch16_224"),
+    ],
+)
+def test_mistakes(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_lint_prints_what_a_recipe_prunes(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sparseml")
+    assert main(["recipes", "lint", "one_shot/cap/vit_2of4", *WORDS]) == 0
+    shown = capsys.readouterr().out
+    lines = shown.splitlines()
+    assert sum(line.startswith("blocks.") for line in lines) == 8
+    assert any(line.split() == ["blocks.1.mlp.fc2.weight", "16×64", "1,024"] for line in lines)
+    assert "8 layers, 6,144 weights:" in shown
+    assert lines[-1] == "vit_2of4.yaml: fits"
+
+
+PROBLEMS = {
+    "no match": (HEAD.replace("(fc1|fc2)", "(fc1|fc3)"), "the alternative 'fc3'"),
+    "pattern": (HEAD + "      mask_type: 3:5\n", "8 layers cannot hold mask_type 3:5"),
+    "other sparsity": (TO_90 + "      mask_type: 2:4\n", "mask_type 2:4 is a sparsity of 0.5, the recipe says 0.9"),
+    "block": (HEAD + "      mask_type: block4\n      fisher_block_size: 30\n", "fisher_block_size must be a multiple of 4"),
+    "no gradients": (HEAD + "      num_grads: 0\n", "num_grads must be at least 1, got 0"),
+    "backslash": (HEAD.replace("[0-9]+", "\\d+"), "are doubled when SparseML saves"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PROBLEMS)
+def test_lint_finds(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sparseml")
+    text, message = PROBLEMS[case]
+    (tmp_path / "mine.yaml").write_text(text)
+    assert main(["recipes", "lint", str(tmp_path / "mine.yaml"), *WORDS]) == 1
+    shown = capsys.readouterr().out
+    assert any(line.startswith("problem: ") and message in line for line in shown.splitlines()), shown
