@@ -69,7 +69,7 @@ def _dispatch(argv: Sequence[str] | None) -> int:
         if (error.name or "capruner").partition(".")[0] == "capruner":
             raise
         raise UserError(
-            f"capruner {command} needs the package {error.name}, which is not installed: pip install 'capruner[research]'"
+            f"capruner {command} needs the package {(error.name or '').partition('.')[0]}, which is not installed: pip install 'capruner[research]'"
         ) from error
 
 

@@ -211,13 +211,8 @@ def checkpoint_contents(
     level.top1 = facts.get("top1")
     level.checkpoints = [(path.name, link(Path(os.path.relpath(path.resolve(), page_folder.resolve()))))]
     prunable = "all Linear and convolution weights" if list(params) == ["__ALL_PRUNABLE__"] else ", ".join(params)
-    contents = Contents(f"{path.name}: {model}", model, facts.get("method", "unknown"), [level], facts=facts)
-    contents.facts = {
-        "checkpoint": path.name,
-        "model": model,
-        "model_kwargs": dict(kwargs),
-        "prunable": prunable,
-    } | facts
+    known = {"checkpoint": path.name, "model": model, "model_kwargs": dict(kwargs), "prunable": prunable}
+    contents = Contents(f"{path.name}: {model}", model, "unknown", [level], facts=_facts(known | facts))
     contents.notes.append(f"Read from the checkpoint alone; prunable are {prunable}.")
     _count_macs(contents, kwargs, None)
     return contents
@@ -252,7 +247,7 @@ def _put_macs(contents: Contents, macs: MultiplyAdds) -> None:
 
 def _facts(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments that say something: neither empty nor switched off."""
-    return {key: value for key, value in arguments.items() if value not in (None, "", False, [], {})}
+    return {key: value for key, value in arguments.items() if value is not False and value not in (None, "", [], {})}
 
 
 def _files(folder: Path) -> list[tuple[str, str]]:
