@@ -161,6 +161,14 @@ def recipe_text(args: argparse.Namespace) -> str:
         for key, default in DEFAULTS.items()
         if args.method in default
     }
+    if args.method in ("obs", "magnitude"):
+        named = [values["params"]] if isinstance(values["params"], str) else values["params"]
+        modules = [entry for entry in named if not entry.startswith(("re:", "__")) and not entry.endswith("weight")]
+        if modules:
+            raise cli.UserError(
+                f"--params {' '.join(modules)}: --method {args.method} is SparseML's, which takes names of weights and patterns, not of modules; "
+                f"write 're:{modules[0]}.*weight$'"
+            )
     pattern = parse_mask_type(values["mask_type"])
     sparsity = args.sparsities[-1] if args.sparsities else 0.5 if pattern.sparsity is None else pattern.sparsity
     modifier, globally = MODIFIERS[args.method], pattern.n_m is None

@@ -132,6 +132,7 @@ BAD = {
     "percent": ({"sparsities": [50]}, "write 0.9 for 90 %"),
     "recipe and flags": ({"sparseml_recipe": "a.yaml"}, "--num-grads, --damp, --fisher-block-size, --params and --sparseml-recipe"),
     "no such knob": ({"method": "magnitude"}, "--num-grads, --damp, --fisher-block-size means nothing to --method magnitude"),
+    "modules": ({"method": "obs", "params": ["blocks", "head.weight"]}, "--params blocks: --method obs is SparseML's"),
     "mask type": ({"mask_type": "4:2"}, "mask_type must be"),
     "no match": ({"params": ["blocks.7"]}, "no parameter or module is called 'blocks.7'"),
     "pattern and sparsity": ({"mask_type": "2:4", "sparsities": [0.9]}, "a sparsity of 0.5; got"),

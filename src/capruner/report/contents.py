@@ -43,7 +43,6 @@ class Contents:
     Attributes:
         title: of the page.
         model: timm's name of the architecture.
-        method: what pruned it.
         levels: the dense model first, if it was measured, then ascending in sparsity.
         macs_dense: multiply-adds of the dense model for one input; None: not counted, and a note says why.
         macs_input: size of that input.
@@ -59,7 +58,6 @@ class Contents:
 
     title: str
     model: str
-    method: str
     levels: list[Level]
     macs_dense: int | None = None
     macs_input: tuple[int, ...] = ()

@@ -102,7 +102,6 @@ def _one_shot(folder: Path, summary: Mapping[str, Any], arguments: Mapping[str, 
     contents = Contents(
         title=f"{arguments['model']} pruned in one shot by {method}",
         model=arguments["model"],
-        method=method,
         levels=levels,
         stages=summary.get("stages") or _stages(pruned),
         facts=_facts(arguments) | {"device": summary.get("device")},
@@ -154,7 +153,6 @@ def _training(
     contents = Contents(
         title=f"{arguments['model']} trained sparse by {method}",
         model=arguments["model"],
-        method=method,
         levels=[],
         epochs=epochs,
         facts=_facts(arguments),
@@ -212,7 +210,7 @@ def checkpoint_contents(
     level.checkpoints = [(path.name, link(Path(os.path.relpath(path.resolve(), page_folder.resolve()))))]
     prunable = "all Linear and convolution weights" if list(params) == ["__ALL_PRUNABLE__"] else ", ".join(params)
     known = {"checkpoint": path.name, "model": model, "model_kwargs": dict(kwargs), "prunable": prunable}
-    contents = Contents(f"{path.name}: {model}", model, "unknown", [level], facts=_facts(known | facts))
+    contents = Contents(f"{path.name}: {model}", model, [level], facts=_facts(known | facts))
     contents.notes.append(f"Read from the checkpoint alone; prunable are {prunable}.")
     _count_macs(contents, kwargs, None)
     return contents
