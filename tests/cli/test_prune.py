@@ -166,14 +166,14 @@ def test_every_method_s_recipe_is_one_that_sparseml_reads(tmp_path: Path) -> Non
     parser = argparse.ArgumentParser()
     one_shot_arguments.add_arguments(parser)
     for (method, mask_type), name in names.items():
-        line = f"--model {MODEL} --data-dir x --method {method} --mask-type {mask_type} --params a re:b.*"
+        line = f"--model {MODEL} --data-dir x --method {method} --mask-type {mask_type} --params a.weight re:b.*"
         args = one_shot_arguments.checked(parser.parse_args(line.split()))
         path = tmp_path / f"{method}.yaml"
         path.write_text(one_shot_arguments.recipe_text(args))
         manager = load_manager(str(path))
         modifier = pruning_modifier(manager, str(path))
         assert type(modifier).__name__ == name
-        assert modifier.params == ["a", "re:b.*"]
+        assert modifier.params == ["a.weight", "re:b.*"]
         assert modifier.final_sparsity == 0.5
         if hasattr(modifier, "mask_type") and method != "obs":
             assert str(modifier.mask_type) == mask_type
