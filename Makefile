@@ -32,4 +32,4 @@ test: lint  ## Run linters and the test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 clean:  ## Remove the environment and all caches
-	rm -rf .venv output .pytest_cache .mypy_cache .ruff_cache .hypothesis build src/*.egg-info
+	rm -rf .venv output .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info src/*.egg-info

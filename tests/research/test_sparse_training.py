@@ -37,6 +37,7 @@ def test_a_run_writes_all_that_it_promises(line: Line, tmp_path: Path) -> None:
             "recipe.yaml",
             "arguments.yaml",
             "last.pt",
+            "report.html",
             "checkpoints",
         )
     }
