@@ -48,16 +48,18 @@ DEFAULTS: dict[str, Any] = {
     "gradients": "batch",
     "labels": "data",
     "recomputations": 1,
+    "each": "share",
     "bn_batches": 0,
     "mask_type": "unstructured",
     "fisher_block_size": None,
     "damp": None,
     "relative_damp": None,
 }
-"""None: the method's own default. Any other keyword of ``capruner.prune`` can be set too."""
+"""None: the method's own default. Any other keyword of ``capruner.prune`` can be set too. ``each``: every recomputation draws its ``share`` of the
+images, or ``all`` of them again."""
 
 # Not keywords of `prune`: what data there is and how it is used.
-HERE = ("images", "batch", "labels", "recomputations", "bn_batches")
+HERE = ("images", "batch", "labels", "recomputations", "each", "bn_batches")
 
 
 class Batches:
@@ -91,7 +93,7 @@ def given(case: dict[str, Any]) -> dict[str, Any]:
 def num_grads(case: dict[str, Any]) -> int:
     """Per calibration: what ``images`` allow, shared out over the recomputations."""
     per_gradient = 1 if case["gradients"] == "sample" else case["batch"]
-    return case["images"] // per_gradient // case["recomputations"]
+    return case["images"] // per_gradient // (case["recomputations"] if case["each"] == "share" else 1)
 
 
 class Iterate:

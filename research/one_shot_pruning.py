@@ -74,10 +74,11 @@ class Run:
         self._stage_began = time.perf_counter()
         self.manager = recipe.load_manager(recipe_path)  # kept: SparseML empties a manager that is collected
         self.modifier = recipe.pruning_modifier(self.manager, recipe_path)
-        if args.gradients:
-            if not isinstance(self.modifier, CorrelationAwareModifier):
-                raise cli.UserError(f"--gradients means nothing to {type(self.modifier).__name__}; leave it out")
-            self.modifier.gradients = args.gradients
+        for knob in ("gradients", "labels"):
+            if getattr(args, knob):
+                if not isinstance(self.modifier, CorrelationAwareModifier):
+                    raise cli.UserError(f"--{knob} means nothing to {type(self.modifier).__name__}; leave it out")
+                setattr(self.modifier, knob, getattr(args, knob))
         self.device = modeling.pick_device(args.device)
         modeling.seed_everything(args.seed)
         self.model = modeling.build_model(args.model, args.model_kwargs, args.checkpoint, args.pretrained).to(

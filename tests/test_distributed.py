@@ -62,6 +62,8 @@ def prune_all_ways(rank: int, size: int) -> dict[str, Any]:
                     found[f"{method} {global_} {s} {name}"] = weight
                 found[f"{method} {global_} {s} loss"] = result.predicted_loss(s)
     climbed = capruner.prune(net(), batches(rank, size), sparsity=0.8, num_recomputations=3, **ARGUMENTS)
+    drawn = capruner.prune(net(), batches(rank, size), sparsity=0.8, labels="model", **ARGUMENTS)
+    found |= {f"drawn {name}": weight for name, weight in drawn.level().weights.items()}
     return found | {f"climbed {name}": weight for name, weight in climbed.level().weights.items()}
 
 

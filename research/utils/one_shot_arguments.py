@@ -67,6 +67,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("batch", "sample"),
         help="CAP, FastCAP: one gradient from each batch or from each image (default: the recipe's)",
     )
+    how.add_argument(
+        "--labels",
+        choices=("data", "model"),
+        help="CAP, FastCAP: calibrate with the data's labels, or draw labels from the model itself (default: the recipe's)",
+    )
     how.add_argument("--seed", type=int, default=42)
     how.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: the GPU if there is one)")
     _recipe_arguments(parser)

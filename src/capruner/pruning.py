@@ -15,6 +15,7 @@ from capruner.allocation import Score, refuse_below
 from capruner.calibration import Calibration, parse_bytes, supporting
 from capruner.fisher import Solver
 from capruner.gradients import GradientMode, LossFunction
+from capruner.labels import drawn_labels
 from capruner.methods import METHODS, OBS, Settings, Target
 from capruner.patterns import Pattern, parse_mask_type
 from capruner.result import Level, PruningResult
@@ -47,6 +48,7 @@ def prune(
     num_recomputations: int = 1,
     recomputation_inter_func: str = "linear",
     gradients: GradientMode = "batch",
+    labels: Literal["data", "model"] = "data",
     score: Score = "marginal",
     relative_damp: bool = False,
     solver: Solver = "auto",
@@ -80,6 +82,8 @@ def prune(
         num_recomputations: climb to each sparsity in that many steps, each with a fresh calibration at the weights reached.
         recomputation_inter_func: how sparsity climbs over them: ``"linear"``, ``"cubic"``, ``"geometric"``.
         gradients: ``"batch"`` (one gradient from each batch) or ``"sample"``.
+        labels: ``"data"`` takes the targets of the batches; ``"model"`` draws labels from the model's own softmax, see :mod:`capruner.labels`; then the
+            data needs no labels (anything may stand in their place).
         score: ``"marginal"`` or ``"cumulative"``, see :mod:`capruner.allocation`.
         relative_damp: ``damp`` is a fraction of the mean diagonal of each block.
         solver: see :mod:`capruner.fisher`.
@@ -108,6 +112,10 @@ def prune(
         raise ValueError(f"num_recomputations must be at least 1, got {num_recomputations}")
     if batches is None and METHODS[method].uses_gradients:
         raise ValueError(f"method {method!r} needs calibration data: give `batches`")
+    if labels not in ("data", "model"):
+        raise ValueError(f"labels must be 'data' or 'model', got {labels!r}")
+    if labels == "model" and batches is not None:
+        batches, loss_fn = drawn_labels(batches, loss_fn)
     pattern = parse_mask_type(mask_type)
     budget = None if memory_budget is None else parse_bytes(memory_budget)
     for what, size in (("fisher_block_size", fisher_block_size), ("block_size", block_size)):
@@ -166,6 +174,7 @@ def prune(
             "num_recomputations": num_recomputations,
             "recomputation_inter_func": recomputation_inter_func,
             "gradients": gradients,
+            "labels": labels,
             "global_sparsity": global_sparsity,
             "skipped": skipped,
         },

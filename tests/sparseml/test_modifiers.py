@@ -469,6 +469,7 @@ EVERY: dict[str, dict[str, Any]] = {
         "fisher_inv_device": "cpu",
         "traces_backup_dir": "traces",
         "gradients": "sample",
+        "labels": "model",
         "score": "cumulative",
         "relative_damp": True,
         "skip_unsupported": True,

@@ -120,6 +120,7 @@ class CorrelationAwareModifier(BaseGradualPruningModifier):
     fisher_inv_device = recipe_parameter("fisher_inv_device", "Where inverse Fisher blocks live.")
     traces_backup_dir = recipe_parameter("traces_backup_dir", "Accepted; there are no traces to back up.")
     gradients = recipe_parameter("gradients", "One gradient per batch or per sample.")
+    labels = recipe_parameter("labels", "Labels of the data, or drawn from the model.")
     skip_unsupported = recipe_parameter("skip_unsupported", "Leave dense what cannot hold the mask type.")
 
     # What SparseML calls

@@ -52,6 +52,7 @@ class CAPruningModifier(CorrelationAwareModifier):
         traces_backup_dir: kept so that public recipes load. The published code stored weight traces of (B + 1) · d floats there; here weights for
             any mask come from a closed form, so there are no traces and nothing is written.
         gradients: ``batch`` or ``sample``.
+        labels: ``data``, or ``model``: drawn from the model's own softmax.
         score: ``marginal`` or ``cumulative``.
         relative_damp: ``damp`` is a fraction of the mean diagonal of each block.
         skip_unsupported: leave parameters dense that cannot hold the mask type, instead of raising.
@@ -69,6 +70,7 @@ class CAPruningModifier(CorrelationAwareModifier):
         "blocks_in_parallel": _blocks,
         "fisher_inv_device": none_or(str),
         "gradients": str,
+        "labels": str,
         "score": str,
         "relative_damp": flag,
         "skip_unsupported": flag,
@@ -97,6 +99,7 @@ class CAPruningModifier(CorrelationAwareModifier):
         fisher_inv_device: str | None = None,
         traces_backup_dir: str | None = None,
         gradients: str = "batch",
+        labels: str = "data",
         score: str = "marginal",
         relative_damp: bool = False,
         skip_unsupported: bool = False,
@@ -125,6 +128,7 @@ class CAPruningModifier(CorrelationAwareModifier):
             blocks_in_parallel=blocks_in_parallel,
             fisher_inv_device=fisher_inv_device,
             gradients=gradients,
+            labels=labels,
             score=score,
             relative_damp=relative_damp,
             skip_unsupported=skip_unsupported,
@@ -172,6 +176,7 @@ class FastCAPruningModifier(CorrelationAwareModifier):
         "recomputation_inter_func": str,
         "fisher_inv_device": none_or(str),
         "gradients": str,
+        "labels": str,
         "skip_unsupported": flag,
     }
 
@@ -197,6 +202,7 @@ class FastCAPruningModifier(CorrelationAwareModifier):
         fisher_inv_device: str | None = None,
         traces_backup_dir: str | None = None,
         gradients: str = "batch",
+        labels: str = "data",
         skip_unsupported: bool = False,
         n: int | None = None,
         m: int | None = None,
@@ -222,6 +228,7 @@ class FastCAPruningModifier(CorrelationAwareModifier):
             recomputation_inter_func=recomputation_inter_func,
             fisher_inv_device=fisher_inv_device,
             gradients=gradients,
+            labels=labels,
             skip_unsupported=skip_unsupported,
         )
 
