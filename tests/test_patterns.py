@@ -304,3 +304,34 @@ def test_given_masks_agree_with_the_mask_s_own_method() -> None:
     for name, weight in cap.level().weights.items():
         torch.testing.assert_close(again.level().weights[name], weight, rtol=1e-4, atol=1e-6)
     assert list(itertools.chain(again.masks())) == list(cap.masks())
+
+
+@pytest.mark.parametrize("method", ["cap", "fast_cap", "magnitude"])
+def test_two_of_four_survives_the_compressed_layout_of_sparse_tensor_cores(method: str) -> None:
+    """Packed as ``torch.sparse.to_sparse_semi_structured`` packs on a GPU, and unpacked, every layer is what it was."""
+    conversions = pytest.importorskip("torch.sparse._semi_structured_conversions")
+    model = nn.Sequential(
+        nn.Conv2d(8, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 64)
+    )
+    data = [(torch.randn(4, 8, 6, 6), torch.randint(64, (4,))) for _ in range(20)]
+    result = capruner.prune(
+        model,
+        data,
+        sparsity=0.5,
+        method=method,
+        mask_type="2:4",
+        num_grads=20,
+        fisher_block_size=32,
+        damp=1e-3,
+        progress=False,
+    )
+    result.apply(model)
+    for name in result.masks():
+        weight = model.get_parameter(name).detach()
+        # A convolution is a product with unfolded patches whose channels run fastest (channels_last): that is the reduction dimension.
+        matrix = (weight.permute(0, 2, 3, 1) if weight.dim() == 4 else weight).flatten(1).contiguous().half()
+        columns = -(-matrix.shape[1] // 64) * 64 - matrix.shape[1]  # the packing wants multiples of 64
+        matrix = nn.functional.pad(matrix, (0, columns))
+        packed = conversions.sparse_semi_structured_from_dense_cutlass(matrix)
+        assert packed[0].shape == (matrix.shape[0], matrix.shape[1] // 2)
+        assert torch.equal(conversions.sparse_semi_structured_to_dense_cutlass(*packed), matrix), name
