@@ -8,6 +8,7 @@ the recipe modifiers live in ``capruner.sparseml``.
 """
 
 from capruner.batchnorm import recalibrate_bn
+from capruner.masking import MaskHandle, mask_model
 from capruner.numerics import NotPositiveDefiniteError
 from capruner.obs import Elimination, compensate, eliminate
 from capruner.pruning import compensate_masks, prune
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Elimination",
+    "MaskHandle",
     "NotPositiveDefiniteError",
     "PruningResult",
     "__version__",
@@ -24,6 +26,7 @@ __all__ = [
     "compensate_masks",
     "eliminate",
     "load_result",
+    "mask_model",
     "prune",
     "recalibrate_bn",
 ]
