@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -136,7 +137,9 @@ def test_a_model_is_not_kept_alive() -> None:
 
 
 def test_masks_hold_though_nobody_keeps_the_handle_until_the_model_goes() -> None:
-    hooks = torch.optim.optimizer._global_optimizer_post_hooks
+    hooks = importlib.import_module(
+        "torch.optim.optimizer"
+    )._global_optimizer_post_hooks  # the package hides the module
     before, model = len(hooks), pruned()
     first = zeros(model)
     capruner.mask_model(model)
