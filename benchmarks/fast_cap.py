@@ -87,7 +87,7 @@ def main() -> None:
     print(f"\nquadratic loss at {100 * args.sparsity:g} % of each layer, on gradients not calibrated on")
     print(f"{'':28}" + "".join(f"{method:>12}" for method in METHODS))
     for name in weights:
-        print(f"{name:28}" + "".join(f"{losses[method][name]:12.5f}" for method in METHODS))
+        print(f"{name:28}" + "".join(f"{losses[method][name]:12.2e}" for method in METHODS))
     worse = [name for name in weights if losses["fast_cap"][name] >= losses["magnitude"][name]]
     print(f"layers where FastCAP is not below magnitude: {worse or 'none'}")
 

@@ -133,3 +133,15 @@ def test_a_block_that_will_not_factor_says_which_and_what_damping_to_try() -> No
     fisher.add(G)
     with pytest.raises(NotPositiveDefiniteError, match=r"block 1 \(1 in all\).*try damp="):
         fisher.inverse()
+
+
+@pytest.mark.parametrize("B", [1, 3, 16, 37])
+def test_the_upper_triangle_is_enough(B: int) -> None:
+    G = torch.randn(40, 2, B)
+    whole, half = (BlockFisher(2, B, 40, 1e-2, solver="accumulate", triangular=t) for t in (False, True))
+    for slab in G.split(8):
+        whole.add(slab)
+        half.add(slab)
+    torch.testing.assert_close(half.inverse(), whole.inverse(), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="triangular means accumulating"):
+        BlockFisher(2, B, 40, 1e-2, solver="woodbury", triangular=True)

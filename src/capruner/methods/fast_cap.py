@@ -57,6 +57,7 @@ class FastCAP(Method):
                         self.settings.num_grads * rows.shape[1],
                         self.settings.damp,
                         relative_damp=True,
+                        triangular=True,
                         device=self.settings.fisher_inv_device or rows.device,
                         dtype=rows.dtype,
                     )
@@ -114,12 +115,13 @@ class FastCAP(Method):
     @full_precision()
     def _sweep(self, name: str, count: int) -> LayerSolution:
         """Remove exactly ``count`` weights of a layer (or what an N:M pattern says), left to right."""
-        W, dead, padding = self._weights[name].clone(), self._dead[name], self._padding(name)
+        dead, padding = self._dead[name], self._padding(name)
         if name not in self._factors:  # another process's layer: no blocks of it here
-            return LayerSolution(W, ~dead, 0.0)
+            return LayerSolution(self._weights[name].clone(), ~dead, 0.0)
         U, n_m = self._factors[name], self.settings.pattern.n_m
-        gone = dead.clone()
-        B = W.shape[1]
+        # (B, n): a step works on one column of all blocks, which should lie together in memory.
+        W, gone = self._weights[name].T.clone(memory_format=torch.contiguous_format), dead.T.contiguous()
+        B = len(W)
         width = min(self.settings.block_size or B, B)
         loss, taken = 0.0, 0
         for start in range(0, B, width):
@@ -127,30 +129,29 @@ class FastCAP(Method):
             columns = slice(start, stop)
             if n_m is None:
                 share = _share(count, taken, stop, start, dead, padding)
-                gone[:, columns] = self._cheapest(name, W, columns, share)
+                gone[columns] = self._cheapest(name, W, columns, share).T
                 taken += share
-            errors = torch.zeros_like(W[:, columns])
+            errors = torch.zeros_like(W[columns])
             for i in range(start, stop):
                 if n_m is not None and i % n_m[1] == 0:
                     group = slice(i, i + n_m[1])
-                    saliency = W[:, group].square() / U.diagonal()[group].square()
+                    saliency = W[group].T.square() / U.diagonal()[group].square()
                     order = rank_once(saliency, self.settings.pattern, dead[:, group], padding[:, group])
-                    gone[:, group] = ~order.keep_mask((order.losses < torch.inf).sum(dim=1))
-                error = W[:, i] * gone[:, i] / U[i, i]
-                W[:, i:stop] -= torch.outer(error, U[i, i:stop])
-                errors[:, i - start] = error
-            W[:, stop:] -= errors @ U[columns, stop:]
-            loss += float((self._scales[name] * errors.double().square()).sum()) / 2
-        return LayerSolution(W.masked_fill(gone, 0), ~gone, loss)
+                    gone[group] = ~order.keep_mask((order.losses < torch.inf).sum(dim=1)).T
+                torch.mul(W[i], gone[i], out=errors[i - start]).div_(U[i, i])
+                W[i:stop].addr_(U[i, i:stop], errors[i - start], alpha=-1)
+            W[stop:].addmm_(U[columns, stop:].mT, errors, alpha=-1)
+            loss += float((self._scales[name][:, 0] * errors.double().square()).sum()) / 2
+        return LayerSolution(W.masked_fill_(gone, 0).T.contiguous(), ~gone.T.contiguous(), loss)
 
     def _cheapest(self, name: str, W: Tensor, columns: slice, count: int) -> Tensor:
-        """``(n, width)`` bool: the ``count`` cheapest weights of a column-block, the dead first, padding never."""
-        saliency = self._scales[name] * W[:, columns].square() / self._factors[name].diagonal()[columns].square()
+        """``(n, width)`` bool: the ``count`` cheapest weights of a column-block of ``W`` ``(B, n)``, the dead first, padding never."""
+        saliency = self._scales[name] * W[columns].T.square() / self._factors[name].diagonal()[columns].square()
         saliency = saliency.masked_fill(self._dead[name][:, columns], -torch.inf)
         saliency = saliency.masked_fill(self._padding(name)[:, columns], torch.inf)
         chosen = saliency.flatten().argsort(stable=True)[:count]
         flat = torch.zeros(saliency.numel(), dtype=torch.bool, device=W.device)
-        return flat.index_fill_(0, chosen, True).view_as(saliency)
+        return flat.index_fill_(0, chosen, True).view(saliency.shape)
 
 
 def _share(count: int, taken: int, stop: int, start: int, dead: Tensor, padding: Tensor) -> int:
