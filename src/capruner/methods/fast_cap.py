@@ -25,6 +25,9 @@ from capruner.methods.base import LayerSolution, Method, Settings, Stopwatch, Ta
 from capruner.numerics import NotPositiveDefiniteError, full_precision
 from capruner.patterns import rank_once
 
+PANEL = 32
+"""Columns whose errors reach the columns to the right of them together, as one matrix product."""
+
 
 class FastCAP(Method):
     """``damp`` is relative to the mean diagonal of the shared Fisher matrix.
@@ -94,6 +97,9 @@ class FastCAP(Method):
         """Weights to remove from each layer."""
         counts: dict[str, int] = {}
         for target in targets:
+            if len(target.names) == 1 and self.settings.pattern.n_m is None:
+                counts[target.names[0]] = target.steps()
+                continue
             scores = []
             for name in target.names:
                 saliency = torch.zeros_like(self._weights[name])
@@ -123,25 +129,29 @@ class FastCAP(Method):
         W, gone = self._weights[name].T.clone(memory_format=torch.contiguous_format), dead.T.contiguous()
         B = len(W)
         width = min(self.settings.block_size or B, B)
+        group_size = n_m[1] if n_m else 1
+        panel = max(PANEL // group_size, 1) * group_size
         loss, taken = 0.0, 0
         for start in range(0, B, width):
             stop = min(start + width, B)
-            columns = slice(start, stop)
             if n_m is None:
+                columns = slice(start, stop)
                 share = _share(count, taken, stop, start, dead, padding)
                 gone[columns] = self._cheapest(name, W, columns, share).T
                 taken += share
-            errors = torch.zeros_like(W[columns])
-            for i in range(start, stop):
-                if n_m is not None and i % n_m[1] == 0:
-                    group = slice(i, i + n_m[1])
-                    saliency = W[group].T.square() / U.diagonal()[group].square()
-                    order = rank_once(saliency, self.settings.pattern, dead[:, group], padding[:, group])
-                    gone[group] = ~order.keep_mask((order.losses < torch.inf).sum(dim=1)).T
-                torch.mul(W[i], gone[i], out=errors[i - start]).div_(U[i, i])
-                W[i:stop].addr_(U[i, i:stop], errors[i - start], alpha=-1)
-            W[stop:].addmm_(U[columns, stop:].mT, errors, alpha=-1)
-            loss += float((self._scales[name][:, 0] * errors.double().square()).sum()) / 2
+            for first in range(start, stop, panel):
+                last = min(first + panel, stop)
+                errors = torch.empty_like(W[first:last])
+                for i in range(first, last):
+                    if n_m is not None and i % n_m[1] == 0:
+                        group = slice(i, i + n_m[1])
+                        saliency = W[group].T.square() / U.diagonal()[group].square()
+                        order = rank_once(saliency, self.settings.pattern, dead[:, group], padding[:, group])
+                        gone[group] = ~order.keep_mask((order.losses < torch.inf).sum(dim=1)).T
+                    torch.mul(W[i], gone[i], out=errors[i - first]).div_(U[i, i])
+                    W[i:last].addr_(U[i, i:last], errors[i - first], alpha=-1)
+                W[last:].addmm_(U[first:last, last:].mT, errors, alpha=-1)
+                loss += float((self._scales[name][:, 0] * errors.double().square()).sum()) / 2
         return LayerSolution(W.masked_fill_(gone, 0).T.contiguous(), ~gone.T.contiguous(), loss)
 
     def _cheapest(self, name: str, W: Tensor, columns: slice, count: int) -> Tensor:
