@@ -6,7 +6,6 @@ import argparse
 import json
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +110,7 @@ def test_a_run_from_flags_writes_recipe_report_and_what_it_measured(place: Path,
 def test_overview_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    for command in filter(lambda name: find_spec(f"capruner.cli.{name}"), COMMANDS):
+    for command in COMMANDS:
         assert f"\n  {command} " in shown
     assert main([]) == 2
     capsys.readouterr()
