@@ -254,7 +254,7 @@ def alive(claim: Path) -> bool:
 
 
 def table(args: argparse.Namespace) -> None:
-    """Mean over seeds, and the spread (largest minus smallest)."""
+    """Mean over seeds, and half the difference between the largest and the smallest."""
     found: dict[tuple, dict[float, list[float]]] = {}
     for file in sorted(args.output.glob("*.json")):
         result = json.loads(file.read_text())
@@ -265,8 +265,9 @@ def table(args: argparse.Namespace) -> None:
             continue
         key = tuple(str(case.get(k)) for k in ["model", *args.by])
         for row in result["rows"]:
-            found.setdefault(key, {}).setdefault(row["sparsity"], []).append(row[args.column])
-        found[key].setdefault(0.0, []).append(result["dense"])
+            if row.get(args.column) is not None:
+                found.setdefault(key, {}).setdefault(row["sparsity"], []).append(row[args.column])
+        found.setdefault(key, {}).setdefault(0.0, []).append(result["dense"])
     columns = sorted({s for row in found.values() for s in row})
     print("| " + " | ".join(["model", *args.by] + [f"{100 * s:g} %" for s in columns]) + " |")
     print("|---" * (len(args.by) + 1 + len(columns)) + "|")
