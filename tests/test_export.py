@@ -85,6 +85,9 @@ def test_safetensors(checkpoint: Path, tmp_path: Path) -> None:
         (["CHECKPOINT", "--model", "resnet18", "--output", "x.onnx"], "does not fit resnet18"),
         (["CHECKPOINT", *WORDS, "--output", "x.tflite"], "the ending says no format"),
         (["CHECKPOINT", *WORDS, "--output", "nowhere/x.onnx"], "there is no folder nowhere"),
+        (["CHECKPOINT", *WORDS, "--output", "x.pt", "--format", "semi_structured"], "ends in .safetensors"),
+        (["CHECKPOINT", *WORDS, "--output", "x.safetensors", "--format", "semi_structured"], "no multiple of 32×64"),
+        (["CHECKPOINT", *WORDS, "--output", "x.onnx", "--img-size", "17"], "does not take images of (3, 17, 17)"),
     ],
 )
 def test_mistakes(words: list[str], told: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,31 +97,88 @@ def test_mistakes(words: list[str], told: str, checkpoint: Path, capsys: pytest.
     assert "Traceback" not in shown
 
 
-def test_without_a_gpu_the_semi_structured_form_is_refused(
-    checkpoint: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    assert main(["export", str(checkpoint), *WORDS, "--output", str(tmp_path / "x.pt")]) == 2
-    assert "there is none; capruner verify --pattern 2:4" in capsys.readouterr().err
+def wide(columns: int = 64, rows: int = 64) -> nn.Linear:
+    layer = nn.Linear(columns, rows)
+    with torch.no_grad():
+        layer.weight.view(-1, 4)[:, 1:3] = 0
+    return layer
 
 
-def test_two_of_four() -> None:
-    weight = torch.tensor([[1.0, 0, 2, 0, 0, 0, 3, 0]])
-    assert export.is_two_of_four(weight)
-    assert not export.is_two_of_four(torch.tensor([[1.0, 0, 2, 3]]))
-    assert not export.is_two_of_four(torch.ones(2, 6))
-    with pytest.raises(ValueError, match="no Linear layer of this model has 2:4 weights"):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_semi_structured_form_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    name, sizes = "vit_tiny_patch16_224", {"img_size": 16, "embed_dim": 64, "depth": 1, "num_heads": 2}
+    model = timm.create_model(name, **sizes)
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1.weight.view(-1, 4)[:, 1:3] = 0
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    words = ["--model", name, "--model-kwargs", *(f"{key}={value}" for key, value in sizes.items())]
+    line = ["export", str(tmp_path / "w.safetensors"), *words, "--format", "semi_structured"]
+    assert main([*line, "--output", str(tmp_path / "x.safetensors")]) == 2
+    assert "torch sees none here; 1 layers are 2:4" in capsys.readouterr().err
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_what_sparse_tensor_cores_take() -> None:
+    torn = wide()
+    with torch.no_grad():
+        torn.weight[3, :3] = 1
+    conv = nn.Conv2d(64, 64, 1)
+    with torch.no_grad():
+        conv.weight[:, ::2] = 0
+    layers = nn.ModuleDict(
+        {
+            "fits": wide(),
+            "torn": torn,
+            "narrow": wide(32),
+            "classes": wide(64, 10),
+            "conv": conv,
+            "dense": nn.Linear(64, 64),
+        }
+    )
+    fit, unfit = export.two_of_four(layers)
+    assert fit == ["fits"]
+    assert set(unfit) == {"torn", "narrow", "classes", "conv"}
+    assert unfit["torn"] == "1 of 1,024 groups of four keep more than two weights"
+    assert unfit["classes"] == "10×64 is no multiple of 32×64"
+    with pytest.raises(ValueError, match="no Linear layer of this model has 2:4 weights \\(there are no zeros\\)"):
         export.to_semi_structured(nn.Linear(8, 8))
+    with pytest.raises(RuntimeError, match="fits is on cpu"):
+        export.to_semi_structured(layers)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_semi_structured_on_a_gpu() -> None:
-    model = nn.Sequential(nn.Linear(128, 128)).half().cuda()
-    with torch.no_grad():
-        model[0].weight.unflatten(1, (-1, 4))[..., 2:] = 0
+    model = nn.Sequential(wide(), wide(64, 10)).half().cuda()
+    x = torch.randn(8, 64, device="cuda").half()
+    expected = model(x)
     assert export.to_semi_structured(model) == ["0"]
+    torch.testing.assert_close(model(x), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_equal_weights_are_stored_once_and_lose_nothing(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Flatten(), *(nn.Linear(12, 12, bias=False) for _ in range(3)))
+    with torch.no_grad():
+        model[1].weight.zero_()
+        model[2].weight.zero_()
+    assert export.to_onnx(model, tmp_path / "m.onnx", (3, 2, 2), tolerance=1)["zeros"] == 288
+
+
+def test_a_zero_that_the_file_has_not_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Flatten(), wide(12, 8))
+    lose = torch.onnx.export
+
+    def careless(exported: nn.Sequential, *args: object, **kwargs: object) -> None:
+        with torch.no_grad():
+            exported[1].weight[0, 1] = 1e-12
+        lose(exported, *args, **kwargs)
+        with torch.no_grad():
+            exported[1].weight[0, 1] = 0
+
+    monkeypatch.setattr(torch.onnx, "export", careless)
+    with pytest.raises(RuntimeError, match="zeros of 1 got lost"):
+        export.to_onnx(model, tmp_path / "m.onnx", (3, 2, 2))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_bench_as_a_user_types_it(checkpoint: Path, tmp_path: Path) -> None:

@@ -6,15 +6,23 @@ import copy
 import os
 import tempfile
 import warnings
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from capruner.report.architecture import BUILD_ERRORS
+from capruner.selection import prunable_layers
 
 OPSET = 16
 """The newest that DeepSparse runs well: from 17 on LayerNorm is one operator, and a ViT-Small at 90 % took it four times as long."""
+
+TILE = (32, 64)
+"""Multiples of outputs and inputs that torch's 2:4 kernels take in half precision (CUTLASS; cuSPARSELt takes them too)."""
 
 
 def to_onnx(model: nn.Module, path: str | Path, input_size: Sequence[int], tolerance: float = 1e-3) -> dict[str, Any]:
@@ -27,10 +35,11 @@ def to_onnx(model: nn.Module, path: str | Path, input_size: Sequence[int], toler
         tolerance: largest difference allowed, relative to the largest output.
 
     Returns:
-        ``zeros`` (of weights, in the file), ``difference`` (largest, relative), ``bytes``.
+        ``zeros`` (of matrices and kernels), ``difference`` (largest, relative), ``bytes``.
 
     Raises:
         RuntimeError: the outputs differ, zeros got lost, or the model cannot be traced.
+        ValueError: the model does not take such an input.
         ModuleNotFoundError: onnx or onnxruntime is not installed (``pip install capruner[export]``).
     """
     import onnx
@@ -39,6 +48,15 @@ def to_onnx(model: nn.Module, path: str | Path, input_size: Sequence[int], toler
     path = Path(path)
     model = copy.deepcopy(model).cpu().float().eval()
     _unfuse_attention(model)
+    images = torch.randn(2, *input_size)
+    try:
+        with torch.no_grad():
+            model(images)
+    except BUILD_ERRORS as error:
+        raise ValueError(
+            f"the model does not take images of {tuple(input_size)}: {' '.join(str(error).split())[:200]}; "
+            "transformers are built for one size, --model-kwargs img_size=N"
+        ) from error
     handle, partial = tempfile.mkstemp(suffix=".onnx", dir=path.parent)
     os.close(handle)
     try:
@@ -48,7 +66,7 @@ def to_onnx(model: nn.Module, path: str | Path, input_size: Sequence[int], toler
             )  # the tracer warns of every shape that it turns into a constant; the check below is what counts
             torch.onnx.export(
                 model,
-                (torch.randn(2, *input_size),),
+                (images,),
                 partial,
                 dynamo=False,  # the graph of the tracer is the one that sparse runtimes recognise
                 opset_version=OPSET,
@@ -56,12 +74,9 @@ def to_onnx(model: nn.Module, path: str | Path, input_size: Sequence[int], toler
                 output_names=["output"],
                 dynamic_axes={"input": {0: "batch"}, "output": {0: "batch"}},
             )
-        zeros = _zeros(onnx.load(partial))
-        expected = sum(int((p == 0).sum()) for p in model.parameters() if p.dim() > 1)
-        if zeros < expected:
-            raise RuntimeError(
-                f"{path}: {expected - zeros:,} of {expected:,} zeros got lost in the export; please report this"
-            )
+        lost = _lost_zeros(onnx.load(partial), model)
+        if lost:
+            raise RuntimeError(f"{path}: zeros of {', '.join(lost[:3])} got lost in the export; please report this")
         session = onnxruntime.InferenceSession(partial, providers=["CPUExecutionProvider"])
         difference = max(_difference(session, model, batch, input_size) for batch in (1, 3))
         if not difference <= tolerance:
@@ -72,6 +87,7 @@ def to_onnx(model: nn.Module, path: str | Path, input_size: Sequence[int], toler
         os.replace(partial, path)
     finally:
         Path(partial).unlink(missing_ok=True)
+    zeros = sum(int((p == 0).sum()) for p in model.parameters() if p.dim() > 1)
     return {"zeros": zeros, "difference": difference, "bytes": path.stat().st_size}
 
 
@@ -82,11 +98,18 @@ def _unfuse_attention(model: nn.Module) -> None:
             module.fused_attn = False  # type: ignore[assignment]
 
 
-def _zeros(graph: Any) -> int:
+def _lost_zeros(graph: Any, model: nn.Module) -> list[str]:
+    """The prunable weights whose zeros no initializer has all. By place: matrices are transposed and renamed, equal ones stored once, BatchNorm is folded."""
     from onnx import numpy_helper
 
-    weights = (numpy_helper.to_array(item) for item in graph.graph.initializer if len(item.dims) > 1)
-    return sum(int((w == 0).sum()) for w in weights if w.dtype.kind == "f")
+    by_shape: dict[tuple[int, ...], list[np.ndarray]] = defaultdict(list)
+    for item in graph.graph.initializer:
+        zero = numpy_helper.to_array(item) == 0
+        by_shape[zero.shape].append(zero)
+        if zero.ndim == 2:
+            by_shape[zero.T.shape].append(zero.T)
+    masks = {name: (w.detach() == 0).numpy() for name, w in prunable_weights(model).items()}
+    return [name for name, m in masks.items() if not any(bool(zero[m].all()) for zero in by_shape[m.shape])]
 
 
 @torch.no_grad()
@@ -94,6 +117,31 @@ def _difference(session: Any, model: nn.Module, batch: int, input_size: Sequence
     x = torch.randn(batch, *input_size, generator=torch.Generator().manual_seed(batch))
     theirs, ours = torch.from_numpy(session.run(None, {"input": x.numpy()})[0]), model(x)
     return float((theirs - ours).abs().max() / ours.abs().max().clamp(min=1e-12))
+
+
+def two_of_four(model: nn.Module) -> tuple[list[str], dict[str, str]]:
+    """Names of the ``Linear`` layers that sparse tensor cores can run as 2:4, and of the other pruned layers why they cannot.
+
+    Needed: at most two of each four consecutive inputs, and whole tiles (outputs a multiple of 32, inputs of 64).
+    """
+    fit: list[str] = []
+    unfit: dict[str, str] = {}
+    for name, layer in prunable_layers(model).items():
+        weight = layer.get_parameter("weight").detach()
+        if not bool((weight == 0).any()):
+            continue
+        if not isinstance(layer, nn.Linear):
+            unfit[name] = "a convolution, for which torch has no 2:4 kernel"
+        elif weight.shape[0] % TILE[0] or weight.shape[1] % TILE[1]:
+            unfit[name] = f"{weight.shape[0]}×{weight.shape[1]} is no multiple of {TILE[0]}×{TILE[1]}"
+        else:
+            kept = (weight != 0).unflatten(1, (-1, 4)).sum(dim=2)
+            broken = int((kept > 2).sum())
+            if broken:
+                unfit[name] = f"{broken:,} of {kept.numel():,} groups of four keep more than two weights"
+            else:
+                fit.append(name)
+    return fit, unfit
 
 
 def to_semi_structured(model: nn.Module, tolerance: float = 1e-2) -> list[str]:
@@ -104,42 +152,42 @@ def to_semi_structured(model: nn.Module, tolerance: float = 1e-2) -> list[str]:
         tolerance: largest difference of a product, relative to its largest value.
 
     Returns:
-        The layers that were converted.
+        The layers that were converted, those of :func:`two_of_four`; the others stay dense.
 
     Raises:
         RuntimeError: not on such a GPU, or a product differs.
-        ValueError: no layer is 2:4.
+        ValueError: no layer is 2:4, or the weights are of another type.
     """
-    layers = {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear) and is_two_of_four(layer.weight)
-    }
-    if not layers:
-        raise ValueError("no Linear layer of this model has 2:4 weights: prune with mask_type='2:4' first")
-    device = next(iter(layers.values())).weight.device
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
-        raise RuntimeError(
-            f"2:4 weights need a GPU with sparse tensor cores (compute capability 8.0 or more); the model is on {device}"
+    fit, unfit = two_of_four(model)
+    if not fit:
+        some = "; ".join(f"{name}: {why}" for name, why in list(unfit.items())[:3])
+        raise ValueError(
+            f"no Linear layer of this model has 2:4 weights ({some or 'there are no zeros'}): prune with mask_type='2:4' first"
         )
-    for name, layer in layers.items():
-        x = torch.randn(64, layer.in_features, device=device, dtype=layer.weight.dtype)
-        dense = x @ layer.weight.mT
-        sparse = nn.Parameter(torch.sparse.to_sparse_semi_structured(layer.weight.detach()), requires_grad=False)
+    for name in fit:
+        layer = model.get_submodule(name)
+        weight = layer.get_parameter("weight").detach()
+        if weight.device.type != "cuda" or torch.cuda.get_device_capability(weight.device) < (8, 0):
+            raise RuntimeError(
+                f"2:4 weights need a GPU with sparse tensor cores (compute capability 8.0 or more); {name} is on {weight.device}"
+            )
+        if weight.dtype not in (torch.float16, torch.bfloat16):
+            raise ValueError(f"2:4 weights are float16 or bfloat16, {name} is {weight.dtype}: model.half() first")
+        x = torch.randn(64, weight.shape[1], device=weight.device, dtype=weight.dtype)
+        dense = x @ weight.mT
+        sparse = nn.Parameter(torch.sparse.to_sparse_semi_structured(weight), requires_grad=False)
         difference = float((nn.functional.linear(x, sparse) - dense).abs().max() / dense.abs().max())
         if not difference <= tolerance:
             raise RuntimeError(
                 f"{name}: the 2:4 product differs from the dense one by {difference:.2g} of its largest value"
             )
         layer.weight = sparse
-    return list(layers)
+    return fit
 
 
-def is_two_of_four(weight: Tensor) -> bool:
-    """Whether at most two of each four consecutive inputs of a matrix are not zero, and some are."""
-    if weight.dim() != 2 or weight.shape[1] % 4 or not bool((weight == 0).any()):
-        return False
-    return bool(((weight != 0).unflatten(1, (-1, 4)).sum(dim=2) <= 2).all())
+def prunable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of Linear and convolution layers, by layer."""
+    return {name: layer.get_parameter("weight") for name, layer in prunable_layers(model).items()}
 
 
 def load_pruned(model: str, kwargs: Mapping[str, Any], checkpoint: str | Path) -> tuple[nn.Module, tuple[int, ...]]:

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import copy
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from capruner.cli.arguments import KeyValues, UserError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 HELP = """\
 Write a pruned checkpoint as ONNX, as plain safetensors, or check it as 2:4 on a GPU.
@@ -16,9 +22,10 @@ EXAMPLE = """\
 examples:
   capruner export output/EXPERIMENT/checkpoints/sparsity_0.75.safetensors --model deit_small_patch16_224 --output deit_small_75.onnx
   capruner export weights.pth --model resnet50d --model-kwargs num_classes=10 --output weights.safetensors
-  capruner export sparsity_0.5.safetensors --model vit_base_patch16_224 --format semi_structured --output vit_base_2of4.pt
+  capruner export sparsity_0.5.safetensors --model vit_base_patch16_224 --format semi_structured --output vit_base_2of4.safetensors
 """
-FORMATS = {"onnx": ".onnx", "safetensors": ".safetensors", "semi_structured": ".pt"}
+FORMATS = ("onnx", "safetensors", "semi_structured")
+ENDINGS = {".onnx": "onnx", ".safetensors": "safetensors"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         choices=FORMATS,
-        help="default: from the output's ending; semi_structured: float16 weights compressed for sparse tensor cores (needs such a GPU)",
+        help="default: from the output's ending; semi_structured: float16 weights, tried as 2:4 on this machine's GPU, which is needed",
     )
     parser.add_argument("--img-size", type=int, help="height and width of the input (default: the model's)")
     parser.epilog = EXAMPLE
@@ -45,41 +52,70 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the file and say what was checked."""
-    import torch
-    from safetensors.torch import save_file
-
-    from capruner.export import load_pruned, to_onnx, to_semi_structured
-
-    endings = {ending: name for name, ending in FORMATS.items()}
-    kind = args.format or endings.get(args.output.suffix)
+    kind = args.format or ENDINGS.get(args.output.suffix)
     if kind is None:
         raise UserError(
-            f"--output {args.output}: the ending says no format; use one of {', '.join(endings)}, or --format"
+            f"--output {args.output}: the ending says no format; use one of {', '.join(ENDINGS)}, or --format"
         )
+    wanted = ".onnx" if kind == "onnx" else ".safetensors"
+    if args.output.suffix != wanted:
+        raise UserError(f"--output {args.output}: the name of such a file ends in {wanted}")
     if not args.output.parent.is_dir():
         raise UserError(f"--output {args.output}: there is no folder {args.output.parent}")
+    from capruner.export import load_pruned, to_onnx
+
     model, size = load_pruned(args.model, args.model_kwargs, args.checkpoint)
+    if kind == "semi_structured":
+        return _semi_structured(model, args.output)
+    if kind == "safetensors":
+        _save(model, args.output)
+        print(f"{_size(args.output)}, timm.create_model({args.model!r}, checkpoint_path=...) loads it")
+        return 0
     if args.img_size:
         size = (size[0], args.img_size, args.img_size)
-    if kind == "onnx":
-        found = to_onnx(model, args.output, size)
-        print(
-            f"{args.output}: {found['bytes'] / 2**20:.1f} MiB, dynamic batch of {'×'.join(map(str, size))}, {found['zeros']:,} zeros"
-        )
-        print(
-            f"onnxruntime against torch, batches of 1 and 3: largest difference {found['difference']:.1e} of the largest output"
-        )
-    elif kind == "safetensors":
-        save_file({name: value.contiguous() for name, value in model.state_dict().items()}, args.output)
-        print(
-            f"{args.output}: {args.output.stat().st_size / 2**20:.1f} MiB, timm.create_model({args.model!r}, checkpoint_path=...) loads it"
-        )
-    else:
-        if not torch.cuda.is_available():
-            raise UserError(
-                "--format semi_structured compresses on a GPU with sparse tensor cores, and there is none; capruner verify --pattern 2:4 checks without"
-            )
-        layers = to_semi_structured(model.half().cuda())
-        torch.save(model.state_dict(), args.output)
-        print(f"{args.output}: {len(layers)} layers compressed, each equal to its dense product")
+    found = to_onnx(model, args.output, size)
+    print(f"{_size(args.output)}, dynamic batch of {'×'.join(map(str, size))}, {found['zeros']:,} zeros")
+    print(
+        f"onnxruntime against torch, batches of 1 and 3: largest difference {found['difference']:.1e} of the largest output"
+    )
     return 0
+
+
+def _semi_structured(model: nn.Module, output: Path) -> int:
+    """Plain float16 weights: the compressed form belongs to one kind of GPU and one torch, and torch reads it back only by running a pickle's code."""
+    import torch
+
+    from capruner.export import to_semi_structured, two_of_four
+
+    fit, unfit = two_of_four(model)
+    if fit and not torch.cuda.is_available():
+        raise UserError(
+            f"--format semi_structured tries 2:4 weights on a GPU with sparse tensor cores, and torch sees none here; {len(fit)} layers are 2:4. "
+            "Run it where the GPU is, or use --format safetensors and there capruner.export.to_semi_structured(model.half().cuda())"
+        )
+    model.half()
+    layers = to_semi_structured(copy.deepcopy(model).cuda() if fit else model)
+    _save(model, output)
+    print(
+        f"{_size(output)}, float16; {len(layers)} layers ran as 2:4 on this GPU, each product compared with the dense"
+    )
+    for name, why in unfit.items():
+        print(f"stays dense: {name}, {why}")
+    print("after loading: capruner.export.to_semi_structured(model.half().cuda())")
+    return 0
+
+
+def _save(model: nn.Module, output: Path) -> None:
+    """All of the file or none of it."""
+    from safetensors.torch import save_file
+
+    partial = output.with_name(f".{os.getpid()}.{output.name}")
+    try:
+        save_file({name: value.contiguous().clone() for name, value in model.state_dict().items()}, partial)
+        partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _size(output: Path) -> str:
+    return f"{output}: {output.stat().st_size / 2**20:.1f} MiB"
