@@ -102,7 +102,7 @@ def uneven(rank: int, size: int) -> dict[str, Any]:
 def test_uneven_shares_and_a_failing_rank_is_named_on_all(tmp_path: Path) -> None:
     found = run(3, tmp_path / "ranks", uneven)
     assert [f["zeros"] for f in found] == [388, 388, 388]
-    assert found[2]["error"].startswith("ValueError: the loss of batch 0 is nan")
+    assert found[2]["error"].startswith("BadBatchError: the loss of batch 0 is nan")
     for rank in (0, 1):
         assert found[rank]["error"].startswith("PeerError: rank 2 failed while drawing gradients")
 

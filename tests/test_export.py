@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ timm = pytest.importorskip("timm")
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 import capruner  # noqa: E402
-from capruner import bench, export  # noqa: E402
+from capruner import export  # noqa: E402
 from capruner.cli.main import main  # noqa: E402
 
 
@@ -179,47 +178,3 @@ def test_a_zero_that_the_file_has_not_is_found(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(RuntimeError, match="zeros of 1 got lost"):
         export.to_onnx(model, tmp_path / "m.onnx", (3, 2, 2))
     assert list(tmp_path.iterdir()) == []
-
-
-def test_bench_as_a_user_types_it(checkpoint: Path, tmp_path: Path) -> None:
-    files = [tmp_path / "dense.onnx", tmp_path / "pruned.onnx"]
-    for file in files:
-        assert main(["export", str(checkpoint), *WORDS, "--output", str(file)]) == 0
-    figures = tmp_path / "figures.json"
-    done = command(
-        "bench",
-        *files,
-        "--engines",
-        "onnxruntime",
-        "deepsparse",
-        "--batch-size",
-        1,
-        2,
-        "--rounds",
-        2,
-        "--seconds",
-        0.05,
-        "--json",
-        figures,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(figures.read_text())
-    assert [
-        (Path(row["model"]).name, row["batch_size"]) for row in found["rows"] if row["engine"] == "onnxruntime"
-    ] == [*(("dense.onnx", 1), ("pruned.onnx", 1), ("dense.onnx", 2), ("pruned.onnx", 2))]
-    assert all(row["low_ms"] <= row["latency_ms"] <= row["high_ms"] for row in found["rows"])
-    assert found["rows"][0]["speedup"] == 1
-    if "deepsparse" in found["not_measured"]:
-        assert "deepsparse is not installed" in done.stdout
-
-
-def test_bench_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "missing.onnx"]) == 2
-    assert "no such file: missing.onnx" in capsys.readouterr().err
-    torn = tmp_path / "torn.onnx"
-    torn.write_bytes(b"no onnx")
-    assert main(["bench", str(torn), "--python", "tvm=/bin/true"]) == 2
-    assert "wants ENGINE=PATH" in capsys.readouterr().err
-    rows, missing = bench.measure([torn], ["onnxruntime"], [1], 1, 0.01, 1, {})
-    assert not rows
-    assert "onnxruntime" in missing

@@ -13,6 +13,7 @@ from capruner.numerics import NotPositiveDefiniteError
 from capruner.obs import Elimination, compensate, eliminate
 from capruner.pruning import compensate_masks, prune
 from capruner.result import PruningResult, load_result
+from capruner.state import StateError, remove_state
 
 __version__ = "0.1.0"
 
@@ -21,6 +22,7 @@ __all__ = [
     "MaskHandle",
     "NotPositiveDefiniteError",
     "PruningResult",
+    "StateError",
     "__version__",
     "compensate",
     "compensate_masks",
@@ -29,4 +31,5 @@ __all__ = [
     "mask_model",
     "prune",
     "recalibrate_bn",
+    "remove_state",
 ]

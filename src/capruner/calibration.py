@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
+import logging
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,13 +13,26 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from capruner.distributed import Shards, world
-from capruner.gradients import GradientMode, LossFunction, calibrating, gradient_slabs
+from capruner.gradients import (
+    GradientMode,
+    LossFunction,
+    OnBadBatch,
+    Position,
+    calibrating,
+    gradient_slabs,
+    passing_over,
+)
 from capruner.layout import BlockLayout
+from capruner.memory import shown
 from capruner.methods import LayerSolution, Method, Settings, Stopwatch, Target
 from capruner.methods.base import RankedMethod, SecondOrderMethod
 from capruner.patterns import Pattern, unsupported
 from capruner.result import Level
+from capruner.resume import digest_of, packed, unpacked
 from capruner.selection import SelectionError
+from capruner.state import State, StateError
+
+_LOGGER = logging.getLogger(__name__)
 
 WORKING_SET = 128 * 2**20
 """Chunks of blocks that are being eliminated or solved, in bytes; the same whatever the model."""
@@ -34,7 +47,10 @@ class Calibration:
         batches: see :func:`capruner.prune`; None for methods without gradients.
         parameters: ``{name: parameter}``.
         budget: bytes that the Fisher blocks and gradients of one process may take; None: no limit.
+        on_bad_batch: see :func:`capruner.prune`.
+        state: where to save what is done, and to find what an earlier run has done.
         clock: seconds by stage, over all calibrations.
+        notes: what the report counts, over all calibrations: ``skipped_batches``, ``damped_blocks`` by layer.
     """
 
     model: nn.Module
@@ -45,7 +61,11 @@ class Calibration:
     gradients: GradientMode = "batch"
     progress: bool = True
     budget: int | None = None
+    on_bad_batch: OnBadBatch = "raise"
+    state: State | None = None
     clock: Stopwatch = field(default_factory=Stopwatch)
+    notes: dict[str, Any] = field(default_factory=lambda: {"skipped_batches": 0, "damped_blocks": {}})
+    _batches_drawn: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         size = self.settings.fisher_block_size
@@ -74,6 +94,7 @@ class Calibration:
         shards = pruner.shards
         # Of num_grads each process draws its share; the first ones draw what is left over.
         mine = self.settings.num_grads // shards.size + (shards.rank < self.settings.num_grads % shards.size)
+        position = Position() if self.state is None else self._found(self.state, pruner)
         with calibrating(self.model):
             slabs = gradient_slabs(
                 self.model,
@@ -83,6 +104,8 @@ class Calibration:
                 mine,
                 mode=self.gradients,
                 slab=max(1, self._slab() // shards.size),
+                on_bad_batch=self.on_bad_batch,
+                position=position,
                 progress=self.progress and shards.rank == 0,
             )
             while True:
@@ -91,8 +114,81 @@ class Calibration:
                 with self.clock("exchange"):
                     rows = shards.exchange(None if gradients is None else self._in_blocks(gradients))
                 if rows is None:
-                    return
+                    break
                 pruner.add(rows)
+                if self.state is not None and self.state.due():
+                    self._save(self.state, pruner, position)
+        self._batches_drawn = position.batches
+        if self.state is not None:
+            self._save(self.state, pruner, position)
+        if position.skipped:
+            some = ", ".join(map(str, position.skipped[:8])) + (", ..." if len(position.skipped) > 8 else "")
+            _LOGGER.warning(
+                "skipped %d of %d calibration batches for NaN or Inf: %s", len(position.skipped), position.batches, some
+            )
+        self.notes["skipped_batches"] += int(shards.sum(len(position.skipped)))
+
+    def _found(self, state: State, pruner: Method) -> Position:
+        """Where an earlier run had stopped drawing, ``pruner`` being brought to where it was then."""
+        position = Position(keep_last=True)
+        assert self.batches is not None
+        for count in state.passes_to_skip():
+            passing_over(self.batches, count)
+        pruner_blocks = sum(
+            (own.stop - own.start) * layout.block_size**2 * _working_dtype(self.parameters[name]).itemsize
+            for name, layout in pruner.layouts.items()
+            for own in [pruner.shards.own(name)]
+        )
+        state.check_space(pruner_blocks)
+        saved = state.load_feed()
+        if saved is None:
+            return position
+        layers, place = saved
+        owned = [n for n in pruner.layouts if pruner.shards.own(n).stop > pruner.shards.own(n).start]
+        try:
+            for name, tensors in zip(owned, layers, strict=True):
+                pruner.load(name, tensors)
+            digest = str(place.pop("digest"))
+            position = replace(position, **place)
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise StateError(f"{state.folder} holds no gradients of this run ({error}); {state.remedy}") from error
+
+        def check(batch: Any) -> None:
+            if digest_of(batch) != digest:
+                raise StateError(
+                    f"batch {position.batches - 1} of the calibration data is not what it was when {state.folder} was saved, so the run cannot "
+                    f"go on: give the same data in the same order (seed what shuffles or augments it), or {state.remedy}"
+                )
+
+        position.checked = check
+        return position
+
+    def _save(self, state: State, pruner: Method, position: Position) -> None:
+        with self.clock("state"):
+            place = {
+                "taken": position.taken,
+                "batches": position.batches,
+                "samples": position.samples,
+                "skipped": position.skipped,
+                "digest": digest_of(position.last),
+            }
+            state.notes |= self.notes | {"seconds": self.clock.seconds}
+            state.save_feed([t for t in pruner.state().values() if t], place)
+
+    def _step(self, calibrate: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The outcome of a calibration: an earlier run's if it had come so far."""
+        assert self.state is not None
+        outcome = self.state.next_step()
+        if outcome is not None:
+            device = next(iter(self.parameters.values())).device
+            return {key: tensor.to(self.settings.fisher_inv_device or device) for key, tensor in outcome.items()}
+        self._batches_drawn = 0
+        outcome = calibrate()
+        with self.clock("state"):
+            self.state.notes |= self.notes | {"seconds": self.clock.seconds}
+            with Shards({}).together("saving the state"):
+                self.state.finish_step(outcome, self._batches_drawn)
+        return outcome
 
     def _in_blocks(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: self.layouts[name].to_blocks(rows, rows.dtype) for name, rows in gradients.items()}
@@ -111,16 +207,23 @@ class Calibration:
             found = [part._solved(method, kept, rungs) for part in parts]
         else:
             scores: dict[str, Tensor] = {}
-            counts: list[dict[str, Tensor]] = []
             for part in parts:
-                pruner = part.run(method, kept)
-                assert isinstance(pruner, RankedMethod)
-                scores |= pruner.scores()
-                if part is parts[-1]:
-                    counts = [pruner.count(scores, ts) for ts in targets]
-                del pruner  # frees the inverses before the next group takes as much again
+                scores |= part._scores(method, kept)
+            judge = method(Shards(self.layouts, method.whole_layers), self.settings, self.clock)
+            assert isinstance(judge, RankedMethod)
+            counts = [judge.count(scores, ts) for ts in targets]
             found = [part._solved(method, kept, rungs, counts) for part in parts]
         return [merged(levels) for levels in zip(*found)]
+
+    def _scores(self, method: type[Method], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the steps of this group's layers compete with. The inverses are free again before the next group takes as much."""
+
+        def calibrate() -> dict[str, Tensor]:
+            pruner = self.run(method, kept)
+            assert isinstance(pruner, RankedMethod)
+            return pruner.scores()
+
+        return calibrate() if self.state is None else self._step(calibrate)
 
     def _solved(
         self,
@@ -129,13 +232,24 @@ class Calibration:
         rungs: Sequence[tuple[float, Sequence[Target]]],
         counts: Sequence[Mapping[str, Tensor]] | None = None,
     ) -> list[Level]:
-        pruner = self.run(method, kept)
-        if counts is None:
-            solutions = pruner.solve([[t for t in ts if t.names[0] in self.parameters] for _, ts in rungs])
-        else:
-            assert isinstance(pruner, RankedMethod)
-            solutions = pruner.solve_counts(counts)
-        return [self.level(pruner.shards, s, solution) for (s, _), solution in zip(rungs, solutions)]
+        def calibrate() -> list[Level]:
+            pruner = self.run(method, kept)
+            if counts is None:
+                solutions = pruner.solve([[t for t in ts if t.names[0] in self.parameters] for _, ts in rungs])
+            else:
+                assert isinstance(pruner, RankedMethod)
+                solutions = pruner.solve_counts(counts)
+            return [self.level(pruner.shards, s, solution) for (s, _), solution in zip(rungs, solutions)]
+
+        if self.state is None:
+            return calibrate()
+        outcome = self._step(lambda: packed(calibrate()))
+        try:
+            return [unpacked(outcome, index, s, self.parameters) for index, (s, _) in enumerate(rungs)]
+        except (KeyError, RuntimeError) as error:
+            raise StateError(
+                f"{self.state.folder} holds no outcome of this run ({error}); {self.state.remedy}"
+            ) from error
 
     def _parts(self, method: type[Method]) -> list[Calibration]:
         """This calibration cut into groups of layers whose Fisher blocks fit the budget."""
@@ -146,7 +260,7 @@ class Calibration:
         largest = max(need, key=need.__getitem__)
         if need[largest] + WORKING_SET > self.budget:
             raise ValueError(
-                f"memory_budget={shown(self.budget)} is too small: {largest} alone needs {shown(need[largest] + WORKING_SET)} at "
+                f"memory_budget={shown(self.budget)} is too small: {largest} alone needs {shown(need[largest] + WORKING_SET, up=True)} at "
                 f"fisher_block_size={self.settings.fisher_block_size}; give that much, a smaller fisher_block_size, or method='fast_cap'"
             )
         groups: list[list[str]] = [[]]
@@ -199,37 +313,6 @@ def merged(levels: Sequence[Level]) -> Level:
         for whole, part in zip(together, (level.weights, level.masks, level.losses)):
             whole |= part
     return Level(first.sparsity, *together)
-
-
-UNITS = {
-    "": 1,
-    "b": 1,
-    "kb": 10**3,
-    "mb": 10**6,
-    "gb": 10**9,
-    "tb": 10**12,
-    "kib": 2**10,
-    "mib": 2**20,
-    "gib": 2**30,
-    "tib": 2**40,
-}
-
-
-def parse_bytes(text: str | int) -> int:
-    """``"8GiB"``, ``"500 MB"`` or a number of bytes.
-
-    Raises:
-        ValueError: anything else.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
-    if not match or match[2].lower() not in UNITS:
-        raise ValueError(f"memory_budget must be bytes or a size such as '8GiB' or '500MB', got {text!r}")
-    return int(float(match[1]) * UNITS[match[2].lower()])
-
-
-def shown(size: int) -> str:
-    """Bytes for people."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.0f} MiB"
 
 
 def _working_dtype(parameter: Tensor) -> torch.dtype:

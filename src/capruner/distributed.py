@@ -130,6 +130,18 @@ class Shards:
         """The sum over all processes, added in the order of ranks: the same bits everywhere."""
         return value if self.size == 1 else sum(self._report(value))
 
+    def any(self, flag: bool) -> bool:
+        """Whether it is so on one process at least; the same answer on all, who wait for each other here.
+
+        Raises:
+            PeerError: another process reported a failure.
+        """
+        return flag if self.size == 1 else any(self._all_counts(int(flag)))
+
+    def least(self, count: int) -> int:
+        """The smallest of everybody's counts, at least 0."""
+        return count if self.size == 1 else min(self._all_counts(count))
+
     @contextmanager
     def together(self, what: str) -> Iterator[None]:
         """A stage that all processes finish or none: when one fails, the others raise too instead of waiting for it."""

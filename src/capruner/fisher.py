@@ -12,6 +12,7 @@ Two ways lead to ``H``; both take slabs of ``k`` gradients at a time, so that a 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 import torch
@@ -107,6 +108,26 @@ class BlockFisher:
             # inner is well conditioned (its smallest eigenvalue is m), so this factor always exists for finite gradients.
             half = torch.linalg.solve_triangular(torch.linalg.cholesky(inner), GH, upper=False)
             H.baddbmm_(half.mT, half, alpha=-1)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What was added so far, for :meth:`load`; the blocks themselves, not a copy."""
+        if self._blocks is None:
+            raise ValueError("the Fisher matrix is inverted already; there is nothing to save")
+        return {"blocks": self._blocks, "count": torch.tensor(self.count)}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what :meth:`tensors` gave.
+
+        Raises:
+            ValueError: it is of another matrix.
+        """
+        blocks, count = tensors["blocks"], int(tensors["count"])
+        if self._blocks is None or blocks.shape != self._blocks.shape or not 0 <= count <= self.num_grads:
+            raise ValueError(
+                f"{count} gradients in blocks of shape {tuple(blocks.shape)} are not of this Fisher matrix"
+            )
+        self._blocks.copy_(blocks)
+        self.count = count
 
     @full_precision()
     def inverse(self, dead: Tensor | None = None) -> Tensor:

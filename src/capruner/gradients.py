@@ -14,17 +14,48 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm.auto import tqdm
 
 GradientMode = Literal["batch", "sample"]
+OnBadBatch = Literal["raise", "skip"]
 LossFunction = Callable[[Any, Any], Tensor]
+
+FEW_BATCHES = 16
+"""So many batches have to be drawn before a majority of bad ones ends the run: a loader without end would skip for ever."""
+
+
+class BadBatchError(ValueError):
+    """Data, loss or gradient of a batch hold NaN or Inf; the message says which, and names the batch."""
+
+
+@dataclass
+class Position:
+    """How far the drawing of gradients has come; brought up to date before each slab.
+
+    Attributes:
+        taken: gradients that came out.
+        batches: batches drawn, bad ones included.
+        samples: ``sample`` mode: samples of the last batch that are used up.
+        skipped: numbers of the batches that were left out, in whole or in part, for NaN or Inf.
+        last: the last batch drawn, if it is to be kept for a checksum.
+        checked: what ``last`` has to pass after the batches up to it were passed over; raises ``ValueError``.
+    """
+
+    taken: int = 0
+    batches: int = 0
+    samples: int = 0
+    skipped: list[int] = field(default_factory=list)
+    last: Any = None
+    keep_last: bool = False
+    checked: Callable[[Any], None] | None = None
 
 
 class ModelInputs(NamedTuple):
@@ -60,6 +91,8 @@ def gradient_slabs(
     *,
     mode: GradientMode = "batch",
     slab: int = 16,
+    on_bad_batch: OnBadBatch = "raise",
+    position: Position | None = None,
     progress: bool = True,
 ) -> Iterator[dict[str, Tensor]]:
     """Yield ``{name: (k, *shape)}`` slabs, ``k ≤ slab``, ``num_grads`` gradients in all; float32 (float64 for float64 parameters).
@@ -72,42 +105,81 @@ def gradient_slabs(
         loss_fn: ``loss_fn(outputs, targets)``, a scalar: the mean over the batch.
         parameters: what to differentiate by.
         num_grads: batches (``mode="batch"``) or samples (``mode="sample"``) to draw.
+        on_bad_batch: ``"raise"``, or ``"skip"``: a batch (``mode="sample"``: the sample) with NaN or Inf is left out and another one drawn.
+        position: where to begin, if not at the start; tells after each slab how far the drawing has come.
 
     Raises:
-        ValueError: the loader is empty or ends early; a loss or a gradient is NaN or Inf (with the batch and parameter); a parameter does not
-            take part in the loss.
+        ValueError: the loader is empty or ends early; a parameter does not take part in the loss.
+        BadBatchError: data, a loss or a gradient is NaN or Inf (with the batch and parameter); with ``on_bad_batch="skip"``: most batches are bad.
     """
     if mode not in get_args(GradientMode):
         raise ValueError(f"gradients must be one of {get_args(GradientMode)}, got {mode!r}")
     if num_grads < 1:
         raise ValueError(f"num_grads must be at least 1, got {num_grads}")
+    if on_bad_batch not in get_args(OnBadBatch):
+        raise ValueError(f"on_bad_batch must be one of {get_args(OnBadBatch)}, got {on_bad_batch!r}")
     device = next(iter(parameters.values())).device
-    with tqdm(total=num_grads, desc="gradients", unit=mode, disable=None if progress else True, leave=False) as bar:
-        done = 0
-        source = _batch_gradients if mode == "batch" else _sample_gradients
-        for slab_gradients in source(model, _drawn(batches, device), loss_fn, parameters, num_grads, slab):
-            done += len(next(iter(slab_gradients.values())))
-            bar.update(done - bar.n)
+    at = Position() if position is None else position
+    drawn = _drawn(batches, device, at)
+    source = _BatchGradients if mode == "batch" else _SampleGradients
+    with tqdm(
+        total=num_grads,
+        initial=at.taken,
+        desc="gradients",
+        unit=mode,
+        disable=None if progress else True,
+        leave=False,
+    ) as bar:
+        for slab_gradients in source(model, drawn, loss_fn, parameters, num_grads, slab, on_bad_batch, at):
+            bar.update(at.taken - bar.n)
             yield slab_gradients
-    if done < num_grads:
+    if at.taken < num_grads:
         unit = "batches" if mode == "batch" else "samples"
         hint = "" if mode == "sample" else ", or gradients='sample' to draw one gradient from each sample"
+        bad = f" ({len(at.skipped)} bad batches were skipped)" if at.skipped else ""
         raise ValueError(
-            f"the calibration data ended after {done} {unit}, but num_grads is {num_grads}: give more data, or num_grads={max(done, 1)}{hint}"
-            if done
+            f"the calibration data ended after {at.taken} {unit}{bad}, but num_grads is {num_grads}: give more data, or "
+            f"num_grads={max(at.taken, 1)}{hint}"
+            if at.batches
             else "the calibration data is empty: not one batch came out of it"
         )
 
 
-def _drawn(batches: Iterable[Any], device: torch.device) -> Iterator[tuple[int, Any, Any]]:
-    for index, batch in enumerate(batches):
+def _drawn(batches: Iterable[Any], device: torch.device, at: Position) -> Iterator[tuple[int, Any, Any]]:
+    """``(number, inputs, targets)`` on the device. In the middle of a ``sample`` mode batch that batch comes again."""
+    again, index = at.batches - 1, -1
+    for index, batch in enumerate(passing_over(batches, max(again, 0)), start=max(again, 0)):
         if not isinstance(batch, Sequence) or len(batch) != 2:
             raise ValueError(
                 f"batch {index} is not an (inputs, targets) pair but {type(batch).__name__}"
                 f"{f' of length {len(batch)}' if isinstance(batch, Sequence) else ''}"
             )
+        if index == again and at.checked is not None:
+            at.checked(batch)
+        at.batches = index + 1
+        if at.keep_last:
+            at.last = batch
+        if index == again and not at.samples:
+            continue
         inputs, targets = tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), tuple(batch))
         yield index, inputs, targets
+    if again > index:
+        raise ValueError(f"the calibration data ended after {again} batches, where {again + 1} were drawn before")
+
+
+def passing_over(batches: Iterable[Any], count: int) -> Iterator[Any]:
+    """The batches after the first ``count``, which are drawn and dropped; not even loaded where ``batches`` has a method ``pass_over(count)``.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    spared = getattr(batches, "pass_over", None)
+    stream = iter(batches) if spared is None or not count else spared(count)
+    if spared is None:
+        for index in range(count):
+            if next(stream, stream) is stream:
+                raise ValueError(f"the calibration data ended after {index} batches, where {count} were drawn before")
+    return stream
 
 
 def call_model(model: Callable[..., Any], inputs: Any) -> Any:
@@ -125,33 +197,60 @@ def _accumulation_dtype(parameter: Tensor) -> torch.dtype:
     return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
 
-def _batch_gradients(
-    model: nn.Module,
-    batches: Iterator[tuple[int, Any, Any]],
-    loss_fn: LossFunction,
-    parameters: Mapping[str, nn.Parameter],
-    num_grads: int,
-    slab: int,
-) -> Iterator[dict[str, Tensor]]:
-    slab = min(slab, num_grads)
-    rows = {
-        name: torch.empty(slab, *p.shape, dtype=_accumulation_dtype(p), device=p.device)
-        for name, p in parameters.items()
-    }
-    filled = taken = 0
-    while taken < num_grads:
-        item = next(batches, None)
-        if item is None:
-            break
-        for row, gradient in zip(rows.values(), _gradients(model, *item, loss_fn, parameters)):
-            row[filled].copy_(gradient)
-        taken += 1
-        filled += 1
-        if filled == slab:
-            yield _checked(rows, range(taken - filled, taken))
-            filled = 0
-    if filled:
-        yield _checked({name: row[:filled] for name, row in rows.items()}, range(taken - filled, taken))
+@dataclass
+class _Source:
+    """Iterable of slabs; what both modes share."""
+
+    model: nn.Module
+    batches: Iterator[tuple[int, Any, Any]]
+    loss_fn: LossFunction
+    parameters: Mapping[str, nn.Parameter]
+    num_grads: int
+    slab: int
+    on_bad_batch: OnBadBatch
+    at: Position
+
+    def bad(self, index: int, error: BadBatchError) -> None:
+        """Count a bad batch, or stop at it."""
+        if self.on_bad_batch == "raise":
+            raise error
+        if index not in self.at.skipped[-1:]:
+            self.at.skipped.append(index)
+        if self.at.batches >= FEW_BATCHES and 2 * len(self.at.skipped) > self.at.batches:
+            raise BadBatchError(
+                f"{len(self.at.skipped)} of the first {self.at.batches} batches are bad, too many to skip; the last one: {error}"
+            )
+
+
+class _BatchGradients(_Source):
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        at, slab = self.at, min(self.slab, self.num_grads)
+        rows = {
+            name: torch.empty(slab, *p.shape, dtype=_accumulation_dtype(p), device=p.device)
+            for name, p in self.parameters.items()
+        }
+        filled: list[int] = []  # the batch of each row
+        while at.taken + len(filled) < self.num_grads:
+            item = next(self.batches, None)
+            if item is None:
+                break
+            try:
+                gradients = _gradients(self.model, *item, self.loss_fn, self.parameters)
+                if self.on_bad_batch == "skip":  # before it is among good ones; otherwise a slab is checked in one go
+                    _checked(dict(zip(self.parameters, (g[None] for g in gradients))), item[:1])
+            except BadBatchError as error:
+                self.bad(item[0], error)
+                continue
+            for row, gradient in zip(rows.values(), gradients):
+                row[len(filled)].copy_(gradient)
+            filled.append(item[0])
+            if len(filled) == slab:
+                at.taken += slab
+                yield _checked(rows, filled)
+                filled = []
+        if filled:
+            at.taken += len(filled)
+            yield _checked({name: row[: len(filled)] for name, row in rows.items()}, filled)
 
 
 def _gradients(
@@ -164,7 +263,7 @@ def _gradients(
 ) -> Sequence[Tensor]:
     with torch.enable_grad():
         loss = _scalar(loss_fn(call_model(model, inputs), targets))
-        _check_loss(loss, index)
+        _check_loss(loss, index, inputs, targets)
         wanted = list(parameters.values())
         gradients = torch.autograd.grad(loss, wanted, allow_unused=True) if loss.requires_grad else ()
     for name, gradient in zip_longest(parameters, gradients):
@@ -175,47 +274,70 @@ def _gradients(
     return gradients
 
 
-def _sample_gradients(
-    model: nn.Module,
-    batches: Iterator[tuple[int, Any, Any]],
-    loss_fn: LossFunction,
-    parameters: Mapping[str, nn.Parameter],
-    num_grads: int,
-    slab: int,
-) -> Iterator[dict[str, Tensor]]:
-    frozen = {n: p.detach() for n, p in model.named_parameters() if n not in parameters}
-    frozen |= {n: b for n, b in model.named_buffers()}
+class _SampleGradients(_Source):
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        at, parameters = self.at, self.parameters
+        per_sample = torch.func.vmap(
+            torch.func.grad(self._sample_loss(), has_aux=True), in_dims=(None, 0, 0), randomness="different"
+        )
+        tried = False
+        while at.taken < self.num_grads:
+            item = next(self.batches, None)
+            if item is None:
+                return
+            index, inputs, targets = item
+            size = _batch_size(inputs, index)
+            if not tried:  # vmap gives zeros, and no error, to a parameter that takes no part
+                x, y = tree_map_only(Tensor, operator.itemgetter(slice(0, 1)), (inputs, targets))
+                try:
+                    _gradients(self.model, index, x, y, self.loss_fn, parameters)
+                    tried = True
+                except BadBatchError:  # found again below
+                    pass
+            start = at.samples  # not 0 in the batch in whose midst an earlier run had stopped
+            while start < size and at.taken < self.num_grads:
+                stop = min(start + self.slab, size, start + self.num_grads - at.taken)
+                part = tree_map_only(Tensor, operator.itemgetter(slice(start, stop)), (inputs, targets))
+                with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no batching rule
+                    gradients, losses = per_sample({n: p.detach() for n, p in parameters.items()}, *part)
+                slab = {n: g.to(_accumulation_dtype(g)) for n, g in gradients.items()}
+                try:
+                    _check_loss(losses, index, *part)
+                    _checked(slab, [index] * (stop - start))
+                except BadBatchError as error:
+                    self.bad(index, error)
+                    good = _good_samples(slab, losses, part)
+                    slab = {n: g[good] for n, g in slab.items()}
+                start = stop
+                at.samples = stop
+                found = len(next(iter(slab.values())))
+                at.taken += found
+                if found:
+                    yield slab
+            at.samples = 0
 
-    def sample_loss(wanted: dict[str, Tensor], inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
-        def functional(*args: Any, **kwargs: Any) -> Any:
-            return torch.func.functional_call(model, wanted | frozen, args, kwargs)
+    def _sample_loss(self) -> Callable[[dict[str, Tensor], Any, Any], tuple[Tensor, Tensor]]:
+        model = self.model
+        frozen = {n: p.detach() for n, p in model.named_parameters() if n not in self.parameters}
+        frozen |= {n: b for n, b in model.named_buffers()}
 
-        inputs, targets = tree_map_only(Tensor, lambda t: t.unsqueeze(0), (inputs, targets))
-        loss = _scalar(loss_fn(call_model(functional, inputs), targets))
-        return loss, loss.detach()
+        def sample_loss(wanted: dict[str, Tensor], inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+            def functional(*args: Any, **kwargs: Any) -> Any:
+                return torch.func.functional_call(model, wanted | frozen, args, kwargs)
 
-    per_sample = torch.func.vmap(
-        torch.func.grad(sample_loss, has_aux=True), in_dims=(None, 0, 0), randomness="different"
-    )
-    taken = 0
-    while taken < num_grads:
-        item = next(batches, None)
-        if item is None:
-            return
-        index, inputs, targets = item
-        size = _batch_size(inputs, index)
-        if not taken:  # vmap gives zeros, and no error, to a parameter that takes no part
-            one_input, one_target = tree_map_only(Tensor, operator.itemgetter(slice(0, 1)), (inputs, targets))
-            _gradients(model, index, one_input, one_target, loss_fn, parameters)
-        for start in range(0, min(size, num_grads - taken), slab):
-            stop = min(start + slab, size, start + num_grads - taken)
-            part = tree_map_only(Tensor, operator.itemgetter(slice(start, stop)), (inputs, targets))
-            with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no batching rule
-                gradients, losses = per_sample({n: p.detach() for n, p in parameters.items()}, *part)
-            _check_loss(losses, index)
-            slab_gradients = {n: g.to(_accumulation_dtype(g)) for n, g in gradients.items()}
-            yield _checked(slab_gradients, [index] * (stop - start))
-            taken += stop - start
+            inputs, targets = tree_map_only(Tensor, lambda t: t.unsqueeze(0), (inputs, targets))
+            loss = _scalar(self.loss_fn(call_model(functional, inputs), targets))
+            return loss, loss.detach()
+
+        return sample_loss
+
+
+def _good_samples(slab: Mapping[str, Tensor], losses: Tensor, part: Any) -> Tensor:
+    """Bool per sample: everything about it is finite."""
+    good = torch.isfinite(losses)
+    for rows in (*slab.values(), *_floats(part)):
+        good &= torch.isfinite(rows).reshape(len(rows), -1).all(dim=1)
+    return good
 
 
 def _batch_size(inputs: Any, index: int) -> int:
@@ -233,20 +355,42 @@ def _scalar(loss: Any) -> Tensor:
     return loss.reshape(())
 
 
-def _check_loss(loss: Tensor, index: int) -> None:
+def _check_loss(loss: Tensor, index: int, inputs: Any, targets: Any) -> None:
+    """The loss, and the data that it came from: an infinite input can hide behind a finite loss."""
     value = float(loss.detach().sum())
+    if math.isfinite(value) and all(_finite(t) for t in _floats((inputs, targets))):
+        return
+    found = [w for w, v in (("inputs", inputs), ("targets", targets)) if not all(_all_finite(t) for t in _floats(v))]
+    data = f"its {' and '.join(found)} hold NaN or Inf"
     if not math.isfinite(value):
-        raise ValueError(f"the loss of batch {index} is {value}: look at that batch's data, or at the model's weights")
+        cause = data if found else "look at that batch's data, or at the model's weights"
+        raise BadBatchError(f"the loss of batch {index} is {value}: {cause}")
+    if found:
+        raise BadBatchError(f"batch {index} is bad: {data}, although its loss is finite")
+
+
+def _floats(values: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(values) if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
+
+
+def _finite(tensor: Tensor) -> bool:
+    return math.isfinite(
+        float(tensor.detach().sum())
+    )  # one pass: a sum of finite numbers is finite unless it overflows
 
 
 def _checked(slab: dict[str, Tensor], batches: Sequence[int]) -> dict[str, Tensor]:
     """``slab``, if its gradients are finite; ``batches`` says from which batch each of them is."""
     for name, rows in slab.items():
-        if math.isfinite(float(rows.sum())):  # one pass: a sum of finite numbers is finite unless it overflows
+        if _finite(rows):
             continue
         bad = (~torch.isfinite(rows)).reshape(len(rows), -1).any(dim=1).nonzero()
         if len(bad):
-            raise ValueError(
+            raise BadBatchError(
                 f"the gradient of {name} holds NaN or Inf in batch {batches[int(bad[0])]}: look at the data, or at the model's weights"
             )
     return slab

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -12,14 +14,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from capruner.allocation import Score, refuse_below
-from capruner.calibration import Calibration, parse_bytes, supporting
+from capruner.calibration import Calibration, supporting
 from capruner.fisher import Solver
-from capruner.gradients import GradientMode, LossFunction
+from capruner.gradients import GradientMode, LossFunction, OnBadBatch
 from capruner.labels import drawn_labels
+from capruner.memory import parse_bytes
 from capruner.methods import METHODS, OBS, Settings, Target
 from capruner.patterns import Pattern, parse_mask_type
 from capruner.result import Level, PruningResult
+from capruner.resume import fingerprint
 from capruner.selection import select_parameters, unwrap
+from capruner.state import State
 
 Sparsity = float | Mapping[float, Sequence[str]]
 Interpolation = Literal["linear", "cubic", "geometric"]
@@ -58,6 +63,8 @@ def prune(
     skip_unsupported: bool = False,
     memory_budget: str | int | None = None,
     masks: Mapping[str, Tensor] | Literal["zeros"] | None = None,
+    on_bad_batch: OnBadBatch = "raise",
+    state_dir: str | Path | None = None,
     progress: bool = True,
 ) -> PruningResult:
     """Find out which weights of ``model`` can go, and what the others become.
@@ -95,10 +102,16 @@ def prune(
             fit, one pass over ``batches`` for each group, two with a target over all layers. ``batches`` has to be an iterable that can be
             started anew, best with the same data each time. What it will be is printed before anything is allocated.
         masks: what earlier pruning removed, ``{name: bool, True = stays}``, or ``"zeros"``: every weight that is exactly 0. Those stay removed.
+        on_bad_batch: what happens to a batch whose data, loss or gradient holds NaN or Inf: ``"raise"``, or ``"skip"``: another one is drawn
+            instead (with ``gradients="sample"`` only the bad samples are left out); ``result.settings["skipped_batches"]`` counts them. When most
+            batches are bad, that is an error too.
+        state_dir: a folder for what is needed to go on after a kill: the same call with the same data in the same order then draws no gradient
+            twice, and ends with the same bits (on a CPU). Saved every two minutes or so, and after each calibration. Up to twice the bytes of the
+            Fisher blocks. It stays after the end, so that nothing is lost before the result is safe: :func:`capruner.remove_state` deletes it.
         progress: show progress bars.
 
     Raises:
-        ValueError: an argument, a parameter selection, or data that cannot be; the message says which and what to do.
+        ValueError: an argument, a parameter selection, data, or a state folder that cannot be; the message says which and what to do.
         NotPositiveDefiniteError: a Fisher block will not factor; the message says where and what damping to try.
     """
     model = unwrap(model)
@@ -114,6 +127,7 @@ def prune(
         raise ValueError(f"method {method!r} needs calibration data: give `batches`")
     if labels not in ("data", "model"):
         raise ValueError(f"labels must be 'data' or 'model', got {labels!r}")
+    given_loss = loss_fn
     if labels == "model" and batches is not None:
         batches, loss_fn = drawn_labels(batches, loss_fn)
     pattern = parse_mask_type(mask_type)
@@ -138,7 +152,28 @@ def prune(
     rungs = _rungs(parameters, groups, sparsity, global_sparsity, pattern)
     kept = _initial_masks(parameters, masks)
     _check_not_below(rungs[0][1], kept, pattern)
-    calibration = Calibration(model, batches, loss_fn, parameters, settings, gradients, progress, budget)
+    _check_finite(model)
+    state = None
+    if state_dir is not None:
+        arguments = {
+            "method": method,
+            "pattern": str(pattern),
+            "num_recomputations": num_recomputations,
+            "recomputation_inter_func": recomputation_inter_func,
+            "gradients": gradients,
+            "labels": labels,
+            "memory_budget": budget,
+            "on_bad_batch": on_bad_batch,
+            "loss": getattr(given_loss, "__qualname__", type(given_loss).__name__),
+            "targets": [[s, [[*t.names, t.sparsity] for t in targets]] for s, targets in rungs],
+        }
+        state = State(state_dir, arguments | fingerprint(model, parameters, settings, kept))
+    calibration = Calibration(
+        model, batches, loss_fn, parameters, settings, gradients, progress, budget, on_bad_batch, state
+    )
+    if state is not None:
+        calibration.notes |= {key: state.notes.get(key, value) for key, value in calibration.notes.items()}
+        calibration.clock.seconds |= state.notes.get("seconds", {})
     levels: list[Level] = []
     if num_recomputations == 1:
         levels = calibration.levels(METHODS[method], kept, rungs)
@@ -177,6 +212,7 @@ def prune(
             "labels": labels,
             "global_sparsity": global_sparsity,
             "skipped": skipped,
+            **calibration.notes,
         },
         timings=calibration.clock.seconds,
     )
@@ -236,6 +272,16 @@ def compensate_masks(
         settings=asdict(settings) | {"pattern": "given", "gradients": gradients},
         timings=calibration.clock.seconds,
     )
+
+
+def _check_finite(model: nn.Module) -> None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and not math.isfinite(float(tensor.detach().sum())):
+            bad = int((~torch.isfinite(tensor)).sum())
+            if bad:
+                raise ValueError(
+                    f"{name} holds NaN or Inf in {bad} of {tensor.numel()} places: the model is broken before it is pruned; look at its checkpoint"
+                )
 
 
 def _selected(

@@ -22,7 +22,7 @@ from training_case import ROOT, Line, rows, same_weights, updates
 
 pytest.importorskip("sparseml")
 from research import sparse_training
-from research.utils import cli
+from research.utils import cli, training_watch
 from research.utils.training_checkpoint import load_state, save_state, save_weights
 from research.utils.training_data import GradientSamples
 from research.utils.training_watch import Watch
@@ -207,21 +207,26 @@ def test_all_processes_together_draw_what_one_would(tmp_path: Path) -> None:
     assert drawn(0, 1, 12, step=4) != alone
 
 
-def test_the_watch_names_who_is_silent_and_who_failed() -> None:
-    store = dist.HashStore()
+def test_the_watch_names_who_is_silent_and_who_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, now = dist.HashStore(), 0.0
     watches = [Watch(store, rank, 3, timeout=4.0) for rank in range(3)]
-    watches[0]._interval = watches[1]._interval = watches[2]._interval = 0.05
-    for watch in watches:
-        watch.start()
-    time.sleep(0.3)
-    watches[2]._quit.set()  # dead: it says nothing any more, not even that it is done
+    alive = [0, 1, 2]
+
+    def sleep(seconds: float) -> None:  # what the threads of those alive do meanwhile
+        nonlocal now
+        now += seconds
+        for rank in alive:
+            watches[rank]._beat(str(now))
+        for rank in alive:
+            watches[rank]._look()
+
+    monkeypatch.setattr(training_watch, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+    sleep(0.1)
+    alive.remove(2)  # it says nothing any more, not even that it is done
     assert watches[0].explain(RuntimeError("Connection closed")).startswith("rank 2 died or froze")
-    watches[2]._seen.clear()
-    watches[2]._thread.join()
+    alive.append(2)
     store.set("failed/1", "the loss is nan")
     assert watches[0].explain(RuntimeError("Connection closed")) == "rank 1 failed: the loss is nan"
-    for watch in watches[:2]:
-        watch.stop()
 
 
 def launch(arguments: list[str], log: Path, launcher: list[str] | None = None) -> subprocess.Popen[bytes]:

@@ -123,9 +123,25 @@ class Method(ABC):
         self.settings = settings
         self.clock = clock
 
+    def _own_shape(self, name: str) -> tuple[int, int]:
+        own = self.shards.own(name)
+        return own.stop - own.start, self.layouts[name].block_size
+
     @abstractmethod
     def add(self, slab: Mapping[str, Tensor]) -> None:
         """Fold in ``{name: (k, n, B)}`` gradients."""
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """What the gradients so far have left, by layer, for :meth:`load`; the tensors themselves, not copies."""
+        return {}
+
+    def load(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what :meth:`state` gave for a layer.
+
+        Raises:
+            ValueError: it is of another calibration.
+        """
+        raise ValueError(f"method {self.name!r} keeps no gradients of {name}")
 
     @abstractmethod
     def prepare(self, weights: Mapping[str, Tensor], dead: Mapping[str, Tensor]) -> None:
@@ -212,18 +228,29 @@ class SecondOrderMethod(RankedMethod):
     def add(self, slab: Mapping[str, Tensor]) -> None:
         with self.clock("fisher"):
             for name, rows in slab.items():
-                if name not in self._fishers:
-                    self._fishers[name] = BlockFisher(
-                        rows.shape[1],
-                        rows.shape[2],
-                        self.settings.num_grads,
-                        self.settings.damp,
-                        relative_damp=self.settings.relative_damp,
-                        solver=self.settings.solver,
-                        device=self.settings.fisher_inv_device or rows.device,
-                        dtype=rows.dtype,
-                    )
-                self._fishers[name].add(rows)
+                self._fisher(name, rows).add(rows)
+
+    def _fisher(self, name: str, like: Tensor) -> BlockFisher:
+        """The matrix of a layer's own blocks, made where there is none yet."""
+        if name not in self._fishers:
+            blocks, size = self._own_shape(name)
+            self._fishers[name] = BlockFisher(
+                blocks,
+                size,
+                self.settings.num_grads,
+                self.settings.damp,
+                relative_damp=self.settings.relative_damp,
+                solver=self.settings.solver,
+                device=self.settings.fisher_inv_device or like.device,
+                dtype=like.dtype,
+            )
+        return self._fishers[name]
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        return {name: fisher.tensors() for name, fisher in self._fishers.items()}
+
+    def load(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        self._fisher(name, tensors["blocks"]).load(tensors)
 
     def prepare(self, weights: Mapping[str, Tensor], dead: Mapping[str, Tensor]) -> None:
         for name, layout in self.layouts.items():

@@ -53,20 +53,33 @@ class FastCAP(Method):
             for name, rows in slab.items():  # (k, n, B)
                 if not rows.shape[1]:
                     continue  # another process's layer
-                if name not in self._fishers:
-                    self._fishers[name] = BlockFisher(
-                        1,
-                        rows.shape[2],
-                        self.settings.num_grads * rows.shape[1],
-                        self.settings.damp,
-                        relative_damp=True,
-                        triangular=True,
-                        device=self.settings.fisher_inv_device or rows.device,
-                        dtype=rows.dtype,
-                    )
-                    self._scales[name] = torch.zeros(rows.shape[1], 1, dtype=rows.dtype, device=rows.device)
-                self._fishers[name].add(rows.flatten(0, 1)[:, None])
+                self._fisher(name, rows).add(rows.flatten(0, 1)[:, None])
                 self._scales[name] += rows.square().sum(dim=(0, 2))[:, None]
+
+    def _fisher(self, name: str, like: Tensor) -> BlockFisher:
+        if name not in self._fishers:
+            blocks, size = self._own_shape(name)
+            self._fishers[name] = BlockFisher(
+                1,
+                size,
+                self.settings.num_grads * blocks,
+                self.settings.damp,
+                relative_damp=True,
+                triangular=True,
+                device=self.settings.fisher_inv_device or like.device,
+                dtype=like.dtype,
+            )
+            self._scales[name] = torch.zeros(blocks, 1, dtype=like.dtype, device=like.device)
+        return self._fishers[name]
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        return {n: fisher.tensors() | {"scales": self._scales[n]} for n, fisher in self._fishers.items()}
+
+    def load(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        self._fisher(name, tensors["scales"]).load(tensors)
+        if tensors["scales"].shape != self._scales[name].shape:
+            raise ValueError(f"scales of shape {tuple(tensors['scales'].shape)} are not of {name}")
+        self._scales[name].copy_(tensors["scales"])
 
     def prepare(self, weights: Mapping[str, Tensor], dead: Mapping[str, Tensor]) -> None:
         self._weights, self._dead = weights, dead

@@ -1,0 +1,40 @@
+"""Bytes: how many there may be, and what to do when there are too few."""
+
+from __future__ import annotations
+
+import math
+import re
+
+UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
+
+
+def parse_bytes(text: str | int) -> int:
+    """``"8GiB"``, ``"500 MB"`` or a number of bytes.
+
+    Raises:
+        ValueError: anything else.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
+    if not match or match[2].lower() not in UNITS:
+        raise ValueError(f"memory_budget must be bytes or a size such as '8GiB' or '500MB', got {text!r}")
+    return int(float(match[1]) * UNITS[match[2].lower()])
+
+
+def shown(size: int, up: bool = False) -> str:
+    """Bytes for people. ``up``: never fewer than there are, so that they can be given back as a budget."""
+    unit, digits, name = (2**30, 2, "GiB") if size >= 2**29 else (2**20, 0, "MiB")
+    value = size / unit
+    if up:
+        value = math.ceil(value * 10**digits) / 10**digits
+    return f"{value:.{digits}f} {name}"

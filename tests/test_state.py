@@ -1,0 +1,141 @@
+"""Killed, started again, and nobody can tell: the folder that a calibration goes on from."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from untouched import same, snapshot
+
+import capruner
+from capruner import state
+from capruner.calibration import WORKING_SET
+
+
+class Killed(BaseException):
+    """As sudden as a signal, but in this process."""
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(20, 31), nn.Tanh(), nn.Linear(31, 24), nn.Tanh(), nn.Linear(24, 5))
+
+
+class Data:
+    """Batches of a stream that goes on from pass to pass, as a seeded loader's does; counts what the loss saw."""
+
+    def __init__(self, kill_at: int | None = None, sizes: tuple[int, ...] = (4,)) -> None:
+        self.generator = torch.Generator().manual_seed(3)
+        self.kill_at, self.sizes, self.seen = kill_at, sizes, 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for size in itertools.cycle(self.sizes):
+            x = torch.randn(size, 20, generator=self.generator)
+            yield x, torch.randint(5, (size,), generator=self.generator)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        self.seen += 1
+        if self.kill_at is not None and self.seen > self.kill_at:
+            raise Killed
+        return nn.functional.cross_entropy(outputs, targets)
+
+
+ARGUMENTS: dict[str, Any] = {"num_grads": 40, "fisher_block_size": 72, "damp": 1e-3, "progress": False}
+BUDGET = WORKING_SET + 31 * 24 * (72 + 6 + 8) * 4 + 50_000
+
+CASES: dict[str, dict[str, Any]] = {
+    "woodbury": {"sparsity": [0.5, 0.8]},
+    "accumulate": {"sparsity": 0.8, "num_grads": 90, "solver": "accumulate"},
+    "samples": {"sparsity": 0.8, "gradients": "sample", "num_grads": 200},
+    "recomputations": {"sparsity": [0.5, 0.8], "num_recomputations": 3, "num_grads": 16},
+    "groups": {"sparsity": 0.8, "memory_budget": BUDGET},
+    "groups of their own targets": {"sparsity": 0.8, "memory_budget": BUDGET, "global_sparsity": False},
+    "fast_cap": {"sparsity": 0.8, "method": "fast_cap", "num_grads": 20},
+    "obs": {"sparsity": 0.8, "method": "obs"},
+    "labels of the model": {"sparsity": 0.8, "labels": "model"},
+    "2:4": {"sparsity": 0.5, "mask_type": "2:4", "params": ["0.weight", "4.weight"]},
+}
+
+
+def prune(data: Data, **more: Any) -> capruner.PruningResult:
+    return capruner.prune(net(), data, data.loss, **(ARGUMENTS | more))
+
+
+def equal(a: capruner.PruningResult, b: capruner.PruningResult) -> bool:
+    """Bitwise, but for the clock."""
+    return (
+        same([list(x.weights.values()) for x in a.levels], [list(x.weights.values()) for x in b.levels])
+        and same([list(x.masks.values()) for x in a.levels], [list(x.masks.values()) for x in b.levels])
+        and [(x.sparsity, dict(x.losses), list(x.weights)) for x in a.levels]
+        == [(x.sparsity, dict(x.losses), list(x.weights)) for x in b.levels]
+        and (a.settings, a.method, a.total_weights) == (b.settings, b.method, b.total_weights)
+    )
+
+
+@pytest.fixture
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Save after every slab."""
+    monkeypatch.setattr(state, "SAVE_EVERY", 0.0)
+
+
+@pytest.mark.usefixtures("often")
+@pytest.mark.parametrize("case", CASES)
+def test_killed_again_and_again_it_ends_with_the_same_bits(case: str, tmp_path: Path) -> None:
+    sizes = (5, 9, 16) if case == "samples" else (4,)
+    whole = Data(sizes=sizes)
+    expected = prune(whole, **CASES[case])
+    survived = 0
+    for attempt in itertools.count():
+        data = Data(kill_at=max(7, whole.seen // 4), sizes=sizes)
+        try:
+            found = prune(data, state_dir=tmp_path / "state", **CASES[case])
+            break
+        except Killed:
+            survived += 1
+            assert attempt < 30
+    assert survived >= 2
+    assert equal(found, expected)
+    capruner.remove_state(tmp_path / "state")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("often")
+def test_no_gradient_is_computed_twice(tmp_path: Path) -> None:
+    slab = 72 // 12
+    first = Data(kill_at=3 * slab + 2)
+    with pytest.raises(Killed):
+        prune(first, sparsity=0.5, state_dir=tmp_path)
+    second = Data()
+    prune(second, sparsity=0.5, state_dir=tmp_path)
+    assert second.seen == ARGUMENTS["num_grads"] - 3 * slab
+    third = Data()
+    prune(third, sparsity=0.5, state_dir=tmp_path)  # all is done: the state waits for the result to be safe
+    assert third.seen == 0
+
+
+def test_without_a_reason_it_is_saved_at_the_end_of_the_gradients_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = []
+    save = state.State.save_feed
+    monkeypatch.setattr(state.State, "save_feed", lambda self, *a: (saved.append(a[1]["taken"]), save(self, *a)))
+    expected = prune(Data(), sparsity=0.5)
+    assert equal(prune(Data(), sparsity=0.5, state_dir=tmp_path), expected)
+    assert saved == [40]
+
+
+@pytest.mark.usefixtures("often")
+def test_the_model_is_as_it_was_after_each_kill(tmp_path: Path) -> None:
+    model = net()
+    before = snapshot(model)
+    data = Data(kill_at=20)
+    with pytest.raises(Killed):
+        capruner.prune(
+            model, data, data.loss, 0.8, num_recomputations=2, state_dir=tmp_path, **(ARGUMENTS | {"num_grads": 16})
+        )
+    assert same(snapshot(model), before)
