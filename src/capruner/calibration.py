@@ -28,7 +28,7 @@ from capruner.methods import LayerSolution, Method, Settings, Stopwatch, Target
 from capruner.methods.base import RankedMethod, SecondOrderMethod
 from capruner.patterns import Pattern, unsupported
 from capruner.result import Level
-from capruner.resume import digest_of, packed, unpacked
+from capruner.resume import digest_of, packed, position_of, unpacked
 from capruner.selection import SelectionError
 from capruner.state import State, StateError
 
@@ -92,8 +92,7 @@ class Calibration:
         if self.batches is None:
             raise ValueError(f"method {pruner.name!r} needs calibration data: give `batches`")
         shards = pruner.shards
-        # Of num_grads each process draws its share; the first ones draw what is left over.
-        mine = self.settings.num_grads // shards.size + (shards.rank < self.settings.num_grads % shards.size)
+        mine = self._share(shards)
         position = Position() if self.state is None else self._found(self.state, pruner)
         with calibrating(self.model):
             slabs = gradient_slabs(
@@ -128,6 +127,10 @@ class Calibration:
             )
         self.notes["skipped_batches"] += int(shards.sum(len(position.skipped)))
 
+    def _share(self, shards: Shards) -> int:
+        """Of ``num_grads`` each process draws its share; the first ones draw what is left over."""
+        return self.settings.num_grads // shards.size + (shards.rank < self.settings.num_grads % shards.size)
+
     def _found(self, state: State, pruner: Method) -> Position:
         """Where an earlier run had stopped drawing, ``pruner`` being brought to where it was then."""
         position = Position(keep_last=True)
@@ -148,8 +151,7 @@ class Calibration:
         try:
             for name, tensors in zip(owned, layers, strict=True):
                 pruner.load(name, tensors)
-            digest = str(place.pop("digest"))
-            position = replace(position, **place)
+            position, digest = position_of(place, self._share(pruner.shards)), str(place["digest"])
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise StateError(f"{state.folder} holds no gradients of this run ({error}); {state.remedy}") from error
 

@@ -22,7 +22,7 @@ from capruner.memory import parse_bytes
 from capruner.methods import METHODS, OBS, Settings, Target
 from capruner.patterns import Pattern, parse_mask_type
 from capruner.result import Level, PruningResult
-from capruner.resume import fingerprint
+from capruner.resume import fingerprint, recall
 from capruner.selection import select_parameters, unwrap
 from capruner.state import State
 
@@ -172,8 +172,7 @@ def prune(
         model, batches, loss_fn, parameters, settings, gradients, progress, budget, on_bad_batch, state
     )
     if state is not None:
-        calibration.notes |= {key: state.notes.get(key, value) for key, value in calibration.notes.items()}
-        calibration.clock.seconds |= state.notes.get("seconds", {})
+        recall(state, calibration.notes, calibration.clock.seconds)
     levels: list[Level] = []
     if num_recomputations == 1:
         levels = calibration.levels(METHODS[method], kept, rungs)

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from capruner.gradients import Position
 from capruner.methods import Settings
 from capruner.result import Level
+from capruner.state import State, StateError
 
 
 def fingerprint(
@@ -51,6 +53,45 @@ def unpacked(tensors: Mapping[str, Tensor], index: int, sparsity: float, paramet
         masks[name] = tensors[f"{index}/mask/{name}"].to(p.device, torch.bool).view(p.shape)
         losses[name] = float(tensors[f"{index}/loss/{name}"])
     return Level(sparsity, weights, masks, losses)
+
+
+def recall(state: State, notes: dict[str, Any], seconds: dict[str, float]) -> None:
+    """Bring the report's counts and the stages' seconds to where an earlier run had left them.
+
+    Raises:
+        StateError: the state holds something else in their place.
+    """
+    found = state.notes
+    took, skipped, damped = (
+        found.get(k, d) for k, d in (("seconds", {}), ("skipped_batches", 0), ("damped_blocks", {}))
+    )
+    good = isinstance(took, dict) and all(type(value) in (int, float) for value in took.values())
+    good = good and isinstance(damped, dict) and all(_is_count(value) for value in damped.values())
+    if not (good and _is_count(skipped)):
+        raise StateError(
+            f"{state.folder} holds counts (skipped_batches, damped_blocks, seconds) that are none; {state.remedy}"
+        )
+    notes |= {"skipped_batches": skipped, "damped_blocks": dict(damped)}
+    seconds |= took
+
+
+def position_of(place: Mapping[str, Any], num_grads: int) -> Position:
+    """Where the drawing of gradients stood, from what a state says of it.
+
+    Raises:
+        ValueError: it cannot be.
+    """
+    numbers = {key: place[key] for key in ("taken", "batches", "samples")}
+    skipped = place["skipped"]
+    if not isinstance(skipped, list) or not all(map(_is_count, (*numbers.values(), *skipped))):
+        raise ValueError(f"{numbers} and {skipped} are no counts")
+    if numbers["taken"] > num_grads or any(number >= numbers["batches"] for number in skipped):
+        raise ValueError(f"{numbers} and skipped {skipped} are not of {num_grads} gradients")
+    return Position(**numbers, skipped=skipped, keep_last=True)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 def digest_of(batch: Any) -> str:

@@ -1,0 +1,183 @@
+"""A state folder that is foreign, torn, stale, newer or of another run is refused by name, and neither the model nor the folder is changed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_state import ARGUMENTS, Data, Killed, net
+from torch import Tensor
+from untouched import same, snapshot
+
+import capruner
+from capruner import state
+from capruner.state import StateError
+
+
+@pytest.fixture
+def half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The state of a run that was killed in the midst of its gradients."""
+    monkeypatch.setattr(state, "SAVE_EVERY", 0.0)
+    with pytest.raises(Killed):
+        run(tmp_path / "state", Data(kill_at=20))
+    return tmp_path / "state"
+
+
+def run(folder: Path, data: Data | None = None, **more: Any) -> capruner.PruningResult:
+    data = data or Data()
+    arguments: dict[str, Any] = ARGUMENTS | {"sparsity": 0.5, "state_dir": folder} | more
+    return capruner.prune(net(), data, data.loss, **arguments)
+
+
+def rank(folder: Path) -> Path:
+    return folder / "rank-0-of-1"
+
+
+def manifest(folder: Path) -> Path:
+    (found,) = rank(folder).glob("manifest-*.json")
+    return found
+
+
+def feed(folder: Path) -> Path:
+    return sorted(rank(folder).glob("feed-*.safetensors"))[0]
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Another manifest whose checksum is right: what only somebody who means it can write."""
+    whole = json.loads(manifest(folder).read_text())
+    change(whole["state"])
+    whole["sha256"] = state._digest(whole["state"])
+    manifest(folder).write_text(json.dumps(whole))
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a file of somebody else's": (lambda f: (f / "thesis.tex").write_text("x"), r"thesis.tex is no part of a state of capruner; choose"),
+    "a foreign file in a process's folder": (lambda f: (rank(f) / "notes.txt").write_text("x"), r"notes.txt is no part of a state"),
+    "a torn manifest": (lambda f: manifest(f).write_bytes(manifest(f).read_bytes()[:200]), r"manifest-\d+.json cannot be read"),
+    "an empty manifest": (lambda f: manifest(f).write_bytes(b""), r"manifest-\d+.json cannot be read"),
+    "a manifest that is a list": (lambda f: manifest(f).write_text("[]"), r"manifest-\d+.json cannot be read"),
+    "a changed manifest": (lambda f: manifest(f).write_text(manifest(f).read_text().replace('"taken": 18', '"taken": 12')), r"manifest-\d+.json is damaged"),
+    "another program's": (lambda f: rewrite(f, lambda b: b.update(format="other")), r"is no state of capruner"),
+    "a newer version": (lambda f: rewrite(f, lambda b: b.update(version=state.VERSION + 1)), r"is from a newer capruner .* update capruner"),
+    "a path in place of a file": (lambda f: rewrite(f, lambda b: b["feed"].update(files={"../../up.safetensors": "0"})), r"names '../../up.safetensors', which is no file"),
+    "another rank's": (lambda f: rewrite(f, lambda b: b.update(rank=1)), r"is of process 1 of 1, this one is 0 of 1"),
+    "a damaged tensor file": (lambda f: flip(feed(f)), r"feed-\d+-00000.safetensors is damaged"),
+    "a tensor file cut short": (lambda f: feed(f).write_bytes(feed(f).read_bytes()[:100]), r"feed-\d+-00000.safetensors is damaged"),
+    "a missing tensor file": (lambda f: feed(f).unlink(), r"feed-\d+-00000.safetensors cannot be read"),
+    "a run of two processes": (lambda f: (f / "rank-1-of-2").mkdir(), r"rank-1-of-2 is of a run with 2 processes, this one has 1"),
+    "a place that is no number": (lambda f: rewrite(f, lambda b: b["feed"]["position"].update(taken="many")), r"holds no gradients of this run"),
+    "a place without a number": (lambda f: rewrite(f, lambda b: b["feed"]["position"].pop("samples")), r"holds no gradients of this run"),
+    "a skipped batch that never came": (lambda f: rewrite(f, lambda b: b["feed"]["position"].update(skipped=[99])), r"holds no gradients of this run"),
+    "a place of negative size": (lambda f: rewrite(f, lambda b: b["feed"]["position"].update(batches=-3)), r"holds no gradients of this run"),
+    "more gradients than there are": (lambda f: rewrite(f, lambda b: b["feed"]["position"].update(taken=4000)), r"holds no gradients of this run"),
+    "a layer too few": (lambda f: rewrite(f, lambda b: b["feed"]["files"].popitem()), r"holds no gradients of this run"),
+    "notes that are none": (lambda f: rewrite(f, lambda b: b.update(notes={"damped_blocks": 3})), r"damped_blocks"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SPOILED)
+def test_a_spoiled_state_is_refused_by_name(case: str, half: Path) -> None:
+    spoil, message = SPOILED[case]
+    spoil(half)
+    before = {path: path.read_bytes() for path in half.rglob("*") if path.is_file()}
+    model, data = net(), Data()
+    untouched = snapshot(model)
+    with pytest.raises(StateError, match=message) as caught:
+        capruner.prune(model, data, data.loss, 0.5, state_dir=half, **ARGUMENTS)
+    assert any(word in str(caught.value) for word in ("delete the folder", "choose"))  # what to do
+    assert same(snapshot(model), untouched)
+    assert data.seen == 0  # refused before any work
+    after = {path: path.read_bytes() for path in half.rglob("*") if path.is_file()}
+    if case == "a layer too few":  # what no manifest names any more is what a kill leaves: it goes
+        assert len(before) == len(after) + 1
+    else:
+        assert after == before
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"damp": 1e-2}, "damp was 0.001, is 0.01"),
+        ({"num_grads": 41}, "num_grads was 40, is 41"),
+        ({"sparsity": 0.6}, "targets"),
+        ({"method": "fast_cap", "num_grads": 40}, "method was cap, is fast_cap"),
+        ({"params": ["0.weight"]}, "parameters"),
+        ({"masks": "zeros", "sparsity": 0.5}, "masks"),
+        ({"labels": "model"}, "labels was data, is model"),
+    ],
+    ids=lambda value: None if isinstance(value, dict) else value.split()[0],
+)
+def test_other_arguments_are_named(more: dict[str, Any], said: str, half: Path) -> None:
+    if "masks" in more:  # the model of the fixture has no zeros, so there must be one mask that differs
+        more = more | {"masks": {"0.weight": torch.arange(31 * 20).view(31, 20) % 9 != 0}}
+    with pytest.raises(StateError, match=f"is of another run .*{said}.*start again with the same arguments"):
+        run(half, **more)
+
+
+def test_other_weights_are_another_run(half: Path) -> None:
+    model, data = net(), Data()
+    with torch.no_grad():
+        next(model.parameters())[0, 0] += 1
+    with pytest.raises(StateError, match=r"is of another run \(weights"):
+        capruner.prune(model, data, data.loss, 0.5, state_dir=half, **ARGUMENTS)
+
+
+def test_other_data_are_found_by_the_last_batch(half: Path) -> None:
+    data = Data()
+    data.generator.manual_seed(4)
+    with pytest.raises(StateError, match=r"batch 17 of the calibration data is not what it was .*seed what shuffles"):
+        run(half, data)
+
+
+def test_data_that_have_become_fewer(half: Path) -> None:
+    stream = iter(Data())
+    few = [next(stream) for _ in range(9)]
+    with pytest.raises(ValueError, match="ended after 9 batches, where 1[78] were drawn before"):
+        capruner.prune(net(), few, Data().loss, 0.5, state_dir=half, **ARGUMENTS)
+
+
+def test_too_little_room_is_found_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = state.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(state.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    data = Data()
+    with pytest.raises(OSError, match="choose a folder on another disk, or a smaller fisher_block_size"):
+        run(tmp_path / "state", data)
+    assert data.seen == 0
+
+
+def test_a_disk_that_fills_up_leaves_the_state_before_whole(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(tensors: dict[str, Tensor], path: Path) -> None:
+        Path(path).write_bytes(b"torn")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(state, "save_file", full)
+    with pytest.raises(OSError, match=r"cannot be saved to .*No space left .* what was saved before is whole"):
+        run(half)
+    monkeypatch.undo()
+    assert not list(rank(half).glob(".*"))
+    continued = Data()
+    run(half, continued)
+    assert continued.seen == ARGUMENTS["num_grads"] - 18
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="state_dir=.*file/state cannot be made: Not a directory; choose another"):
+        run(tmp_path / "file" / "state")
+
+
+def test_removing_leaves_what_is_not_ours(half: Path) -> None:
+    (half / "thesis.tex").write_text("x")
+    capruner.remove_state(half)
+    assert [path.name for path in half.iterdir()] == ["thesis.tex"]
+    capruner.remove_state(half / "nowhere")
