@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--num-grads", type=int, default=512)
     parser.add_argument("--fisher-block-size", type=int, default=192)
     parser.add_argument("--sparsity", type=float, default=0.75, help="at which the losses are compared, in every layer")
+    parser.add_argument("--damp", type=float, help="of FastCAP, when not its default")
     parser.add_argument("--runs", type=int, default=3)
     args = parser.parse_args()
 
@@ -67,6 +68,7 @@ def main() -> None:
                 num_grads=args.num_grads,
                 fisher_block_size=args.fisher_block_size,
                 global_sparsity=False,
+                damp=args.damp if method == "fast_cap" else None,
                 progress=False,
             )
             seconds[method].append(results[method].timings)

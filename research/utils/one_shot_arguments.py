@@ -109,7 +109,7 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--damp",
         type=float,
-        help="on the diagonal of the Fisher matrix (default 1e-8; fast_cap 0.1, relative; obs 1e-6)",
+        help="on the diagonal of the Fisher matrix (default 1e-8; fast_cap 0.5, relative; obs 1e-6)",
     )
     group.add_argument("--fisher-block-size", type=int, help="weights per Fisher block (default 192)")
     group.add_argument("--mask-type", help="unstructured (default), 2:4 or another N:M, block4")

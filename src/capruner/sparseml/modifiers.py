@@ -156,7 +156,7 @@ class FastCAPruningModifier(CorrelationAwareModifier):
     |       end_epoch: 8.0
     |       update_frequency: 2.0
     |       num_grads: 128
-    |       damp: 1.0e-1
+    |       damp: 0.5
     |       fisher_block_size: 192
 
     Args as :class:`CAPruningModifier`, but:
@@ -193,7 +193,7 @@ class FastCAPruningModifier(CorrelationAwareModifier):
         global_sparsity: bool = False,
         mask_type: str | int = "unstructured",
         num_grads: int = 1024,
-        damp: float = 1e-1,
+        damp: float = 0.5,
         fisher_block_size: int = 192,
         block_size: int | None = None,
         grad_sampler_kwargs: dict[str, Any] | None = None,
