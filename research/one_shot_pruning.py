@@ -43,6 +43,13 @@ from capruner.sparseml.base import CorrelationAwareModifier
 from research.utils import data as images
 from research.utils import evaluate, modeling, one_shot_arguments, output, plots, recipe
 
+KNOBS = {
+    "gradients": "gradients",
+    "labels": "labels",
+    "on_bad_batch": "on_bad_batch",
+    "state_dir": "traces_backup_dir",
+}
+"""Flags that stand above the recipe, and what they are called there."""
 COLUMNS = {
     "method": "method",
     "requested": "sparsity",
@@ -74,11 +81,13 @@ class Run:
         self._stage_began = time.perf_counter()
         self.manager = recipe.load_manager(recipe_path)  # kept: SparseML empties a manager that is collected
         self.modifier = recipe.pruning_modifier(self.manager, recipe_path)
-        for knob in ("gradients", "labels"):
-            if getattr(args, knob):
+        recipe.keep_inside(self.modifier, folder)
+        for flag, knob in KNOBS.items():
+            if getattr(args, flag):
                 if not isinstance(self.modifier, CorrelationAwareModifier):
-                    raise cli.UserError(f"--{knob} means nothing to {type(self.modifier).__name__}; leave it out")
-                setattr(self.modifier, knob, getattr(args, knob))
+                    shown = flag.replace("_", "-")
+                    raise cli.UserError(f"--{shown} means nothing to {type(self.modifier).__name__}; leave it out")
+                setattr(self.modifier, knob, getattr(args, flag))
         self.device = modeling.pick_device(args.device)
         modeling.seed_everything(args.seed)
         self.model = modeling.build_model(args.model, args.model_kwargs, args.checkpoint, args.pretrained).to(
@@ -290,6 +299,8 @@ def prune(args: argparse.Namespace) -> None:
     once = isinstance(run.modifier, CorrelationAwareModifier)
     (prune_by_one_calibration if once else prune_anew_at_each)(run)
     run.finish()
+    if once:
+        run.modifier.remove_state()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

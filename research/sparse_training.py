@@ -47,7 +47,7 @@ from capruner.report import write_report
 from capruner.sparseml.state import load_manager_state, manager_state
 from research.utils import data as images
 from research.utils import modeling, output
-from research.utils.recipe import quiet_loggers
+from research.utils.recipe import keep_inside, quiet_loggers
 from research.utils.training_arguments import parse
 from research.utils.training_checkpoint import load_state, save_state, save_weights
 from research.utils.training_data import GradientSamples, seed_everything, train_loader, validation_loader
@@ -81,6 +81,8 @@ class Training:
         self.folder = output.make_folder(args.output, args.experiment)
         saved = self._saved()
         self.recipe = Recipe(args.sparseml_recipe, args.sparsities)
+        for modifier in self.recipe.pruning:
+            keep_inside(modifier, self.folder)
         self.epochs = self.recipe.epochs(args)
         args.epochs = self.epochs  # timm's schedulers read it
         seed_everything(args.seed, 0, 0)  # the same new layers on every process

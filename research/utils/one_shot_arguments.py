@@ -72,6 +72,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("data", "model"),
         help="CAP, FastCAP: calibrate with the data's labels, or draw labels from the model itself (default: the recipe's)",
     )
+    how.add_argument(
+        "--on-bad-batch",
+        choices=("raise", "skip"),
+        help="CAP, FastCAP: stop at a batch with NaN or Inf, or leave it out and count it (default: the recipe's)",
+    )
+    how.add_argument(
+        "--state-dir",
+        metavar="FOLDER",
+        help="CAP, FastCAP: save the calibration here every two minutes or so; killed and started again with the same arguments, the script goes on "
+        "from there to the same result. Takes up to twice the memory of the Fisher blocks; deleted at the end (default: the recipe's "
+        "traces_backup_dir, or none)",
+    )
     how.add_argument("--seed", type=int, default=42)
     how.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: the GPU if there is one)")
     _recipe_arguments(parser)

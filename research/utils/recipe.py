@@ -73,6 +73,24 @@ def pruning_modifier(manager: ScheduledModifierManager, path: str) -> Any:
     return found[0]
 
 
+def keep_inside(modifier: Any, folder: Path) -> None:
+    """Let a recipe's ``traces_backup_dir`` lie in ``folder``, the experiment's: a recipe is data, and writes nowhere else.
+
+    Raises:
+        UserError: it leads out of it.
+    """
+    named = getattr(modifier, "traces_backup_dir", None)
+    if not isinstance(modifier, CorrelationAwareModifier) or not named:
+        return
+    place = (folder / named).resolve()
+    if Path(named).is_absolute() or folder.resolve() not in place.parents:
+        raise UserError(
+            f"traces_backup_dir: {named} leads out of the experiment's folder; a recipe names a folder inside it (state, say); the one-shot script's "
+            "--state-dir may lie anywhere"
+        )
+    modifier._traces_backup_dir = str(place)
+
+
 def check_sparsities(modifier: Any, model: nn.Module, sparsities: Sequence[float], path: str) -> None:
     """Can this recipe prune this model to these sparsities?
 

@@ -8,8 +8,14 @@ Without ``torch.distributed``, or with one process, nothing travels.
 
 from __future__ import annotations
 
+import os
+import socket
+import time
+import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +25,11 @@ from capruner.layout import BlockLayout
 
 
 class PeerError(RuntimeError):
-    """Another process failed; its own error says why."""
+    """Another process failed, or is gone; the message names it."""
+
+
+_PEERS: dict[str, Any] = {"group": None, "processes": []}
+"""Who takes part: ``(machine, process id)`` by rank, for the group of processes that is in use."""
 
 
 def world() -> tuple[int, int]:
@@ -40,6 +50,9 @@ class Shards:
     def __init__(self, layouts: Mapping[str, BlockLayout], whole_layers: bool = False) -> None:
         self.layouts = dict(layouts)
         self.rank, self.size = world()
+        if self.size > 1 and _PEERS["group"] is not dist.group.WORLD:
+            machine = [self._report(value) for value in (zlib.crc32(socket.gethostname().encode()), os.getpid())]
+            _PEERS.update(group=dist.group.WORLD, processes=list(zip(*machine)))
         self._bounds: dict[str, list[int]] = {}
         total = sum(layout.num_blocks * layout.block_size**2 for layout in layouts.values())
         before = 0
@@ -89,7 +102,10 @@ class Shards:
             send = torch.cat([part.reshape(-1) for part in self._by_receiver(parts)]).to(device)
         mine = elements[self.rank]
         received = torch.empty(sum(counts) * mine, dtype=dtype, device=device)
-        dist.all_to_all_single(received, send, [k * mine for k in counts], [counts[self.rank] * e for e in elements])
+        with _naming_the_dead():
+            dist.all_to_all_single(
+                received, send, [k * mine for k in counts], [counts[self.rank] * e for e in elements]
+            )
         by_sender = received.split([k * mine for k in counts])
         # Row i of every process before row i + 1 of any: the order in which one process would have seen interleaved data.
         ranked = [
@@ -122,7 +138,8 @@ class Shards:
         padded = torch.zeros(max(sizes), *moved.shape[1:], dtype=wire, device=device)
         padded[: len(moved)] = moved.to(device, wire)
         parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(parts, padded)
+        with _naming_the_dead():
+            dist.all_gather(parts, padded)
         whole = torch.cat([part[:k] for part, k in zip(parts, sizes)])
         return whole.to(local.device, local.dtype).movedim(0, dim)
 
@@ -151,7 +168,8 @@ class Shards:
             raise
         except BaseException:
             if self.size > 1:
-                self._all_counts(-1)
+                with suppress(PeerError):  # it is gone already; this process's own error counts
+                    self._all_counts(-1)
             raise
         if self.size > 1 and any(failed := [k < 0 for k in self._report(0)]):
             raise PeerError(f"rank {failed.index(True)} failed while {what}; its own error says why")
@@ -167,7 +185,8 @@ class Shards:
         """Everybody's value."""
         mine = torch.tensor([value], dtype=torch.float64, device=self._device())
         everybody = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(everybody, mine)
+        with _naming_the_dead():
+            dist.all_gather(everybody, mine)
         return [float(k) for k in everybody]
 
     @staticmethod
@@ -175,3 +194,46 @@ class Shards:
         if dist.get_backend() == "nccl":
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
+
+
+@contextmanager
+def _naming_the_dead() -> Iterator[None]:
+    """An error of the transport says no more than that a connection broke: look who is gone.
+
+    Raises:
+        PeerError: with the ranks of this machine that are no longer there.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        gone = _gone()
+        if gone:
+            who = f"rank {gone[0]} is gone" if len(gone) == 1 else f"ranks {', '.join(map(str, gone))} are gone"
+            said = f"{who}: killed (out of memory, say) or stopped by an error of its own"
+        else:
+            said = "the connection to another process broke, or it did not answer in time; its own log says why"
+        raise PeerError(f"{said}. Start all of them again; with a state folder the run goes on ({error})") from error
+
+
+def _gone(patience: float = 1.0) -> list[int]:
+    machine = zlib.crc32(socket.gethostname().encode())
+    until = time.monotonic() + patience
+    while True:
+        here = [(rank, int(process)) for rank, (where, process) in enumerate(_PEERS["processes"]) if where == machine]
+        gone = [rank for rank, process in here if not _alive(process)]
+        if gone or time.monotonic() > until:
+            return gone
+        time.sleep(0.02)  # its sockets close a moment before it is gone
+
+
+def _alive(process: int) -> bool:
+    with suppress(OSError):  # no /proc on this system
+        # After the name, which is in parentheses; Z: it is dead, and its parent has not looked yet.
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -474,6 +474,7 @@ EVERY: dict[str, dict[str, Any]] = {
         "relative_damp": True,
         "skip_unsupported": True,
         "memory_budget": "8GiB",
+        "on_bad_batch": "skip",
     }
 }
 EVERY["FastCAPruningModifier"] = {
@@ -545,10 +546,22 @@ def test_a_backup_directory_that_is_none(words: str) -> None:
     assert next(manager.iter_modifiers()).traces_backup_dir in (None, "")
 
 
-def test_a_backup_directory_is_accepted_and_stays_empty(tmp_path: Path) -> None:
-    model, _ = applied(recipe({"traces_backup_dir": str(tmp_path / "traces")}))
-    assert zeros(model) == round(0.6 * WEIGHTS)
-    assert not (tmp_path / "traces").exists()
+def test_a_backup_directory_holds_the_state_until_the_model_has_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, found = tmp_path / "traces", []
+    monkeypatch.setattr(
+        capruner.PruningResult, "apply", lambda self, model, s=None: found.append(sorted(folder.glob("*/step-*")))
+    )
+    applied(recipe({"traces_backup_dir": str(folder)}))
+    assert [len(files) for files in found] == [1]
+    assert not folder.exists()
+
+
+def test_with_and_without_a_backup_directory_the_same_bits(tmp_path: Path) -> None:
+    plain, _ = applied(recipe())
+    saved, _ = applied(recipe({"traces_backup_dir": str(tmp_path / "traces")}))
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), saved.parameters()))
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from capruner.result import PruningResult
 from capruner.selection import select_parameters, unwrap
 from capruner.sparseml.sampling import GradSamplerBatches
 from capruner.sparseml.state import load_modifier_state, modifier_state
+from capruner.state import StateError, remove_state
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -109,6 +110,7 @@ class CorrelationAwareModifier(BaseGradualPruningModifier):
                 raise ValueError(f"{type(self).__name__}: {name} cannot be {value!r} ({error})") from None
         self._batches: GradSamplerBatches | None = None
         self._reached_epoch = 0.0
+        self._state_served = False
 
     mask_type = recipe_parameter("mask_type", "Pattern of the zeros.")
     num_grads = recipe_parameter("num_grads", "Gradients per calibration.")
@@ -118,9 +120,10 @@ class CorrelationAwareModifier(BaseGradualPruningModifier):
     num_recomputations = recipe_parameter("num_recomputations", "Fresh calibrations within one update.")
     recomputation_inter_func = recipe_parameter("recomputation_inter_func", "How sparsity climbs over recomputations.")
     fisher_inv_device = recipe_parameter("fisher_inv_device", "Where inverse Fisher blocks live.")
-    traces_backup_dir = recipe_parameter("traces_backup_dir", "Accepted; there are no traces to back up.")
+    traces_backup_dir = recipe_parameter("traces_backup_dir", "Folder from which a killed calibration goes on.")
     gradients = recipe_parameter("gradients", "One gradient per batch or per sample.")
     labels = recipe_parameter("labels", "Labels of the data, or drawn from the model.")
+    on_bad_batch = recipe_parameter("on_bad_batch", "What NaN or Inf in a batch does: raise, skip.")
     skip_unsupported = recipe_parameter("skip_unsupported", "Leave dense what cannot hold the mask type.")
 
     # What SparseML calls
@@ -185,7 +188,15 @@ class CorrelationAwareModifier(BaseGradualPruningModifier):
         if due and module is not None:
             self._prune(module, self.get_applied_sparsity_for_epoch(self.end_epoch, 1))
             self._ended = True
+        if self._state_served:
+            self.remove_state()
         super().finalize(module, reset_loggers, **kwargs)
+
+    def remove_state(self) -> None:
+        """Delete what a killed calibration would go on from, when its result is safe. Without ``traces_backup_dir`` there is none."""
+        self._state_served = False
+        if self._traces_backup_dir:
+            remove_state(self._traces_backup_dir)
 
     def state_dict(self) -> dict[str, Any]:
         """Masks and place in the schedule, see :mod:`capruner.sparseml.state`."""
@@ -214,6 +225,8 @@ class CorrelationAwareModifier(BaseGradualPruningModifier):
 
     def one_shot(self, module: nn.Module, sparsities: list[float], grad_sampler: Mapping[str, Any]) -> PruningResult:
         """One calibration, with this recipe's parameters, for a whole list of sparsities. ``module`` is not changed; the modifier stays as it is.
+
+        With ``traces_backup_dir`` a calibration that was killed goes on; call :meth:`remove_state` when its result is safe.
 
         Args:
             sparsities: in [0, 1); the recipe's own ``final_sparsity`` is not looked at unless the list is empty.
@@ -302,7 +315,15 @@ class CorrelationAwareModifier(BaseGradualPruningModifier):
             for (name,), s in wanted.items():
                 sparsity.setdefault(s, []).append(name)
         assert self._batches is not None
-        result = self._call_prune(module, self._batches, sparsity, names, masks)
+        if self._state_served:  # by the update before this one, whose weights a checkpoint has by now
+            self.remove_state()
+        try:
+            result = self._call_prune(module, self._batches, sparsity, names, masks)
+        except StateError as error:  # a run that goes on from an earlier checkpoint, or with other weights, must not stop there for ever
+            _LOGGER.warning("this update is calibrated from the start: %s", error)
+            self.remove_state()
+            result = self._call_prune(module, self._batches, sparsity, names, masks)
+        self._state_served = bool(self._traces_backup_dir)
         result.apply(module)
         pruned = result.masks()
         self._module_masks.set_param_masks(
@@ -327,6 +348,7 @@ class CorrelationAwareModifier(BaseGradualPruningModifier):
             params=params,
             global_sparsity=self.global_sparsity,
             masks=masks,
+            state_dir=self._traces_backup_dir or None,
             **recipe,
         )
 

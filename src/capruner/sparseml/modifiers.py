@@ -49,8 +49,9 @@ class CAPruningModifier(CorrelationAwareModifier):
         grad_sampler_kwargs: handed to the ``data_loader_builder``.
         blocks_in_parallel: blocks worked on at once; -1: chosen. No influence on the result.
         fisher_inv_device: where inverse Fisher blocks live, ``cpu`` say.
-        traces_backup_dir: kept so that public recipes load. The published code stored weight traces of (B + 1) · d floats there; here weights for
-            any mask come from a closed form, so there are no traces and nothing is written.
+        traces_backup_dir: the state folder of a calibration: a run that was killed goes on from there, see ``state_dir`` of
+            :func:`capruner.prune`. (The published code stored weight traces of (B + 1) · d floats there; here weights come from a closed form.)
+        on_bad_batch: ``raise``, or ``skip``: leave out batches that hold NaN or Inf, and count them.
         gradients: ``batch`` or ``sample``.
         labels: ``data``, or ``model``: drawn from the model's own softmax.
         score: ``marginal`` or ``cumulative``.
@@ -74,6 +75,7 @@ class CAPruningModifier(CorrelationAwareModifier):
         "score": str,
         "relative_damp": flag,
         "skip_unsupported": flag,
+        "on_bad_batch": str,
         "memory_budget": none_or(str),
     }
 
@@ -103,6 +105,7 @@ class CAPruningModifier(CorrelationAwareModifier):
         score: str = "marginal",
         relative_damp: bool = False,
         skip_unsupported: bool = False,
+        on_bad_batch: str = "raise",
         memory_budget: str | int | None = None,
         n: int | None = None,
         m: int | None = None,
@@ -132,6 +135,7 @@ class CAPruningModifier(CorrelationAwareModifier):
             score=score,
             relative_damp=relative_damp,
             skip_unsupported=skip_unsupported,
+            on_bad_batch=on_bad_batch,
             memory_budget=memory_budget,
         )
 
@@ -178,6 +182,7 @@ class FastCAPruningModifier(CorrelationAwareModifier):
         "gradients": str,
         "labels": str,
         "skip_unsupported": flag,
+        "on_bad_batch": str,
     }
 
     def __init__(
@@ -204,6 +209,7 @@ class FastCAPruningModifier(CorrelationAwareModifier):
         gradients: str = "batch",
         labels: str = "data",
         skip_unsupported: bool = False,
+        on_bad_batch: str = "raise",
         n: int | None = None,
         m: int | None = None,
     ) -> None:
@@ -230,6 +236,7 @@ class FastCAPruningModifier(CorrelationAwareModifier):
             gradients=gradients,
             labels=labels,
             skip_unsupported=skip_unsupported,
+            on_bad_batch=on_bad_batch,
         )
 
     block_size = recipe_parameter("block_size", "Columns per mask decision; null: all of a block.")
