@@ -137,20 +137,17 @@ class Calibration:
         assert self.batches is not None
         for count in state.passes_to_skip():
             passing_over(self.batches, count)
-        pruner_blocks = sum(
-            (own.stop - own.start) * layout.block_size**2 * _working_dtype(self.parameters[name]).itemsize
-            for name, layout in pruner.layouts.items()
-            for own in [pruner.shards.own(name)]
-        )
-        state.check_space(pruner_blocks)
+        state.check_space(self._bytes_saved(pruner))
         saved = state.load_feed()
         if saved is None:
             return position
         layers, place = saved
-        owned = [n for n in pruner.layouts if pruner.shards.own(n).stop > pruner.shards.own(n).start]
         try:
-            for name, tensors in zip(owned, layers, strict=True):
+            for name, tensors in zip(place["layers"], layers, strict=True):
                 pruner.load(name, tensors)
+            own = {name: pruner.shards.own(name) for name in pruner.layouts}
+            if absent := [n for n, blocks in own.items() if blocks.stop > blocks.start and n not in place["layers"]]:
+                raise ValueError(f"{absent[0]} is absent")
             position, digest = position_of(place, self._share(pruner.shards)), str(place["digest"])
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise StateError(f"{state.folder} holds no gradients of this run ({error}); {state.remedy}") from error
@@ -165,9 +162,20 @@ class Calibration:
         position.checked = check
         return position
 
+    def _bytes_saved(self, pruner: Method) -> int:
+        blocks = {name: own.stop - own.start for name in pruner.layouts for own in [pruner.shards.own(name)]}
+        return sum(
+            (min(blocks[name], 1) if pruner.whole_layers else blocks[name])
+            * layout.block_size**2
+            * _working_dtype(self.parameters[name]).itemsize
+            for name, layout in pruner.layouts.items()
+        )
+
     def _save(self, state: State, pruner: Method, position: Position) -> None:
         with self.clock("state"):
+            layers = pruner.state()
             place = {
+                "layers": list(layers),
                 "taken": position.taken,
                 "batches": position.batches,
                 "samples": position.samples,
@@ -175,7 +183,7 @@ class Calibration:
                 "digest": digest_of(position.last),
             }
             state.notes |= self.notes | {"seconds": self.clock.seconds}
-            state.save_feed([t for t in pruner.state().values() if t], place)
+            state.save_feed(list(layers.values()), place)
 
     def _step(self, calibrate: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """The outcome of a calibration: an earlier run's if it had come so far."""

@@ -5,13 +5,22 @@ from __future__ import annotations
 import argparse
 import ast
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 
 class UserError(Exception):
     """Something the user can mend; the message says what and how."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, treated as Ctrl-C is: what has to be put back is put back."""
+
+
+_MAIN = os.getpid()
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,9 +61,11 @@ class KeyValues(argparse.Action):
 
 
 def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> int:
-    """Exit status of ``main``: its own or 0, 2 after one line on stderr for a mistake of the user's, 130 after Ctrl-C."""
+    """Exit status of ``main``: its own or 0, 2 after one line on stderr for a mistake of the user's, 130 after Ctrl-C, 143 after SIGTERM."""
     arguments = sys.argv[1:] if argv is None else argv
     try:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _terminate)
         status = main(argv) or 0
         sys.stdout.flush()
         return status
@@ -67,6 +78,18 @@ def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] 
         print(f"error: {error}", file=sys.stderr)
         print("(--debug shows where)", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        if "--debug" in arguments:
+            raise
+        what, status = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
+        print(
+            f"{what}; what was saved before is whole, and the same command goes on from there where it can",
+            file=sys.stderr,
+        )
+        return status
+
+
+def _terminate(number: int, frame: Any) -> NoReturn:
+    if os.getpid() != _MAIN:  # a loader's worker, which has inherited this
+        os._exit(143)
+    raise Terminated
