@@ -50,7 +50,8 @@ class Calibration:
         on_bad_batch: see :func:`capruner.prune`.
         state: where to save what is done, and to find what an earlier run has done.
         clock: seconds by stage, over all calibrations.
-        notes: what the report counts, over all calibrations: ``skipped_batches``, ``damped_blocks`` by layer.
+        notes: what the report counts, over all calibrations: ``skipped_batches``; ``damped_blocks`` by layer, the most
+            of one calibration.
     """
 
     model: nn.Module
@@ -86,6 +87,13 @@ class Calibration:
             weights[name] = self.layouts[name].to_blocks(p.detach(), _working_dtype(p))[own].masked_fill(dead[name], 0)
         with shards.together("inverting Fisher blocks"):
             pruner.prepare(weights, dead)
+        damped = self.notes["damped_blocks"]
+        for name, count in pruner.damped.items():
+            damped[name] = max(damped.get(name, 0), count)
+            _LOGGER.warning(
+                "%s: %d of %d Fisher blocks would not factor at damp=%g and got more",
+                *(name, count, self.layouts[name].num_blocks, self.settings.damp),
+            )
         return pruner
 
     def _feed(self, pruner: Method) -> None:

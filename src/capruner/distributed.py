@@ -147,6 +147,14 @@ class Shards:
         """The sum over all processes, added in the order of ranks: the same bits everywhere."""
         return value if self.size == 1 else sum(self._report(value))
 
+    def total(self, count: int, what: str) -> int:
+        """The sum of everybody's counts, at least 0 each.
+
+        Raises:
+            PeerError: another process failed while doing ``what``.
+        """
+        return count if self.size == 1 else sum(self._all_counts(count, what))
+
     def any(self, flag: bool) -> bool:
         """Whether it is so on one process at least; the same answer on all, who wait for each other here.
 
@@ -174,11 +182,11 @@ class Shards:
         if self.size > 1 and any(failed := [k < 0 for k in self._report(0)]):
             raise PeerError(f"rank {failed.index(True)} failed while {what}; its own error says why")
 
-    def _all_counts(self, count: int) -> list[int]:
+    def _all_counts(self, count: int, what: str = "drawing gradients") -> list[int]:
         counts = [int(k) for k in self._report(count)]
         failed = [r for r, k in enumerate(counts) if k < 0]
         if failed and count >= 0:
-            raise PeerError(f"rank {failed[0]} failed while drawing gradients; its own error says why")
+            raise PeerError(f"rank {failed[0]} failed while {what}; its own error says why")
         return counts
 
     def _report(self, value: float) -> list[float]:

@@ -7,6 +7,8 @@ Two ways lead to ``H``; both take slabs of ``k`` gradients at a time, so that a 
 ``accumulate``
     ``F += Gᵀ G / m`` (half the flops), then one Cholesky inverse in float64. Directions no gradient has seen are known to the rounding of ``F``.
 
+A block that will not factor climbs a ladder of damping, alone: tenfold at each rung, counted, and past the last rung an error.
+
 ``auto`` takes ``woodbury`` while there are fewer gradients than weights in a block (the Fisher matrix is then singular but for ``λ``), else ``accumulate``.
 """
 
@@ -23,6 +25,9 @@ from capruner.obs import chunk_size
 
 Solver = Literal["auto", "woodbury", "accumulate"]
 
+RUNGS = 6
+"""Times that the damping of a block may grow tenfold."""
+
 
 class BlockFisher:
     """The Fisher blocks of one weight tensor, fed with gradients, then inverted once.
@@ -38,6 +43,9 @@ class BlockFisher:
         solver: see the module's docstring.
         triangular: accumulate the upper triangle alone; pays for few blocks that are fed with many rows at a time.
         dtype: float32, or float64 for reference computations.
+
+    Attributes:
+        damped: blocks that needed more than ``damp``, after :meth:`inverse`.
 
     Raises:
         ValueError: an argument out of range.
@@ -76,6 +84,7 @@ class BlockFisher:
         self.damp = damp
         self.relative_damp = relative_damp
         self.count = 0
+        self.damped = 0
         self._blocks: Tensor | None = torch.zeros(num_blocks, block_size, block_size, device=device, dtype=dtype)
         if solver == "woodbury":
             self._blocks.diagonal(dim1=1, dim2=2).fill_(1 / damp)
@@ -130,12 +139,13 @@ class BlockFisher:
         self.count = count
 
     @full_precision()
-    def inverse(self, dead: Tensor | None = None) -> Tensor:
+    def inverse(self, dead: Tensor | None = None, rungs: int = 0) -> Tensor:
         """``H``, ``(num_blocks, B, B)``, symmetric. The Fisher matrix is consumed.
 
         Args:
             dead: ``(num_blocks, B)`` bool; padding, or weights removed earlier. They are cut off from the others (as if their gradients had been
                 zero) and get a unit diagonal.
+            rungs: times that the damping of a block that will not factor may grow tenfold (``accumulate``).
 
         Raises:
             ValueError: fewer gradients than ``num_grads`` were added, or the inverse was taken before.
@@ -153,32 +163,44 @@ class BlockFisher:
             part = slice(start, start + chunk)
             gone = None if dead is None else dead[part]
             if self.solver == "accumulate":
-                self._invert(blocks[part], gone, start)
+                self._invert(blocks[part], gone, start, rungs)
             elif gone is not None and gone.any():
                 self._decouple_inverse(blocks[part], gone)
         return blocks
 
-    def _invert(self, F: Tensor, gone: Tensor | None, first_block: int) -> None:
+    def _invert(self, F: Tensor, gone: Tensor | None, first_block: int, rungs: int) -> None:
         A = F.double()
         diagonal = A.diagonal(dim1=1, dim2=2)
         if gone is not None:
             A.masked_fill_(gone[:, :, None] | gone[:, None, :], 0)
+        damp = torch.full_like(diagonal[:, 0], self.damp)
         if self.relative_damp:
             alive = F.shape[1] if gone is None else (~gone).sum(dim=1).clamp_(min=1)
-            damp = self.damp * diagonal.sum(dim=1) / alive
+            damp = damp * diagonal.sum(dim=1) / alive
             # A block without any gradient has no scale of its own; any positive diagonal gives the same (magnitude) order inside it.
             damp = torch.where(damp > 0, damp, torch.ones_like(damp))
-            diagonal.add_(damp[:, None])
-        else:
-            diagonal.add_(self.damp)
+        diagonal.add_(damp[:, None])
         if gone is not None:
             diagonal.masked_fill_(gone, 1)
         factor, info = torch.linalg.cholesky_ex(A)
-        if info.any():
+        bad = info.nonzero()[:, 0]
+        for rung in range(1, rungs + 1):
+            if not len(bad):
+                break
+            lifted = A[bad]
+            more = ((10**rung - 1) * damp[bad])[:, None]
+            lifted.diagonal(dim1=1, dim2=2).add_(more if gone is None else more * ~gone[bad])
+            found, info = torch.linalg.cholesky_ex(lifted)
+            good = info == 0
+            factor[bad[good]] = found[good]
+            self.damped += int(good.sum())
+            bad = bad[~good]
+        if len(bad):
             scale = float(F.diagonal(dim1=1, dim2=2).mean())
             raise NotPositiveDefiniteError(
-                f"Fisher block {first_block + int(info.nonzero()[0])} ({int((info > 0).sum())} in all) will not factor at damp "
-                f"{self.damp:g}: its rounding error is larger. The mean squared gradient is {scale:.2g}; try damp={max(scale, 1e-12) * 1e-3:.1g} or more"
+                f"Fisher block {first_block + int(bad[0])} ({len(bad)} in all) will not factor at damp {self.damp:g}"
+                f"{f', nor at 10^{rungs} times that' if rungs else ''}: its rounding error is larger. The mean squared gradient is {scale:.2g}; "
+                f"try damp={max(scale, 1e-12) * 1e-3:.1g} or more"
             )
         F.copy_(torch.cholesky_inverse(factor))
 
@@ -188,7 +210,13 @@ class BlockFisher:
         A = H.double()
         system = A * (gone[:, :, None] & gone[:, None, :])
         system.diagonal(dim1=1, dim2=2).add_((~gone).double())
-        half = torch.linalg.solve_triangular(torch.linalg.cholesky(system), A * gone[:, :, None], upper=False)
+        factor, info = torch.linalg.cholesky_ex(system)
+        if info.any():
+            raise NotPositiveDefiniteError(
+                f"{int((info > 0).sum())} inverse Fisher blocks are not positive definite to working precision; raise `damp` tenfold, or use "
+                "solver='accumulate'"
+            )
+        half = torch.linalg.solve_triangular(factor, A * gone[:, :, None], upper=False)
         A.baddbmm_(half.mT, half, alpha=-1)
         A.masked_fill_(gone[:, :, None] | gone[:, None, :], 0)
         A.diagonal(dim1=1, dim2=2).add_(gone.double())

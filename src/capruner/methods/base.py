@@ -14,10 +14,13 @@ from torch import Tensor
 
 from capruner.allocation import Score, allocate, step_scores
 from capruner.distributed import Shards
-from capruner.fisher import BlockFisher, Solver
+from capruner.fisher import RUNGS, BlockFisher, Solver
 from capruner.numerics import NotPositiveDefiniteError
 from capruner.obs import Elimination, compensate_prefixes
 from capruner.patterns import Pattern
+
+MOST_DAMPED = 0.05
+"""Share of a layer's blocks that may need more damping than was asked for; past it ``damp`` itself is wrong."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,8 @@ class Method(ABC):
         self.layouts = shards.layouts
         self.settings = settings
         self.clock = clock
+        self.damped: dict[str, int] = {}
+        """Blocks of each layer, other processes' too, that needed more damping than asked for."""
 
     def _own_shape(self, name: str) -> tuple[int, int]:
         own = self.shards.own(name)
@@ -260,13 +265,24 @@ class SecondOrderMethod(RankedMethod):
                     device = torch.device(self.settings.fisher_inv_device or weights[name].device)
                     padding = layout.is_padding(device)[self.shards.own(name)]
                     gone = dead[name].to(device)
-                    H = fisher.inverse(gone | padding)
+                    H = fisher.inverse(gone | padding, RUNGS)
+                self._count_damped(name, fisher.damped)
                 with self.clock("eliminate"):
                     weight = weights[name].to(H)
                     self._rank(name, self._order(weight, H, gone, padding))
             except NotPositiveDefiniteError as error:
                 raise NotPositiveDefiniteError(f"{name}: {error}") from None
             self._weights[name], self._inverses[name] = weight, H
+
+    def _count_damped(self, name: str, own: int) -> None:
+        damped, blocks = self.shards.total(own, "inverting Fisher blocks"), self.layouts[name].num_blocks
+        if damped > MOST_DAMPED * blocks:
+            raise NotPositiveDefiniteError(
+                f"{damped} of {blocks} Fisher blocks will not factor at damp={self.settings.damp:g}: raise it tenfold, or take more gradients "
+                f"(up to {MOST_DAMPED:.0%} of a layer's blocks would get more damping by themselves)"
+            )
+        if damped:
+            self.damped[name] = damped
 
     def solve_masks(self, gone: Mapping[str, Tensor]) -> dict[str, LayerSolution]:
         """The weights for given masks: ``(n, B)`` bool per layer, True = leaves."""
