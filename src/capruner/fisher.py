@@ -20,6 +20,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from capruner.memory import in_chunks
 from capruner.numerics import NotPositiveDefiniteError, full_precision
 from capruner.obs import chunk_size
 
@@ -110,13 +111,18 @@ class BlockFisher:
             self._blocks.baddbmm_(slabs.mT, slabs, alpha=1 / self.num_grads)
             return
         chunk = 4 * chunk_size(slabs.shape[2], self._blocks.element_size())
-        for H, G in zip(self._blocks.split(chunk), slabs.split(chunk)):
+
+        def work(part: slice) -> None:
+            assert self._blocks is not None
+            H, G = self._blocks[part], slabs[part]
             GH = G @ H
             inner = GH @ G.mT
             inner.diagonal(dim1=1, dim2=2).add_(self.num_grads)
             # inner is well conditioned (its smallest eigenvalue is m), so this factor always exists for finite gradients.
             half = torch.linalg.solve_triangular(torch.linalg.cholesky(inner), GH, upper=False)
             H.baddbmm_(half.mT, half, alpha=-1)
+
+        in_chunks(len(slabs), chunk, work, "adding gradients")
 
     def tensors(self) -> dict[str, Tensor]:
         """What was added so far, for :meth:`load`; the blocks themselves, not a copy."""
@@ -159,13 +165,15 @@ class BlockFisher:
         if self.triangular:
             blocks.copy_(blocks.triu() + blocks.triu(1).mT)
         chunk = chunk_size(blocks.shape[1], element_size=8)
-        for start in range(0, len(blocks), chunk):
-            part = slice(start, start + chunk)
+
+        def work(part: slice) -> None:
             gone = None if dead is None else dead[part]
             if self.solver == "accumulate":
-                self._invert(blocks[part], gone, start, rungs)
+                self._invert(blocks[part], gone, part.start, rungs)
             elif gone is not None and gone.any():
                 self._decouple_inverse(blocks[part], gone)
+
+        in_chunks(len(blocks), chunk, work, "inverting Fisher blocks")
         return blocks
 
     def _invert(self, F: Tensor, gone: Tensor | None, first_block: int, rungs: int) -> None:
@@ -183,7 +191,7 @@ class BlockFisher:
         if gone is not None:
             diagonal.masked_fill_(gone, 1)
         factor, info = torch.linalg.cholesky_ex(A)
-        bad = info.nonzero()[:, 0]
+        bad, damped = info.nonzero()[:, 0], 0
         for rung in range(1, rungs + 1):
             if not len(bad):
                 break
@@ -193,7 +201,7 @@ class BlockFisher:
             found, info = torch.linalg.cholesky_ex(lifted)
             good = info == 0
             factor[bad[good]] = found[good]
-            self.damped += int(good.sum())
+            damped += int(good.sum())
             bad = bad[~good]
         if len(bad):
             scale = float(F.diagonal(dim1=1, dim2=2).mean())
@@ -203,6 +211,7 @@ class BlockFisher:
                 f"try damp={max(scale, 1e-12) * 1e-3:.1g} or more"
             )
         F.copy_(torch.cholesky_inverse(factor))
+        self.damped += damped
 
     @staticmethod
     def _decouple_inverse(H: Tensor, gone: Tensor) -> None:

@@ -24,6 +24,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm.auto import tqdm
 
+from capruner.memory import halved
+
 GradientMode = Literal["batch", "sample"]
 OnBadBatch = Literal["raise", "skip"]
 LossFunction = Callable[[Any, Any], Tensor]
@@ -298,8 +300,16 @@ class _SampleGradients(_Source):
             while start < size and at.taken < self.num_grads:
                 stop = min(start + self.slab, size, start + self.num_grads - at.taken)
                 part = tree_map_only(Tensor, operator.itemgetter(slice(start, stop)), (inputs, targets))
-                with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no batching rule
-                    gradients, losses = per_sample({n: p.detach() for n, p in parameters.items()}, *part)
+                try:
+                    with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no batching rule
+                        gradients, losses = per_sample({n: p.detach() for n, p in parameters.items()}, *part)
+                except torch.OutOfMemoryError:
+                    if stop - start == 1:
+                        raise
+                    gradients = None
+                if gradients is None:  # outside of the handler, whose error holds the tensors of the attempt
+                    self.slab = halved(stop - start, "gradients of samples")
+                    continue
                 slab = {n: g.to(_accumulation_dtype(g)) for n, g in gradients.items()}
                 try:
                     _check_loss(losses, index, *part)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from capruner.kernels import kernel_for
+from capruner.memory import in_chunks
 from capruner.numerics import NotPositiveDefiniteError, full_precision
 
 PANEL = 32
@@ -136,8 +137,8 @@ def eliminate(
     chunk = blocks_at_once(blocks_in_parallel, B, weight.element_size())
     kernel = kernel_for(weight.device)
     eliminate_blocks = _eliminate_chunk if kernel is None else kernel.eliminate_blocks
-    for start in range(0, n, chunk if kernel is None else max(n, 1)):
-        part = slice(start, start + chunk) if kernel is None else slice(None)
+
+    def work(part: slice) -> None:
         eliminate_blocks(
             weight[part],
             fisher_inv[part],
@@ -148,6 +149,8 @@ def eliminate(
             order[part],
             losses[part],
         )
+
+    in_chunks(n, chunk if kernel is None else n, work, "eliminating blocks")
     return Elimination(order, losses)
 
 
@@ -277,18 +280,20 @@ def compensate_prefixes(
     losses = torch.empty(len(counts), n, dtype=torch.float64, device=weight.device)
     steps = torch.arange(B, device=weight.device)
     chunk = blocks_at_once(blocks_in_parallel, B, 8)
-    for start in range(0, n, chunk):
-        part = slice(start, start + chunk)
+
+    def work(part: slice) -> None:
         p = order[part].long()
         H = fisher_inv[part].gather(1, p[:, :, None].expand(-1, -1, B)).gather(2, p[:, None].expand(-1, B, -1)).double()
         w = weight[part].double().gather(1, p)
-        L = _factor(H, start, torch.finfo(fisher_inv.dtype).eps)
+        L = _factor(H, part.start, torch.finfo(fisher_inv.dtype).eps)
         u = torch.linalg.solve_triangular(L, w[:, :, None], upper=False)[:, :, 0]
         gone = steps < counts[:, part, None].to(steps.device)  # (levels, blocks, B)
         losses[:, part] = 0.5 * (u * u * gone).sum(dim=2)
         moved = (u * gone).movedim(0, 2)  # (blocks, B, levels)
         pruned = (w[None] - (L @ moved).movedim(2, 0)).masked_fill_(gone, 0).to(weight.dtype)
         result[:, part] = torch.empty_like(pruned).scatter_(2, p.expand_as(pruned), pruned)
+
+    in_chunks(n, chunk, work, "solving blocks")
     return result, losses
 
 

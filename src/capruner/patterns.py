@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from capruner.memory import in_chunks
 from capruner.numerics import NotPositiveDefiniteError, full_precision
 from capruner.obs import Elimination, blocks_at_once, check_blocks
 
@@ -160,11 +161,13 @@ def eliminate_groups(
     order = torch.empty(n, B, dtype=torch.int64, device=weight.device)
     losses = torch.empty_like(weight)
     chunk = blocks_at_once(blocks_in_parallel, B, weight.element_size())
-    for start in range(0, n, chunk):
-        part = slice(start, start + chunk)
+
+    def work(part: slice) -> None:
         groups, costs = _eliminate_groups_chunk(weight[part], fisher_inv[part], bias[part].clone(), group)
         order[part] = (groups[:, :, None] * group + torch.arange(group, device=weight.device)).flatten(1)
         losses[part] = costs.repeat_interleave(group, dim=1)
+
+    in_chunks(n, chunk, work, "eliminating groups")
     return Elimination(order, losses)
 
 

@@ -116,7 +116,8 @@ class Method(ABC):
 
     name: ClassVar[str]
     uses_gradients: ClassVar[bool] = True
-    default_damp: ClassVar[float] = 1e-8
+    default_damp: ClassVar[float] = 1e-2
+    """Relative to the mean diagonal: the same share whatever the scale of the loss, the size of the batches and the layer. See docs/studies/damping.md."""
     whole_layers: ClassVar[bool] = False
     """True for methods that cannot share a layer out over processes."""
 
