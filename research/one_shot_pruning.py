@@ -42,6 +42,7 @@ from capruner.report import multiply_adds, write_report
 from capruner.sparseml.base import CorrelationAwareModifier
 from research.utils import data as images
 from research.utils import evaluate, modeling, one_shot_arguments, output, plots, recipe
+from research.utils.wandb_log import WandbLog
 
 KNOBS = {
     "gradients": "gradients",
@@ -100,17 +101,10 @@ class Run:
         recipe.check_sparsities(self.modifier, self.model, args.sparsities, recipe_path)
         self.rows: list[dict[str, Any]] = []
         self.layers: dict[float, list[dict[str, Any]]] = {}
-        self.wandb = self._wandb() if args.log_wandb else None
+        self.wandb = WandbLog(name=args.experiment, dir=str(folder), config=vars(args)) if args.log_wandb else None
         self.macs = multiply_adds(self.model, self.config["input_size"])
         (folder / "recipe.yaml").write_text(Path(recipe_path).read_text())
         self.stage_done("load model and data")
-
-    def _wandb(self) -> Any:
-        try:
-            import wandb
-        except ImportError as error:
-            raise cli.UserError("--log-wandb needs the wandb package: pip install wandb") from error
-        return wandb.init(project="capruner", name=self.args.experiment, dir=str(self.folder), config=vars(self.args))
 
     @property
     def method(self) -> str:
@@ -170,7 +164,7 @@ class Run:
         self.rows.append(row)
         self.stage_done("evaluate dense" if requested is None else f"evaluate at {100 * requested:g} %")
         if self.wandb:
-            self.wandb.log({key: value for key, value in row.items() if value is not None})
+            self.wandb.log(row)
         self.write()
 
     def recalibrate(self, model: nn.Module, row: dict[str, Any]) -> None:

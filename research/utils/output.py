@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from research.utils.cli import UserError
 
 
@@ -44,10 +46,22 @@ def emptied_on_error(folder: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """``write`` a file beside ``path`` and put it there in one step: a killed run leaves the old file or the new one."""
+    """``write`` a file beside ``path`` and put it there in one step: a killed run leaves the old file or the new one.
+
+    Raises:
+        UserError: the disk is full, or the folder is gone.
+    """
     partial = path.with_name(f".{path.name}.partial")
-    write(partial)
-    os.replace(partial, path)
+    try:
+        write(partial)
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path} cannot be written: {error}; what was written before is whole: make room there and start again"
+        ) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:

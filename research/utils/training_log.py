@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from research.utils import output
-from research.utils.cli import UserError
 from research.utils.plots import COLOURS, plt
 from research.utils.training_recipe import layer_sparsities, sparsity_of
+from research.utils.wandb_log import WandbLog
 
 LINE = {
     "sparsity": "sparsity {:.4f}",
@@ -38,25 +38,20 @@ class Log:
         self.rows: list[dict[str, Any]] = []
         self.updates: list[dict[str, Any]] = []
         self.wandb_id: str | None = None
-        self._wandb: Any = None
+        self._wandb: WandbLog | None = None
 
     def open_wandb(self) -> None:
         """Start, or go on with, a run in Weights & Biases, if asked for."""
         if not self.args.log_wandb:
             return
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError("--log-wandb needs the wandb package: pip install wandb") from error
-        self._wandb = wandb.init(
-            project="capruner",
+        self._wandb = WandbLog(
             name=self.args.experiment,
             dir=str(self.folder),
             config=vars(self.args),
             id=self.wandb_id,
             resume="allow" if self.wandb_id else None,
         )
-        self.wandb_id = self._wandb.id
+        self.wandb_id = self._wandb.id or self.wandb_id
 
     def update(self, epoch: float, masks: Mapping[str, Tensor]) -> None:
         """A pruning update has happened at ``epoch``."""
@@ -74,7 +69,7 @@ class Log:
         print(f"epoch {row['epoch']:>3}: " + ", ".join(parts) + f", {row['seconds']:.1f} s", flush=True)
         self.write()
         if self._wandb:
-            shown = {key: value for key, value in row.items() if value is not None}
+            shown = dict(row)
             if self.args.log_param_histogram:
                 shown |= self._histograms(model, masks)
             self._wandb.log(shown, step=row["epoch"])

@@ -75,7 +75,7 @@ def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] 
     except (UserError, ValueError, RuntimeError, OSError) as error:
         if "--debug" in arguments:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_line(error)}", file=sys.stderr)
         print("(--debug shows where)", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
@@ -87,6 +87,16 @@ def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] 
             file=sys.stderr,
         )
         return status
+
+
+def _line(error: BaseException) -> str:
+    """What happened; of the traceback that a loader's worker sends as its message, the error alone."""
+    text = str(error).strip() or type(error).__name__
+    if "Traceback (most recent call last)" in text:
+        text = f"{text.splitlines()[-1]} ({text.splitlines()[0].rstrip('.')})"
+    if "consecutive samples" in text:  # timm's loader, which names them only in its log
+        text += ": the lines above name the images; is their folder still there, and are they images?"
+    return text
 
 
 def _terminate(number: int, frame: Any) -> NoReturn:
