@@ -85,7 +85,7 @@ def prune(
         num_grads: gradients to estimate the Fisher matrix from: batches, or samples with ``gradients="sample"``.
         fisher_block_size: weights per Fisher block ``B``; memory is ``weights · B · 4`` bytes.
         damp: ``λ`` added to the diagonal of the Fisher matrix, absolute (a squared gradient) unless ``relative_damp``; always
-            relative to the mean diagonal for ``fast_cap``. None: the method's default, 1e-8, and 0.1 for ``fast_cap``.
+            relative to the mean diagonal for ``fast_cap``. None: the method's default, relative, 0.01, and 0.5 for ``fast_cap``.
         num_recomputations: climb to each sparsity in that many steps, each with a fresh calibration at the weights reached.
         recomputation_inter_func: how sparsity climbs over them: ``"linear"``, ``"cubic"``, ``"geometric"``.
         gradients: ``"batch"`` (one gradient from each batch) or ``"sample"``.
@@ -139,7 +139,7 @@ def prune(
         num_grads=num_grads,
         fisher_block_size=fisher_block_size,
         damp=METHODS[method].default_damp if damp is None else float(damp),
-        relative_damp=relative_damp,
+        relative_damp=relative_damp or damp is None,
         solver=solver,
         score=score,
         blocks_in_parallel=blocks_in_parallel,
@@ -225,7 +225,7 @@ def compensate_masks(
     *,
     num_grads: int = 4096,
     fisher_block_size: int = 192,
-    damp: float = 1e-8,
+    damp: float | None = None,
     gradients: GradientMode = "batch",
     relative_damp: bool = False,
     solver: Solver = "auto",
@@ -251,8 +251,8 @@ def compensate_masks(
     settings = Settings(
         num_grads=num_grads,
         fisher_block_size=fisher_block_size,
-        damp=float(damp),
-        relative_damp=relative_damp,
+        damp=OBS.default_damp if damp is None else float(damp),
+        relative_damp=relative_damp or damp is None,
         solver=solver,
         blocks_in_parallel=blocks_in_parallel,
         fisher_inv_device=fisher_inv_device,

@@ -28,7 +28,6 @@ class CAPruningModifier(CorrelationAwareModifier):
     |       end_epoch: 80.0
     |       update_frequency: 20.0
     |       num_grads: 4096
-    |       damp: 1.0e-8
     |       fisher_block_size: 192
 
     Needs ``grad_sampler={"data_loader_builder": f, "loss_function": g}`` in the manager's ``modify()`` or ``apply()``.
@@ -42,7 +41,7 @@ class CAPruningModifier(CorrelationAwareModifier):
         mask_type: ``unstructured``, ``block4``, ``2:4`` or any N:M (N of M stay), quoted or not; ``N:M`` takes its numbers from ``n`` and ``m``.
         n, m: for ``mask_type: N:M``; saved as part of ``mask_type``.
         num_grads: gradients per calibration.
-        damp: ``λ`` on the diagonal of the Fisher matrix; absolute unless ``relative_damp``.
+        damp: ``λ`` on the diagonal of the Fisher matrix; absolute unless ``relative_damp``. null: relative, 0.01, which suits any scale of gradients.
         fisher_block_size: weights per Fisher block. Any size: blocks are padded, never snapped to a divisor.
         num_recomputations: fresh calibrations within one update.
         recomputation_inter_func: how sparsity climbs over them: linear, cubic, geometric.
@@ -64,7 +63,7 @@ class CAPruningModifier(CorrelationAwareModifier):
     _recipe = {  # noqa: RUF012 (typed in the base class)
         "mask_type": str,
         "num_grads": whole,
-        "damp": float,
+        "damp": none_or(float),
         "fisher_block_size": whole,
         "num_recomputations": whole,
         "recomputation_inter_func": str,
@@ -92,7 +91,7 @@ class CAPruningModifier(CorrelationAwareModifier):
         global_sparsity: bool = True,
         mask_type: str | int = "unstructured",
         num_grads: int = 1024,
-        damp: float = 1e-7,
+        damp: float | None = None,
         fisher_block_size: int = 50,
         grad_sampler_kwargs: dict[str, Any] | None = None,
         num_recomputations: int = 1,
