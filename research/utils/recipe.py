@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ _QUIET.addHandler(logging.NullHandler())
 _QUIET.propagate = False
 logging.getLogger("sparseml").setLevel(os.environ.get("SPARSEML_LOG_LEVEL", "WARNING"))
 
+LARGEST = 1_000_000
+MOST_REFERENCES = 16
+"""Bytes of a recipe, and its references: 16, each to a pair of the one before, are 65,536 values."""
+
 
 def quiet_loggers() -> list[PythonLogger]:
     """What to hand to a manager as ``loggers``."""
@@ -39,6 +44,7 @@ def load_manager(path: str) -> ScheduledModifierManager:
     """
     if not Path(path).is_file():
         raise UserError(f"--sparseml-recipe {path}: no such file; ready-made ones are in research/recipes")
+    _check_harmless(path)
     try:
         return ScheduledModifierManager.from_yaml(path)
     except yaml.constructor.ConstructorError as error:
@@ -47,8 +53,35 @@ def load_manager(path: str) -> ScheduledModifierManager:
         ) from error
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise UserError(f"{path} does not load: {error}") from error
+    except Exception as error:  # whatever SparseML trips over, it is the recipe's
+        reason = " ".join(str(error).split())[:500] or type(error).__name__
+        raise UserError(f"{path} does not load: {reason}") from error
+
+
+def _check_harmless(path: str) -> None:
+    """A recipe of a few lines can keep a machine busy for ever: by powers (SparseML calculates), and by references to references.
+
+    Raises:
+        UserError: so it does, or it is no text.
+    """
+    if Path(path).stat().st_size > LARGEST:
+        raise UserError(f"{path} has more than {LARGEST:,} bytes; that is no recipe")
+    try:
+        text = Path(path).read_text()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not YAML: it is no text ({error.reason} at byte {error.start})") from error
+    if "**" in text:
+        raise UserError(
+            f"{path}: ** is not calculated here, since its result can be too large for any machine; write the number"
+        )
+    references = sum(isinstance(token, yaml.AliasToken) for token in _tokens(text))
+    if references > MOST_REFERENCES:
+        raise UserError(f"{path} has {references} references (*name); more than {MOST_REFERENCES} are not followed")
+
+
+def _tokens(text: str) -> Iterator[Any]:
+    with suppress(yaml.YAMLError):  # SparseML will say what is wrong with it, or take the front of a .md
+        yield from yaml.scan(text)
 
 
 def known_modifiers() -> list[str]:

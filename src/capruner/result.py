@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -146,6 +147,7 @@ class PruningResult:
             "settings": self.settings,
             "timings": self.timings,
             "levels": [{"sparsity": level.sparsity, "losses": dict(level.losses)} for level in self.levels],
+            "sha256": _digest(tensors),
         }
         partial = target.with_name(target.name + ".partial")
         try:
@@ -174,17 +176,50 @@ def load_result(path: str | Path) -> PruningResult:
                 raise ValueError(
                     f"{path} was written by a newer capruner (format {header['version']}, this one reads {VERSION})"
                 )
+            _check_header(header)
             levels = [_read_level(file, index, entry) for index, entry in enumerate(header["levels"])]
             result = PruningResult(
                 header["method"], levels, header["total_weights"], header["settings"], header["timings"]
             )
-    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            # Results of earlier versions have none.
+            if "sha256" in header and header["sha256"] != _digest({key: file.get_tensor(key) for key in file.keys()}):  # noqa: SIM118
+                raise ValueError(f"{path} is damaged: its checksum is wrong")
+    except (SafetensorError, json.JSONDecodeError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged or not a pruning result of capruner: {error}") from error
     for level in levels:
         for name, weight in level.weights.items():
-            if weight[~level.masks[name]].any():
-                raise ValueError(f"{path} is damaged: {name} has weights that are not 0 where its mask removes them")
+            if weight[~level.masks[name]].any() or not torch.isfinite(weight).all():
+                raise ValueError(
+                    f"{path} is damaged: {name} has weights that are not 0 where its mask removes them, or not finite"
+                )
     return result
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        found.update(name.encode())
+        content: Any = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        found.update(content)
+    return found.hexdigest()
+
+
+def _check_header(header: Mapping[str, Any]) -> None:
+    """Raises ``TypeError`` for values that :meth:`PruningResult.save` does not write."""
+    kinds = {"method": str, "total_weights": int, "settings": dict, "timings": dict, "levels": list}
+    for key, kind in kinds.items():
+        if not isinstance(header[key], kind):
+            raise TypeError(f"{key} is no {kind.__name__}")
+    if header["total_weights"] < 1 or not header["levels"]:
+        raise TypeError("it has no weights, or no levels")
+    for entry in header["levels"]:
+        numbers = [entry["sparsity"], *entry["losses"].values()]
+        if not entry["losses"] or not all(type(number) in (int, float) for number in numbers):
+            raise TypeError("a level without layers, or whose sparsity or losses are no numbers")
+        if not 0 <= entry["sparsity"] <= 1:
+            raise TypeError(f"a sparsity of {entry['sparsity']}")
+    if not all(type(value) in (int, float) for value in header["timings"].values()):
+        raise TypeError("timings that are no numbers")
 
 
 def _read_level(file: Any, index: int, entry: Mapping[str, Any]) -> Level:
@@ -192,6 +227,8 @@ def _read_level(file: Any, index: int, entry: Mapping[str, Any]) -> Level:
     masks = {}
     for name, weight in weights.items():
         packed = file.get_tensor(f"{index}/mask/{name}").numpy()
+        if not weight.is_floating_point() or packed.dtype != np.uint8 or packed.ndim != 1:
+            raise TypeError(f"{name} is {weight.dtype}, its mask {packed.dtype}")
         if packed.size != -(-weight.numel() // 8):
             raise TypeError(f"the mask of {name} holds {packed.size} bytes for {weight.numel()} weights")
         bits = np.unpackbits(packed, count=weight.numel())
