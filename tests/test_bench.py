@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -19,6 +20,7 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 import capruner  # noqa: E402
 from capruner import bench, export  # noqa: E402
+from capruner.cli import bench as command  # noqa: E402
 from capruner.cli.main import main  # noqa: E402
 
 WORDS = ["--model", MODEL, "--model-kwargs", *(f"{key}={value}" for key, value in KWARGS.items())]
@@ -78,6 +80,27 @@ def test_a_checkpoint_and_its_twin(folder: Path, capsys: pytest.CaptureFixture[s
     ]
 
 
+@pytest.mark.parametrize(
+    ("words", "engines"),
+    [
+        (["a.onnx"], ["onnxruntime", "deepsparse", "openvino"]),
+        (["a.pth", "--model", "x"], ["onnxruntime", "deepsparse", "openvino", "torch"]),
+        (["a.pth", "--model", "x", "--device", "cuda"], ["torch"]),
+        (["a.pth", "--model", "x", "--device", "cuda", "--dtype", "bfloat16"], ["torch", "semi_structured"]),
+    ],
+)
+def test_all_engines_that_fit_are_tried(
+    words: list[str], engines: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(words[0]).touch()
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    args = parser.parse_args(words)
+    command._check(args)
+    assert args.engines == engines
+
+
 def test_twins_have_no_zeros_and_else_the_same_values(folder: Path, tmp_path: Path) -> None:
     assert bench.sparsity_of(folder / "pruned.onnx") == pytest.approx(0.75, abs=1e-3)
     bench.fill_zeros(folder / "pruned.onnx", tmp_path / "twin.onnx")
@@ -134,6 +157,7 @@ def test_an_engine_that_fails_is_named_and_no_process_is_left(tmp_path: Path) ->
         (["torn.onnx", "--rounds", "0"], "must be positive"),
         (["torn.onnx", "--engines", "torch"], "runs checkpoints, with --model"),
         (["torn.onnx", *WORDS], "leave --model out"),
+        (["torn.onnx", "--json", "nowhere/figures.json"], "there is no folder nowhere"),
         (["torn.pth"], "say of which timm model"),
         (["torn.pth", *WORDS, "--engines", "semi_structured"], "--device cuda"),
         (["torn.pth", *WORDS], "torn.pth is damaged"),

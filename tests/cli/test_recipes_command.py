@@ -41,6 +41,7 @@ def test_list_by_words_and_show(capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "message"),
     [
         (["show", "one_shot/cap/bert"], "there is no recipe 'one_shot/cap/bert'"),
+        (["show", str(ROOT / "Makefile")], "Makefile is no recipe: SparseML reads .yaml"),
         (["show", "vit_2of4"], "near: one_shot/cap/vit_2of4"),
         (["show"], "takes one recipe, got 0"),
         (["list", "gpt"], "no recipe has 'gpt'"),

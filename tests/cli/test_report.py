@@ -238,6 +238,8 @@ def test_a_checkpoint_as_a_user_types_it(tmp_path: Path) -> None:
         (["w.safetensors"], "say which architecture"),
         (["w.safetensors", *WORDS], "w.safetensors is damaged"),
         (["w.safetensors", *WORDS, "--html", "no/page.html"], "there is no folder no"),
+        (["other.safetensors", *WORDS], "other.safetensors holds no weights of "),
+        (["empty", "--model", MODEL], "leave --model and --html out"),
         (["broken"], "is not what one-shot pruning writes"),
     ],
 )
@@ -250,6 +252,7 @@ def test_mistakes(
     Path("broken").mkdir()
     Path("broken/summary.json").write_text("{}")
     Path("w.safetensors").write_bytes(b"not a tensor")
+    save_file({"a": torch.ones(1)}, "other.safetensors")
     assert main(["report", *words]) == 2
     assert message in capsys.readouterr().err
 

@@ -173,6 +173,10 @@ def test_a_checkpoint_of_torch_save(
     ("words", "message"),
     [
         (["nowhere.safetensors", *WORDS], "no checkpoint at nowhere.safetensors"),
+        ([".", *WORDS], ". is a folder; give one of the checkpoints in it"),
+        (["broken.safetensors", "--model", "vit_base"], "near: vit_base_"),
+        (["cut.safetensors", *WORDS], "cut.safetensors is damaged, or no safetensors file"),
+        (["broken.pth", *WORDS], "broken.pth is damaged, or holds more than tensors"),
         (["broken.safetensors", *WORDS], "broken.safetensors is damaged"),
         (["broken.safetensors", "--model", "vit_tinny"], "timm has no such model"),
         (["broken.safetensors", *WORDS, "--pattern", "block4"], "--pattern must be N:M"),
@@ -182,6 +186,9 @@ def test_mistakes(
     words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("broken.safetensors").write_bytes(b"not a tensor")
+    for name in ("broken.safetensors", "broken.pth"):
+        Path(name).write_bytes(b"not a tensor")
+    save_file({"a": torch.ones(99)}, "whole.safetensors")
+    Path("cut.safetensors").write_bytes(Path("whole.safetensors").read_bytes()[:-8])  # a copy that broke off
     assert main(["verify", *words]) == 2
     assert message in capsys.readouterr().err

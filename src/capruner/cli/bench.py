@@ -21,12 +21,14 @@ Time models against each other: latency and throughput by engine, in interleaved
 
 Takes ONNX files of capruner export, or with --model checkpoints, which it exports itself. The first file is what the others are compared with: give the
 dense model first, or --twin. Every pair of engine and file runs in a process of its own with the same number of threads, and stands still when it is not its
-turn; rounds take turns, so that a machine that slows down slows all. Engines that are not installed are named.
+turn; rounds take turns, so that a machine that slows down slows all. Engines that are not installed are named; nothing is installed for you.
+
+"times the reference" compares with the first model in the first engine of the table, "times here" with the first model in the same engine.
 """
 EXAMPLE = """\
 examples:
-  capruner bench dense.onnx deit_small_75.onnx deit_small_90.onnx --engines onnxruntime deepsparse --batch-size 1 16
-  capruner bench dense.onnx pruned.onnx --engines onnxruntime deepsparse --python deepsparse=/path/to/other/venv/bin/python
+  capruner bench dense.onnx deit_small_75.onnx deit_small_90.onnx --batch-size 1 16
+  capruner bench dense.onnx pruned.onnx --python deepsparse=/path/to/venv/bin/python openvino=/path/to/other/bin/python
   capruner bench sparsity_0.9.safetensors --twin --model deit_small_patch16_224 --engines onnxruntime torch deepsparse
   capruner bench 2of4.safetensors --twin --model vit_base_patch16_224 --engines torch semi_structured --device cuda --dtype bfloat16 --batch-size 64 --compile
 """
@@ -55,8 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--engines",
         nargs="+",
         choices=ENGINES,
-        default=["onnxruntime", "deepsparse"],
-        help="default: onnxruntime deepsparse",
+        help="default: all that fit: onnxruntime deepsparse openvino, for checkpoints torch too; on a GPU torch, in half precision semi_structured too",
     )
     parser.add_argument("--batch-size", nargs="+", type=int, default=[1], help="default 1")
     parser.add_argument("--rounds", type=int, default=7, help="turns that each pair gets (default 7)")
@@ -107,6 +108,8 @@ def _check(args: argparse.Namespace) -> dict[str, str]:
             raise UserError(f"{file} is ONNX: leave --model out, or give checkpoints")
         if not args.model and file.suffix != ".onnx":
             raise UserError(f"{file} is a checkpoint: say of which timm model, --model NAME")
+    if args.engines is None:
+        args.engines = _fitting(args)
     for engine in args.engines:
         if engine in TORCH_ENGINES and not args.model:
             raise UserError(f"--engines {engine} runs checkpoints, with --model NAME; ONNX files are for the others")
@@ -118,9 +121,18 @@ def _check(args: argparse.Namespace) -> dict[str, str]:
             raise UserError(
                 f"--python {engine}={path}: wants ENGINE=PATH with an engine of {', '.join(ENGINES)} and an interpreter that exists"
             )
+    if args.json and not args.json.parent.is_dir():
+        raise UserError(f"--json {args.json}: there is no folder {args.json.parent}")
     if min(args.batch_size) < 1 or args.rounds < 1 or args.threads < 1 or args.seconds <= 0:
         raise UserError("--batch-size, --rounds, --threads and --seconds must be positive")
     return pythons
+
+
+def _fitting(args: argparse.Namespace) -> list[str]:
+    """The engines that take such files on such a device; the first that is installed is the reference."""
+    if args.device == "cuda":
+        return ["torch"] if args.dtype == "float32" else ["torch", "semi_structured"]
+    return ["onnxruntime", "deepsparse", "openvino", *(["torch"] if args.model else [])]
 
 
 def _graphs(args: argparse.Namespace, folder: Path) -> tuple[list[Subject], tuple[int, ...]]:

@@ -78,6 +78,8 @@ def shipped() -> dict[str, Path]:
 def find(name: str) -> Path:
     """The file of a shipped recipe's name, or that file."""
     if Path(name).is_file():
+        if Path(name).suffix not in (".yaml", ".md"):
+            raise UserError(f"{name} is no recipe: SparseML reads .yaml, and .md with YAML in front")
         return Path(name)
     there = shipped()
     short = name.removesuffix(".yaml")

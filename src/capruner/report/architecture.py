@@ -24,7 +24,10 @@ def architecture(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
     import timm
 
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=4)
+        there = timm.list_models()
+        # A name cut short is the likelier slip: what it begins comes before what is spelled alike.
+        begun = sorted((other for other in there if other.startswith(name)), key=len)
+        near = (begun + [other for other in difflib.get_close_matches(name, there, n=4) if other not in begun])[:4]
         raise ValueError(f"--model {name}: timm has no such model{'; near: ' if near else ''}{', '.join(near)}")
     try:
         with torch.device("meta"):

@@ -29,13 +29,17 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         ValueError: neither of these, damaged, or without weights.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give one of the checkpoints in it, checkpoints/*.safetensors say")
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         found: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, KeyError) as error:
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from error
+    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, KeyError) as error:
         raise ValueError(
             f"{path} is damaged, or holds more than tensors; only safetensors, and what torch.load reads with weights_only=True, are opened here"
         ) from error

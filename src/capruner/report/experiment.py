@@ -199,7 +199,8 @@ def checkpoint_contents(
     unfit = [name for name, shape in shapes.items() if name not in weights or tuple(weights[name].shape) != shape]
     if unfit:
         raise ValueError(
-            f"{path} holds no weights of {model} {dict(kwargs) or ''}: {', '.join(unfit[:3])} missing or of another shape"
+            f"{path} holds no weights of {model}{f' with --model-kwargs {dict(kwargs)}' if kwargs else ''}: "
+            f"{', '.join(unfit[:3])} missing or of another shape"
         )
     rows = layer_rows(weights, select_parameters(module, params))
     zeros = sum(row["zeros"] for row in rows)
