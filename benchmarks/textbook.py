@@ -22,7 +22,7 @@ def eliminate_with_traces(weight: Tensor, fisher_inv: Tensor) -> tuple[Tensor, T
         row = H[blocks, p]
         pivot = row[blocks, p][:, None]
         w -= row * (w[blocks, p][:, None] / pivot)
-        H -= (row / pivot)[:, :, None] * row[:, None]
+        H.addcmul_((row / pivot)[:, :, None], row[:, None], value=-1)
         gone[blocks, p] = True
         w[gone] = 0
         H.diagonal(dim1=1, dim2=2)[gone] = 1
@@ -33,4 +33,7 @@ def eliminate_with_traces(weight: Tensor, fisher_inv: Tensor) -> tuple[Tensor, T
 def rank_one_update(H: Tensor, gradient: Tensor, num_grads: int) -> None:
     """One Sherman-Morrison update of ``(n, B, B)`` by ``(n, B)``, in place."""
     Hg = torch.bmm(H, gradient[:, :, None])
-    H -= Hg @ Hg.mT / (num_grads + gradient[:, None] @ Hg)
+    half = Hg * (num_grads + gradient[:, None] @ Hg).rsqrt()
+    H.addcmul_(
+        half, half.mT, value=-1
+    )  # in one pass over H: several times faster than a matrix product of inner dimension 1

@@ -50,7 +50,12 @@ def eliminate_blocks(
         list(pool.map(share, range(0, len(weight), size)))
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy")
+# The sum of a row's update may be reordered; a saliency is never NaN (see `diagonal`), so its minimum may be looked for in any order too.
+_compiled = numba.njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy")
+_compiled_minimum = numba.njit(nogil=True, cache=True, fastmath={"nnan", "nsz"}, error_model="numpy")
+
+
+@_compiled
 def _eliminate(
     weight: NDArray,
     fisher_inv: NDArray,
@@ -65,7 +70,16 @@ def _eliminate(
         _eliminate_one(weight[block], fisher_inv[block], kind[block], stay, group, steps, order[block], losses[block])
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy")
+@_compiled_minimum
+def _minimum(values: NDArray, count: int) -> float:
+    best = values[0]
+    for c in range(1, count):
+        if values[c] < best:
+            best = values[c]
+    return best
+
+
+@_compiled
 def _eliminate_one(
     weight: NDArray,
     H: NDArray,
@@ -78,47 +92,56 @@ def _eliminate_one(
 ) -> None:
     B = weight.shape[0]
     info = np.finfo(weight.dtype)
-    w, row = weight.copy(), np.empty_like(weight)
+    w, row, saliency = weight.copy(), np.empty_like(weight), np.empty_like(weight)
     diagonal, floor = np.empty_like(weight), np.empty_like(weight)
-    position = np.arange(B)
-    rank = kind.copy()
+    # Between which a saliency counts: the dead are below every candidate, the frozen (and members of a full group) above.
+    low, high = np.empty_like(weight), np.empty_like(weight)
+    position = np.arange(B).astype(np.uint32)  # unsigned: a signed index would be looked at for its sign each time
     L = np.empty((steps, B), weight.dtype)
     room = np.full(B // group, group - stay if group > 1 else B)
     for c in range(B):
         diagonal[c] = H[c, c]
         floor[c] = H[c, c] * info.eps  # what rounding leaves after many subtractions: below this it is noise
+        stays = kind[c] == FROZEN or (kind[c] != DEAD and room[c // group] <= 0)
+        low[c] = np.inf if stays else -np.inf
+        high[c] = -np.inf if kind[c] == DEAD else info.max / 4
     for k in range(steps):
         left = B - k
-        # The cheapest candidate; of equals the first in the block, so that ties do not depend on what has left.
-        p, best = -1, info.max
         for c in range(left):
-            saliency = min(w[c] * w[c] / diagonal[c], info.max / 4)
-            if rank[c] == DEAD:
-                saliency = -np.inf
-            elif rank[c] == FROZEN or room[position[c] // group] <= 0:
-                continue
-            if saliency < best or (saliency == best and position[c] < position[p]):
-                p, best = c, saliency
-        if p < 0:
+            saliency[c] = max(min(w[c] * w[c] / diagonal[c], high[c]), low[c])
+        best = _minimum(saliency, left)
+        if best == np.inf:
             steps = k
             break
-        at = position[p]
-        order[k], losses[k] = at, best / 2
-        room[at // group] -= 1
-
+        # Of equals the first in the block, so that ties do not depend on what has left.
+        p = -1
         for c in range(left):
-            row[c] = H[at, position[c]]
+            if saliency[c] == best and (p < 0 or position[c] < position[p]):
+                p = c
+        at, last = position[p], left - 1
+        order[k], losses[k] = at, best / 2
+
+        Hat = H[at]
+        for c in range(left):
+            row[c] = Hat[position[c]]
+        # The one that leaves changes places with the last: in a row of L while that is in the core's nearest cache.
         j = 0
-        while j + 4 <= k:  # four at once: a quarter of the loads and stores of `row`
-            a, b, d, e = L[j, p], L[j + 1, p], L[j + 2, p], L[j + 3, p]
-            La, Lb, Ld, Le = L[j], L[j + 1], L[j + 2], L[j + 3]
+        while j + 8 <= k:  # eight at once: fewer loads and stores of `row`
+            La, Lb, Lc, Ld, Le, Lf, Lg, Lh = L[j], L[j + 1], L[j + 2], L[j + 3], L[j + 4], L[j + 5], L[j + 6], L[j + 7]
+            xa, xb, xc, xd, xe, xf, xg, xh = La[p], Lb[p], Lc[p], Ld[p], Le[p], Lf[p], Lg[p], Lh[p]
             for c in range(left):
-                row[c] -= a * La[c] + b * Lb[c] + d * Ld[c] + e * Le[c]
-            j += 4
+                row[c] -= (xa * La[c] + xb * Lb[c] + xc * Lc[c] + xd * Ld[c]) + (
+                    xe * Le[c] + xf * Lf[c] + xg * Lg[c] + xh * Lh[c]
+                )
+            La[p], Lb[p], Lc[p], Ld[p] = La[last], Lb[last], Lc[last], Ld[last]
+            Le[p], Lf[p], Lg[p], Lh[p] = Le[last], Lf[last], Lg[last], Lh[last]
+            j += 8
         while j < k:
-            a, La = L[j, p], L[j]
+            La = L[j]
+            xa = La[p]
             for c in range(left):
-                row[c] -= a * La[c]
+                row[c] -= xa * La[c]
+            La[p] = La[last]
             j += 1
         root = np.sqrt(diagonal[p])
         step = w[p] / root
@@ -127,18 +150,17 @@ def _eliminate_one(
             x = row[c] / root
             Lk[c] = x
             w[c] -= x * step
-            diagonal[c] = max(diagonal[c] - x * x, floor[c])
-
-        last = left - 1
-        w[p], diagonal[p], floor[p], rank[p], position[p] = (
-            w[last],
-            diagonal[last],
-            floor[last],
-            rank[last],
-            position[last],
-        )
-        for j in range(k + 1):
-            L[j, p] = L[j, last]
+        for c in range(left):  # a loop of its own: with more arrays in one the compiler gives up on vectors
+            diagonal[c] = max(diagonal[c] - Lk[c] * Lk[c], floor[c])
+        Lk[p] = Lk[last]
+        for values in (w, diagonal, floor, low, high):
+            values[p] = values[last]
+        position[p] = position[last]
+        room[at // group] -= 1
+        if room[at // group] == 0:
+            for c in range(last):
+                if position[c] // group == at // group and high[c] > 0:
+                    low[c] = np.inf
     # What never leaves comes last, in the order of the block.
     order[steps:] = np.sort(position[: B - steps])
     losses[steps:] = np.inf
