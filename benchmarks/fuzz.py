@@ -37,7 +37,7 @@ from capruner.result import load_result
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 SECONDS = 5.0
-"""An execution that takes longer counts as a hang."""
+"""Of processor time: an execution that takes more counts as a hang."""
 WORDS = [
     *(b"NaN", b"Infinity", b"-1", b"1e999", b"0", b"99999999999999999999", b"null", b"true", b"[]", b"{}", b'""', b"\x00", b"\xff\xfe"),
     *(b"../../etc/passwd", b"/etc/passwd", b"!!python/object/apply:os.system ['touch PWNED']", b"__import__('os').system('touch PWNED')"),
@@ -285,13 +285,13 @@ def alarm(seconds: float) -> Iterator[None]:
     def ring(*_: Any) -> None:
         raise Hang
 
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGPROF, ring)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def fuzz(name: str, executions: int, minutes: float, seed: int = 0) -> dict[str, Any]:

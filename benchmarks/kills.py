@@ -2,6 +2,8 @@
 
     python benchmarks/kills.py gradual --kills 10
     python benchmarks/kills.py gradual --kills 10 --processes 2      # one of the processes is killed
+    python benchmarks/kills.py oneshot --kills 20                    # with --state-dir, saved every second instead of every two minutes
+    python benchmarks/kills.py stages --processes 4                  # one of four gloo processes, at each of five stages
 
 Needs no data: the images are made here. Prints the number of results that differ, of unreadable checkpoints, and the seconds of work lost at each kill.
 """
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import random
 import signal
@@ -19,9 +22,19 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from PIL import Image
+from torch import Tensor, nn
+
+import capruner
+from capruner import state
+from capruner.distributed import PeerError
+from capruner.methods import CAP
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -90,12 +103,10 @@ def command(place: Path, experiment: str, processes: int) -> list[str]:
     ]
 
 
-def start(place: Path, experiment: str, processes: int) -> subprocess.Popen[bytes]:
+def start(place: Path, experiment: str, words: list[str]) -> subprocess.Popen[bytes]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "NM_DISABLE_ANALYTICS": "1"}
     with (place / f"{experiment}.log").open("ab") as log:
-        return subprocess.Popen(
-            command(place, experiment, processes), stdout=log, stderr=log, env=environment, start_new_session=True
-        )
+        return subprocess.Popen(words, stdout=log, stderr=log, env=environment, start_new_session=True)
 
 
 def digest(place: Path, experiment: str) -> str:
@@ -116,11 +127,212 @@ def kill(running: subprocess.Popen[bytes], processes: int) -> None:
     running.wait()
 
 
-def main() -> None:
+def gradual(args: argparse.Namespace, place: Path) -> bool:
+    """Kill the training script; whether all went well."""
     from research.utils.training_checkpoint import load_state
 
+    def begin(experiment: str) -> subprocess.Popen[bytes]:
+        return start(place, experiment, command(place, experiment, args.processes))
+
+    (place / "recipe.yaml").write_text(RECIPE)
+    began = time.monotonic()
+    if begin("whole").wait():
+        sys.exit((place / "whole.log").read_text()[-3000:])
+    whole = time.monotonic() - began
+    expected = digest(place, "whole")
+    print(f"a run that nobody kills: {whole:.1f} s", flush=True)
+    tally = Tally()
+    while len(tally.lost) < args.kills:
+        tally.runs += 1
+        experiment, kills = f"trial{tally.runs}", 0
+        saved_to = place / experiment / "last.pt"
+        while kills < args.in_a_row and len(tally.lost) < args.kills:
+            running, woke = begin(experiment), time.monotonic()
+            before = saved_to.stat().st_mtime if saved_to.exists() else 0.0
+            while running.poll() is None and (not saved_to.exists() or saved_to.stat().st_mtime == before):
+                if random.random() < 0.002:  # now and then it dies before it has done anything
+                    break
+                time.sleep(0.02)
+            time.sleep(random.uniform(0.0, 0.1 * whole))
+            if running.poll() is not None:
+                break
+            saved = saved_to.stat().st_mtime if saved_to.exists() else 0.0
+            since = time.time() - saved if saved > before else time.monotonic() - woke
+            kill(running, args.processes)
+            kills += 1
+            tally.lost.append(since)
+            if saved_to.exists():
+                tally.read(lambda saved_to=saved_to: load_state(saved_to))
+        if begin(experiment).wait():
+            sys.exit((place / f"{experiment}.log").read_text()[-3000:])
+        tally.ended(digest(place, experiment) == expected, kills)
+    return tally.report()
+
+
+def one_shot(args: argparse.Namespace, place: Path) -> bool:
+    """Kill the one-shot script, which saves its calibration; whether all went well."""
+
+    def begin(experiment: str, *more: str) -> subprocess.Popen[bytes]:
+        hurried = (
+            f"import sys; sys.path.insert(0, {str(ROOT)!r}); from capruner import state; state.SAVE_EVERY = 1.0; "
+            "from research import one_shot_pruning; from research.utils import cli; sys.exit(cli.run(one_shot_pruning.main))"
+        )
+        words = [sys.executable, "-c", hurried, "--data-dir", str(place / "data"), "--model", "vit_tiny_patch16_224"]
+        words += ["--model-kwargs", *SIZES, "--num-grads", "400", "--fisher-block-size", "128", "--damp", "1e-5"]
+        words += ["--sparsities", "0.5", "0.9", "--experiment", experiment, "--output", str(place), "-gb", "4"]
+        return start(place, experiment, [*words, "--workers", "0", "--device", "cpu", "--gs-aug", *more])
+
+    def outcome(experiment: str) -> str:
+        content = (place / experiment / "result.safetensors").read_bytes()
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        return str(json.loads(header["__metadata__"]["capruner"])["sha256"])
+
+    began = time.monotonic()
+    if begin("whole").wait():
+        sys.exit((place / "whole.log").read_text()[-3000:])
+    whole = time.monotonic() - began
+    expected = outcome("whole")
+    print(f"a run that nobody kills: {whole:.1f} s", flush=True)
+    tally = Tally()
+    while len(tally.lost) < args.kills:
+        tally.runs += 1
+        experiment, kills = f"trial{tally.runs}", 0
+        folder = place / f"state{tally.runs}"
+        while kills < args.in_a_row and len(tally.lost) < args.kills:
+            known = set(folder.glob("*/manifest-*"))
+            running, woke = begin(experiment, "--state-dir", str(folder)), time.time()
+            # Once it has saved something new, or so that it dies at any moment at all.
+            until = woke + random.uniform(0.3, 1.5) * whole
+            while running.poll() is None and time.time() < until and set(folder.glob("*/manifest-*")) <= known:
+                time.sleep(0.02)
+            time.sleep(random.uniform(0.0, 3.0))
+            if running.poll() is not None:
+                break
+            saved = max((path.stat().st_mtime for path in folder.glob("*/manifest-*")), default=0.0)
+            kill(running, 1)
+            kills += 1
+            tally.lost.append(time.time() - max(saved, woke))
+            for path in folder.glob("*/manifest-*.json"):
+                tally.read(lambda path=path: state.read_manifest(path))
+        if begin(experiment, "--state-dir", str(folder)).wait():
+            sys.exit((place / f"{experiment}.log").read_text()[-3000:])
+        tally.ended(outcome(experiment) == expected and not folder.exists(), kills)
+    return tally.report()
+
+
+class Tally:
+    """What came of the kills."""
+
+    def __init__(self) -> None:
+        self.lost: list[float] = []
+        self.runs = self.unreadable = self.different = 0
+
+    def read(self, load: Any) -> None:
+        """A state that a kill has left."""
+        try:
+            load()
+        except Exception as error:
+            self.unreadable += 1
+            print(f"kill {len(self.lost)}: {error}")
+
+    def ended(self, same: bool, kills: int) -> None:
+        """A run has come to its end."""
+        self.different += not same
+        print(f"run {self.runs}: killed {kills} times, {'same bits' if same else 'OTHER BITS'}", flush=True)
+
+    def report(self) -> bool:
+        """Print it; whether all went well."""
+        print(
+            f"{len(self.lost)} kills over {self.runs} runs: {self.different} results differ, {self.unreadable} unreadable states, "
+            f"work lost {statistics.median(self.lost):.1f} s (median), {max(self.lost):.1f} s (most, start-up included)"
+        )
+        return not self.different and not self.unreadable
+
+
+STAGES: dict[str, tuple[Any, str] | None] = {
+    "gradients": None,
+    "saving": (state.State, "save_feed"),
+    "inverting": (CAP, "prepare"),
+    "solving": (CAP, "solve_counts"),
+    "finishing": (state.State, "finish_step"),
+}
+
+
+def die(*_: Any, **__: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def worker(rank: int, size: int, folder: str, name: str, victim: int, stage: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/{name}.store", rank=rank, world_size=size)
+    state.SAVE_EVERY = 0.0
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 31), nn.Tanh(), nn.Linear(31, 5))
+    data = [(torch.randn(4, 20), torch.randint(5, (4,))) for _ in range(96)][rank::size]
+    seen = 0
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        nonlocal seen
+        seen += 1
+        if rank == victim and stage == "gradients" and seen == 12:
+            die()
+        return nn.functional.cross_entropy(outputs, targets)
+
+    if rank == victim and (place := STAGES.get(stage)):
+        setattr(*place, die)
+    saved = f"{folder}/{stage}" if stage else None
+    try:
+        result = capruner.prune(
+            model, data, loss, 0.8, num_grads=96, fisher_block_size=96, damp=1e-4, state_dir=saved, progress=False
+        )
+        weights = b"".join(w.numpy().tobytes() for w in result.level().weights.values())
+        Path(f"{folder}/{name}.{rank}").write_text(hashlib.sha256(weights).hexdigest())
+    except PeerError as error:
+        Path(f"{folder}/{name}.{rank}").write_text(str(error))
+    os._exit(0)
+
+
+def stages(args: argparse.Namespace, place: Path) -> bool:
+    """Kill one of several processes at each stage; whether the others name it, end in time, and all go on to the same bits."""
+    size, context, well = max(2, args.processes), mp.get_context("spawn"), True
+
+    def together(name: str, victim: int, stage: str) -> tuple[list[str], float]:
+        workers = [context.Process(target=worker, args=(r, size, str(place), name, victim, stage)) for r in range(size)]
+        for process in workers:
+            process.start()
+        died = 0.0
+        if victim >= 0:
+            workers[victim].join()
+            died = time.monotonic()
+        for process in workers:
+            process.join(120)
+            if process.is_alive():
+                process.kill()
+        texts = [path.read_text() if (path := place / f"{name}.{r}").exists() else "" for r in range(size)]
+        return texts, time.monotonic() - died
+
+    (expected, *others), _ = together("whole", -1, "")
+    well &= set(others) == {expected}
+    for stage in STAGES:
+        victim = random.randrange(size)
+        said, seconds = together(f"{stage}.killed", victim, stage)
+        named = [f"rank {victim} is gone" in text or f"{victim}" in text.split(" are gone")[0] for text in said]
+        first = any(text.startswith(f"rank {victim} is gone") for text in said)
+        again, _ = together(f"{stage}.again", -1, stage)
+        ok = first and all(n for r, n in enumerate(named) if r != victim) and set(again) == {expected}
+        well &= ok
+        print(
+            f"{stage}: rank {victim} of {size} killed, the others named it and had ended after {seconds:.1f} s, "
+            f"{'resumed to the same bits' if ok else f'BUT: {said} {again}'}",
+            flush=True,
+        )
+    return well
+
+
+def main() -> None:
+    kinds = {"gradual": gradual, "oneshot": one_shot, "stages": stages}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=["gradual"])
+    parser.add_argument("kind", choices=kinds)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--in-a-row", type=int, default=10, help="kills of one run before it may finish")
     parser.add_argument("--processes", type=int, default=1)
@@ -130,49 +342,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         make_images(place / "data")
-        (place / "recipe.yaml").write_text(RECIPE)
-        began = time.monotonic()
-        if start(place, "whole", args.processes).wait():
-            sys.exit((place / "whole.log").read_text()[-3000:])
-        whole = time.monotonic() - began
-        expected = digest(place, "whole")
-        print(f"a run that nobody kills: {whole:.1f} s", flush=True)
-        lost, unreadable, different, runs = [], 0, 0, 0
-        while len(lost) < args.kills:
-            runs += 1
-            experiment, kills = f"trial{runs}", 0
-            state = place / experiment / "last.pt"
-            while kills < args.in_a_row and len(lost) < args.kills:
-                running, woke = start(place, experiment, args.processes), time.monotonic()
-                before = state.stat().st_mtime if state.exists() else 0.0
-                while running.poll() is None and (not state.exists() or state.stat().st_mtime == before):
-                    if random.random() < 0.002:  # now and then it dies before it has done anything
-                        break
-                    time.sleep(0.02)
-                time.sleep(random.uniform(0.0, 0.1 * whole))
-                if running.poll() is not None:
-                    break
-                saved = state.stat().st_mtime if state.exists() else 0.0
-                since = time.time() - saved if saved > before else time.monotonic() - woke
-                kill(running, args.processes)
-                kills += 1
-                lost.append(since)
-                try:
-                    if state.exists():
-                        load_state(state)
-                except Exception as error:
-                    unreadable += 1
-                    print(f"kill {len(lost)}: {error}")
-            if start(place, experiment, args.processes).wait():
-                sys.exit((place / f"{experiment}.log").read_text()[-3000:])
-            same = digest(place, experiment) == expected
-            different += not same
-            print(f"run {runs}: killed {kills} times, {'same bits' if same else 'OTHER BITS'}", flush=True)
-    print(
-        f"{len(lost)} kills over {runs} runs: {different} results differ, {unreadable} unreadable states, "
-        f"work lost {statistics.median(lost):.1f} s (median), {max(lost):.1f} s (most, start-up included)"
-    )
-    sys.exit(bool(different or unreadable))
+        sys.exit(not kinds[args.kind](args, place))
 
 
 if __name__ == "__main__":

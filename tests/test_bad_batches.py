@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from untouched import same, snapshot
 
 import capruner
-from capruner.gradients import BadBatchError
+from capruner.finite import BadBatchError
 
 ARGUMENTS: dict[str, Any] = {"sparsity": 0.5, "num_grads": 24, "fisher_block_size": 72, "damp": 1e-3, "progress": False}
 loss = nn.functional.cross_entropy

@@ -77,6 +77,8 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "a run of two processes": (lambda f: (f / "rank-1-of-2").mkdir(), r"rank-1-of-2 is of a run with 2 processes, this one has 1"),
     "a place that is no number": (lambda f: rewrite(f, lambda b: b["feed"]["position"].update(taken="many")), r"holds no gradients of this run"),
     "a place without a number": (lambda f: rewrite(f, lambda b: b["feed"]["position"].pop("samples")), r"holds no gradients of this run"),
+    "no place at all": (lambda f: rewrite(f, lambda b: b["feed"].pop("position")), r"manifest-\d+.json cannot be read"),
+    "a place that is a list": (lambda f: rewrite(f, lambda b: b["feed"].update(position=[])), r"position is no dict"),
     "a skipped batch that never came": (lambda f: rewrite(f, lambda b: b["feed"]["position"].update(skipped=[99])), r"holds no gradients of this run"),
     "a place of negative size": (lambda f: rewrite(f, lambda b: b["feed"]["position"].update(batches=-3)), r"holds no gradients of this run"),
     "more gradients than there are": (lambda f: rewrite(f, lambda b: b["feed"]["position"].update(taken=4000)), r"holds no gradients of this run"),

@@ -13,6 +13,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from research.utils.cli import UserError
 
+INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "hamming", "box", "random")
+SOURCES = ("torch", "hfds", "hfids", "tfds", "wds")
+"""What timm's names of data sets begin with; it takes any other for that of a folder."""
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
 
 
@@ -56,6 +59,10 @@ def open_split(data_dir: str, dataset: str, split: str, model: nn.Module) -> Dat
     if not root.is_dir():
         raise UserError(
             f"--data-dir {data_dir} is not a folder; it should hold train/<class>/*.jpg and val/<class>/*.jpg"
+        )
+    if dataset and dataset.partition("/")[0] not in SOURCES:
+        raise UserError(
+            f"--dataset {dataset}: timm's data sets begin with {', '.join(f'{s}/' for s in SOURCES)}; for image folders leave it out"
         )
     try:
         if dataset:
@@ -120,6 +127,11 @@ def preprocessing_arguments(parser: Any) -> None:
 
 def preprocessing(args: Any, model: nn.Module) -> dict[str, Any]:
     """The data configuration of timm for a command line with :func:`preprocessing_arguments`."""
+    for flag, value in (("--img-size", args.img_size), ("--crop-pct", args.crop_pct)):
+        if value is not None and not value > 0:
+            raise UserError(f"{flag} {value}: must be more than 0")
+    if args.interpolation and args.interpolation not in INTERPOLATIONS:
+        raise UserError(f"--interpolation {args.interpolation}: there are {', '.join(INTERPOLATIONS)}")
     size = args.img_size or args.model_kwargs.get("img_size")
     given = {
         "in_chans": args.model_kwargs.get("in_chans"),

@@ -147,6 +147,8 @@ def checked(args: argparse.Namespace) -> argparse.Namespace:
     wrong = [s for s in args.sparsities if not 0 <= s < 1]
     if wrong:
         raise cli.UserError(f"--sparsities {' '.join(map(str, wrong))}: must lie in [0, 1); write 0.9 for 90 %")
+    if args.val_limit is not None and args.val_limit < 1:
+        raise cli.UserError(f"--val-limit {args.val_limit}: must be at least 1")
     given = [key for key in ("method", *DEFAULTS) if getattr(args, key) is not None]
     if args.sparseml_recipe and given:
         flags = ", ".join(_flag(key) for key in given)

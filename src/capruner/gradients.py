@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm.auto import tqdm
 
+from capruner.finite import BadBatchError, check_loss, checked, floats
 from capruner.memory import halved
 
 GradientMode = Literal["batch", "sample"]
@@ -32,10 +32,6 @@ LossFunction = Callable[[Any, Any], Tensor]
 
 FEW_BATCHES = 16
 """So many batches have to be drawn before a majority of bad ones ends the run: a loader without end would skip for ever."""
-
-
-class BadBatchError(ValueError):
-    """Data, loss or gradient of a batch hold NaN or Inf; the message says which, and names the batch."""
 
 
 @dataclass
@@ -239,7 +235,7 @@ class _BatchGradients(_Source):
             try:
                 gradients = _gradients(self.model, *item, self.loss_fn, self.parameters)
                 if self.on_bad_batch == "skip":  # before it is among good ones; otherwise a slab is checked in one go
-                    _checked(dict(zip(self.parameters, (g[None] for g in gradients))), item[:1])
+                    checked(dict(zip(self.parameters, (g[None] for g in gradients))), item[:1])
             except BadBatchError as error:
                 self.bad(item[0], error)
                 continue
@@ -248,11 +244,11 @@ class _BatchGradients(_Source):
             filled.append(item[0])
             if len(filled) == slab:
                 at.taken += slab
-                yield _checked(rows, filled)
+                yield checked(rows, filled)
                 filled = []
         if filled:
             at.taken += len(filled)
-            yield _checked({name: row[: len(filled)] for name, row in rows.items()}, filled)
+            yield checked({name: row[: len(filled)] for name, row in rows.items()}, filled)
 
 
 def _gradients(
@@ -263,9 +259,9 @@ def _gradients(
     loss_fn: LossFunction,
     parameters: Mapping[str, nn.Parameter],
 ) -> Sequence[Tensor]:
-    with torch.enable_grad():
+    with torch.enable_grad(), _saying_which(index, inputs, targets):
         loss = _scalar(loss_fn(call_model(model, inputs), targets))
-        _check_loss(loss, index, inputs, targets)
+        check_loss(loss, index, inputs, targets)
         wanted = list(parameters.values())
         gradients = torch.autograd.grad(loss, wanted, allow_unused=True) if loss.requires_grad else ()
     for name, gradient in zip_longest(parameters, gradients):
@@ -301,7 +297,10 @@ class _SampleGradients(_Source):
                 stop = min(start + self.slab, size, start + self.num_grads - at.taken)
                 part = tree_map_only(Tensor, operator.itemgetter(slice(start, stop)), (inputs, targets))
                 try:
-                    with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no batching rule
+                    with (
+                        sdpa_kernel(SDPBackend.MATH),
+                        _saying_which(index, *part),
+                    ):  # the fused attention kernels have no batching rule
                         gradients, losses = per_sample({n: p.detach() for n, p in parameters.items()}, *part)
                 except torch.OutOfMemoryError:
                     if stop - start == 1:
@@ -312,8 +311,8 @@ class _SampleGradients(_Source):
                     continue
                 slab = {n: g.to(_accumulation_dtype(g)) for n, g in gradients.items()}
                 try:
-                    _check_loss(losses, index, *part)
-                    _checked(slab, [index] * (stop - start))
+                    check_loss(losses, index, *part)
+                    checked(slab, [index] * (stop - start))
                 except BadBatchError as error:
                     self.bad(index, error)
                     good = _good_samples(slab, losses, part)
@@ -342,10 +341,32 @@ class _SampleGradients(_Source):
         return sample_loss
 
 
+@contextmanager
+def _saying_which(index: int, inputs: Any, targets: Any) -> Iterator[None]:
+    """Errors of the model and the loss as ``ValueError``, with the batch and what is in it."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, RuntimeError, IndexError, NotImplementedError) as error:
+        shown = (", ".join(map(_kind, tree_leaves(part)[:4])) or "nothing" for part in (inputs, targets))
+        raise ValueError(
+            "the model or the loss fails on batch {} (inputs: {}; targets: {}): {}".format(index, *shown, error)
+        ) from error
+
+
+def _kind(leaf: Any) -> str:
+    return (
+        f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}"
+        if isinstance(leaf, Tensor)
+        else type(leaf).__name__
+    )
+
+
 def _good_samples(slab: Mapping[str, Tensor], losses: Tensor, part: Any) -> Tensor:
     """Bool per sample: everything about it is finite."""
     good = torch.isfinite(losses)
-    for rows in (*slab.values(), *_floats(part)):
+    for rows in (*slab.values(), *floats(part)):
         good &= torch.isfinite(rows).reshape(len(rows), -1).all(dim=1)
     return good
 
@@ -363,44 +384,3 @@ def _scalar(loss: Any) -> Tensor:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"loss_fn must return a scalar tensor, the mean over the batch, got {got}")
     return loss.reshape(())
-
-
-def _check_loss(loss: Tensor, index: int, inputs: Any, targets: Any) -> None:
-    """The loss, and the data that it came from: an infinite input can hide behind a finite loss."""
-    value = float(loss.detach().sum())
-    if math.isfinite(value) and all(_finite(t) for t in _floats((inputs, targets))):
-        return
-    found = [w for w, v in (("inputs", inputs), ("targets", targets)) if not all(_all_finite(t) for t in _floats(v))]
-    data = f"its {' and '.join(found)} hold NaN or Inf"
-    if not math.isfinite(value):
-        cause = data if found else "look at that batch's data, or at the model's weights"
-        raise BadBatchError(f"the loss of batch {index} is {value}: {cause}")
-    if found:
-        raise BadBatchError(f"batch {index} is bad: {data}, although its loss is finite")
-
-
-def _floats(values: Any) -> list[Tensor]:
-    return [t for t in tree_leaves(values) if isinstance(t, Tensor) and t.is_floating_point()]
-
-
-def _all_finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())
-
-
-def _finite(tensor: Tensor) -> bool:
-    return math.isfinite(
-        float(tensor.detach().sum())
-    )  # one pass: a sum of finite numbers is finite unless it overflows
-
-
-def _checked(slab: dict[str, Tensor], batches: Sequence[int]) -> dict[str, Tensor]:
-    """``slab``, if its gradients are finite; ``batches`` says from which batch each of them is."""
-    for name, rows in slab.items():
-        if _finite(rows):
-            continue
-        bad = (~torch.isfinite(rows)).reshape(len(rows), -1).any(dim=1).nonzero()
-        if len(bad):
-            raise BadBatchError(
-                f"the gradient of {name} holds NaN or Inf in batch {batches[int(bad[0])]}: look at the data, or at the model's weights"
-            )
-    return slab

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 
 from capruner.allocation import Score, refuse_below
 from capruner.calibration import Calibration, supporting
+from capruner.checks import check_arguments, check_finite, check_masks
 from capruner.fisher import Solver
 from capruner.gradients import GradientMode, LossFunction, OnBadBatch
 from capruner.labels import drawn_labels
@@ -114,15 +114,20 @@ def prune(
         ValueError: an argument, a parameter selection, data, or a state folder that cannot be; the message says which and what to do.
         NotPositiveDefiniteError: a Fisher block will not factor; the message says where and what damping to try.
     """
+    given: dict[str, Any] = {"sparsity": sparsity, "method": method, "params": params, "damp": damp, "masks": masks}
+    given |= {"num_recomputations": num_recomputations, "recomputation_inter_func": recomputation_inter_func}
+    given |= {"gradients": gradients, "labels": labels, "score": score, "relative_damp": relative_damp}
+    given |= {"global_sparsity": global_sparsity, "solver": solver, "fisher_inv_device": fisher_inv_device}
+    given |= {"skip_unsupported": skip_unsupported, "on_bad_batch": on_bad_batch, "state_dir": state_dir}
+    check_arguments(model, batches, loss_fn, given | {"progress": progress})
     model = unwrap(model)
+    check_finite(model)
     if method not in METHODS:
         raise ValueError(f"method must be one of {sorted(METHODS)}, got {method!r}")
     if recomputation_inter_func not in INTERPOLATIONS:
         raise ValueError(
             f"recomputation_inter_func must be one of {sorted(INTERPOLATIONS)}, got {recomputation_inter_func!r}"
         )
-    if num_recomputations < 1:
-        raise ValueError(f"num_recomputations must be at least 1, got {num_recomputations}")
     if batches is None and METHODS[method].uses_gradients:
         raise ValueError(f"method {method!r} needs calibration data: give `batches`")
     if labels not in ("data", "model"):
@@ -152,7 +157,6 @@ def prune(
     rungs = _rungs(parameters, groups, sparsity, global_sparsity, pattern)
     kept = _initial_masks(parameters, masks)
     _check_not_below(rungs[0][1], kept, pattern)
-    _check_finite(model)
     state = None
     if state_dir is not None:
         arguments = {
@@ -245,6 +249,9 @@ def compensate_masks(
     Raises:
         ValueError: as :func:`prune`; a mask that names no parameter or has another shape.
     """
+    given: dict[str, Any] = {"damp": damp, "gradients": gradients, "relative_damp": relative_damp, "solver": solver}
+    check_arguments(model, batches, loss_fn, given | {"fisher_inv_device": fisher_inv_device, "progress": progress})
+    check_masks(masks)
     model = unwrap(model)
     parameters = select_parameters(model, list(masks))
     kept = _initial_masks(parameters, masks)
@@ -271,16 +278,6 @@ def compensate_masks(
         settings=asdict(settings) | {"pattern": "given", "gradients": gradients},
         timings=calibration.clock.seconds,
     )
-
-
-def _check_finite(model: nn.Module) -> None:
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_floating_point() and not math.isfinite(float(tensor.detach().sum())):
-            bad = int((~torch.isfinite(tensor)).sum())
-            if bad:
-                raise ValueError(
-                    f"{name} holds NaN or Inf in {bad} of {tensor.numel()} places: the model is broken before it is pruned; look at its checkpoint"
-                )
 
 
 def _selected(

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from capruner.checks import check_model
 from capruner.selection import unwrap
 
 FORMAT = "capruner-result"
@@ -67,6 +68,8 @@ class PruningResult:
         Raises:
             ValueError: the calibration did not solve for it.
         """
+        if sparsity is not None and (isinstance(sparsity, bool) or not isinstance(sparsity, int | float)):
+            raise ValueError(f"sparsity must be a number, one of {self.sparsities}, got {sparsity!r}")
         if sparsity is None and len(self.levels) == 1:
             return self.levels[0]
         for level in self.levels:
@@ -84,6 +87,7 @@ class PruningResult:
             ValueError: sparsity not in reach, or a parameter is missing or has another shape.
         """
         level = self.level(sparsity)
+        check_model(model)
         parameters = dict(unwrap(model).named_parameters())
         for name, weight in level.weights.items():
             if name not in parameters:
@@ -153,6 +157,8 @@ class PruningResult:
         try:
             save_file(tensors, partial, metadata={"capruner": json.dumps(header, default=str)})
             partial.replace(target)
+        except SafetensorError as error:
+            raise OSError(f"cannot write {target}: {error}") from error
         finally:
             partial.unlink(missing_ok=True)
 

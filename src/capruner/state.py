@@ -262,6 +262,8 @@ def read_manifest(path: Path, remedy: str = "choose another folder") -> dict[str
             )
         if whole["sha256"] != _digest(body):
             raise StateError(f"{path} is damaged (its checksum is wrong); {remedy}")
+        if body["feed"] is not None and not isinstance(body["feed"]["position"], dict):
+            raise StateError(f"{path} is damaged (position is no dict); {remedy}")
         for part in (*body["steps"], *([] if body["feed"] is None else [body["feed"]])):
             bad = [name for name in part["files"] if not _TENSORS.fullmatch(name)]
             if bad:

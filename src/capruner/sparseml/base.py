@@ -101,6 +101,15 @@ class CorrelationAwareModifier(BaseGradualPruningModifier):
             leave_enabled=leave_enabled,
             parent_class_kwarg_names=[],
         )
+        numbers = [*(final if isinstance(final, dict) else [final]), self._init_sparsity]
+        if wrong := [s for s in numbers if isinstance(s, float) and not 0 <= s < 1]:
+            raise ValueError(f"{type(self).__name__}: a sparsity must lie in [0, 1), got {wrong[0]:g}")
+        flag(leave_enabled)
+        interpolate(0.0, 0.0, 1.0, 0.0, 1.0, inter_func)  # raises for one that it does not know
+        if not isinstance(grad_sampler_kwargs or {}, Mapping):
+            raise ValueError(f"{type(self).__name__}: grad_sampler_kwargs must be a dict, got {grad_sampler_kwargs!r}")
+        if traces_backup_dir is not None and not isinstance(traces_backup_dir, str):
+            raise ValueError(f"{type(self).__name__}: traces_backup_dir must be a folder, got {traces_backup_dir!r}")
         self._grad_sampler_kwargs = grad_sampler_kwargs or {}
         self._traces_backup_dir = none_or(str)(traces_backup_dir)
         for name, value in recipe.items():

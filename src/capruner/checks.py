@@ -1,0 +1,118 @@
+"""Arguments that cannot be, found before any work and said in words, where Python would have said what it tripped over."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_FLAGS = ("global_sparsity", "relative_damp", "skip_unsupported", "progress")
+_WORDS = ("method", "recomputation_inter_func", "gradients", "labels", "score", "solver", "on_bad_batch")
+
+
+def check_arguments(model: Any, batches: Any, loss_fn: Any, arguments: Mapping[str, Any]) -> None:
+    """Of :func:`capruner.prune` and :func:`capruner.compensate_masks`: what has another type than it should.
+
+    Raises:
+        ValueError: with the argument's name, what it should be, and what it is.
+    """
+    check_model(model)
+    if batches is not None and (not isinstance(batches, Iterable) or isinstance(batches, type | str)):
+        raise ValueError(f"batches must be an iterable of (inputs, targets), a DataLoader say, got {_shown(batches)}")
+    if not callable(loss_fn):
+        raise ValueError(f"loss_fn must be a function of outputs and targets, got {_shown(loss_fn)}")
+    for name, value in arguments.items():
+        if name in _FLAGS and not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False, got {_shown(value)}")
+        if name in _WORDS and not isinstance(value, str):
+            raise ValueError(f"{name} must be a word, got {_shown(value)}")
+    check_count("num_recomputations", arguments.get("num_recomputations", 1))
+    damp, sparsity, masks = arguments.get("damp"), arguments.get("sparsity", 0.5), arguments.get("masks")
+    if damp is not None and (isinstance(damp, bool) or not isinstance(damp, int | float)):
+        raise ValueError(f"damp must be a positive number, got {_shown(damp)}; 1e-8 to 1e-4 are usual")
+    listed = (
+        [sparsity]
+        if isinstance(sparsity, int | float)
+        else list(sparsity)
+        if isinstance(sparsity, Sequence | Mapping)
+        else None
+    )
+    if isinstance(sparsity, str | bytes) or listed is None or not all(map(_is_number, listed)):
+        raise ValueError(
+            f"sparsity must be a number in [0, 1), a list of them, or {{sparsity: [params]}}, got {_shown(sparsity)}"
+        )
+    params = arguments.get("params", "")
+    if not isinstance(params, str) and not (
+        isinstance(params, Sequence) and all(isinstance(entry, str) for entry in params)
+    ):
+        raise ValueError(f"params must be a name, a pattern (re:...), or a list of them, got {_shown(params)}")
+    if masks is not None and not isinstance(masks, str):
+        check_masks(masks)
+    folder = arguments.get("state_dir")
+    if folder is not None and not (isinstance(folder, str | os.PathLike) and str(folder) and "\0" not in str(folder)):
+        raise ValueError(f"state_dir must be a folder, got {_shown(folder)}")
+    check_device(arguments.get("fisher_inv_device"))
+
+
+def check_model(model: Any) -> None:
+    """Raises ``ValueError`` for what is no module."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, got {_shown(model)}")
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raises ``ValueError`` for what is not a whole number, at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number, at least 1, got {_shown(value)}")
+
+
+def check_masks(masks: Any) -> None:
+    """Raises ``ValueError`` for what is not ``{name: tensor}``, or holds NaN."""
+    if not isinstance(masks, Mapping):
+        raise ValueError(f"masks must be a dict of bool tensors, 'zeros' or None, got {_shown(masks)}")
+    for name, mask in masks.items():
+        if not isinstance(name, str) or not isinstance(mask, Tensor):
+            raise ValueError(f"masks must be {{parameter name: tensor}}, got {_shown(mask)} for {name!r}")
+        if mask.is_floating_point() and not torch.isfinite(mask).all():
+            raise ValueError(f"the mask of {name} holds NaN or Inf; a mask is True or non-zero where the weight stays")
+
+
+def check_device(name: Any) -> None:
+    """Raises ``ValueError`` for a device on which nothing can be made."""
+    if name is None:
+        return
+    try:
+        if not isinstance(name, str | torch.device) or not str(name):
+            raise TypeError("it is no name of a device")
+        torch.empty(1, device=name)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise ValueError(
+            f"fisher_inv_device must be a device of this machine, 'cpu' say, got {_shown(name)} ({reason})"
+        ) from error
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raises ``ValueError`` for a model that is broken before it is pruned."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise ValueError(f"{name} is on the meta device, without values; load the model's weights first")
+        if tensor.is_floating_point() and not math.isfinite(float(tensor.detach().sum())):
+            bad = int((~torch.isfinite(tensor)).sum())
+            if bad:
+                raise ValueError(
+                    f"{name} holds NaN or Inf in {bad} of {tensor.numel()} places: the model is broken before it is pruned; look at its checkpoint"
+                )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{type(value).__name__} {text[:50]}..."

@@ -1,0 +1,56 @@
+"""NaN and Inf, looked for in data, losses and gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+
+class BadBatchError(ValueError):
+    """Data, loss or gradient of a batch hold NaN or Inf; the message says which, and names the batch."""
+
+
+def check_loss(loss: Tensor, index: int, inputs: Any, targets: Any) -> None:
+    """The loss, and the data that it came from: an infinite input can hide behind a finite loss."""
+    value = float(loss.detach().sum())
+    if math.isfinite(value) and all(_finite(t) for t in floats((inputs, targets))):
+        return
+    found = [w for w, v in (("inputs", inputs), ("targets", targets)) if not all(_all_finite(t) for t in floats(v))]
+    data = f"its {' and '.join(found)} hold NaN or Inf"
+    if not math.isfinite(value):
+        cause = data if found else "look at that batch's data, or at the model's weights"
+        raise BadBatchError(f"the loss of batch {index} is {value}: {cause}")
+    if found:
+        raise BadBatchError(f"batch {index} is bad: {data}, although its loss is finite")
+
+
+def floats(values: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(values) if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
+
+
+def _finite(tensor: Tensor) -> bool:
+    return math.isfinite(
+        float(tensor.detach().sum())
+    )  # one pass: a sum of finite numbers is finite unless it overflows
+
+
+def checked(slab: dict[str, Tensor], batches: Sequence[int]) -> dict[str, Tensor]:
+    """``slab``, if its gradients are finite; ``batches`` says from which batch each of them is."""
+    for name, rows in slab.items():
+        if _finite(rows):
+            continue
+        bad = (~torch.isfinite(rows)).reshape(len(rows), -1).any(dim=1).nonzero()
+        if len(bad):
+            raise BadBatchError(
+                f"the gradient of {name} holds NaN or Inf in batch {batches[int(bad[0])]}: look at the data, or at the model's weights"
+            )
+    return slab
