@@ -305,7 +305,7 @@ def stages(args: argparse.Namespace, place: Path) -> bool:
             workers[victim].join()
             died = time.monotonic()
         for process in workers:
-            process.join(120)
+            process.join(600)  # an idle machine needs some ten seconds, most of them for imports
             if process.is_alive():
                 process.kill()
         texts = [path.read_text() if (path := place / f"{name}.{r}").exists() else "" for r in range(size)]
