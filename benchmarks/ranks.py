@@ -15,11 +15,13 @@ import os
 import resource
 import tempfile
 import time
+from typing import Any
 
 import timm
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import Tensor
 from torch.nn import functional as F
 
 import capruner
@@ -39,6 +41,23 @@ def batches(num_grads: int, rank: int, size: int) -> list:
     return stream[rank::size]
 
 
+def counted(size: int) -> dict[str, int]:
+    """Bytes that this process sends to others from now on, by collective."""
+    sent = {"all_to_all_single": 0, "all_gather": 0}
+    exchange, gather = dist.all_to_all_single, dist.all_gather
+
+    def counted_exchange(received: Tensor, mine: Tensor, takes: list[int], gives: list[int]) -> Any:
+        sent["all_to_all_single"] += (mine.numel() - gives[dist.get_rank()]) * mine.element_size()
+        return exchange(received, mine, takes, gives)
+
+    def counted_gather(parts: list[Tensor], mine: Tensor) -> Any:
+        sent["all_gather"] += (size - 1) * mine.numel() * mine.element_size()
+        return gather(parts, mine)
+
+    dist.all_to_all_single, dist.all_gather = counted_exchange, counted_gather
+    return sent
+
+
 def work(rank: int, size: int, folder: str, args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
@@ -56,6 +75,7 @@ def work(rank: int, size: int, folder: str, args: argparse.Namespace) -> None:
     F.cross_entropy(model(data[0][0]), data[0][1]).backward()  # what a step of training takes is not the calibration's
     model.zero_grad()
     dist.barrier()
+    sent = counted(size)
     before, cpu, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time(), time.perf_counter()
     result = capruner.prune(
         model,
@@ -82,6 +102,7 @@ def work(rank: int, size: int, folder: str, args: argparse.Namespace) -> None:
             "digest": digest.hexdigest(),
             "zeros": zeros,
             "timings": result.timings,
+            "sent": sent,
         },
         f"{folder}/{rank}.pt",
     )
@@ -111,7 +132,7 @@ def main() -> None:
         f"{os.cpu_count()} cores"
     )
     print(
-        f"{'ranks':>5} {'wall s':>7} {'cpu s, busiest':>15} {'Fisher MiB/rank':>16} {'peak MiB, worst rank':>21}  masks and weights"
+        f"{'ranks':>5} {'wall s':>7} {'cpu s, busiest':>15} {'Fisher MiB/rank':>16} {'peak MiB, worst rank':>21} {'sent MiB/rank':>14}  masks and weights"
     )
     digests = set()
     for size in args.sizes:
@@ -119,11 +140,13 @@ def main() -> None:
             mp.start_processes(work, (size, folder, args), nprocs=size, start_method="spawn")
             ranks = [torch.load(f"{folder}/{r}.pt", weights_only=True) for r in range(size)]
         digests |= {r["digest"] for r in ranks}
+        versions, traffic = len({r["digest"] for r in ranks}), max(sum(r["sent"].values()) for r in ranks)
         print(
             f"{size:>5} {max(r['wall'] for r in ranks):>7.1f} {max(r['cpu'] for r in ranks):>15.1f} {fisher / size / 2**20:>16.0f} "
-            f"{max(r['bytes'] for r in ranks) / 2**20:>21.0f}  {ranks[0]['digest'][:12]} on {len({r['digest'] for r in ranks})} version(s), "
+            f"{max(r['bytes'] for r in ranks) / 2**20:>21.0f} {traffic / 2**20:>14.1f}  {ranks[0]['digest'][:12]} on {versions} version(s), "
             f"zeros {ranks[0]['zeros']}"
         )
+        print(f"{'':>5} " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in ranks[0]["timings"].items()))
     print("all equal" if len(digests) == 1 else f"{len(digests)} different results")
 
 
