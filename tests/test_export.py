@@ -51,7 +51,7 @@ def test_onnx_as_a_user_types_it(checkpoint: Path, tmp_path: Path) -> None:
     ]
     np.testing.assert_allclose(found, model(x).detach().numpy(), atol=1e-5)
     operators = {node.op_type for node in onnx.load(file).graph.node}
-    assert "LayerNormalization" not in operators  # DeepSparse 1.8 has it, but several times slower than its parts
+    assert "LayerNormalization" not in operators  # DeepSparse 1.8 has it, but slower than its parts
     zeros = sum(int((w == 0).sum()) for w in load_file(checkpoint).values() if w.dim() > 1)
     assert f"{zeros:,} zeros" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["small.onnx"]

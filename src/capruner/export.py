@@ -19,7 +19,7 @@ from capruner.report.architecture import BUILD_ERRORS
 from capruner.selection import prunable_layers
 
 OPSET = 16
-"""The newest that DeepSparse runs well: from 17 on LayerNorm is one operator, and a ViT-Small at 90 % took it four times as long."""
+"""The newest that DeepSparse runs well: from 17 on LayerNorm is one operator, and a ViT-Small at 90 % takes it half again as long, on a busy machine longer."""
 
 TILE = (32, 64)
 """Multiples of outputs and inputs that torch's 2:4 kernels take in half precision (CUTLASS; cuSPARSELt takes them too)."""
