@@ -149,6 +149,20 @@ def test_one_shot(tmp_path: Path) -> None:
     assert "checkpoints/sparsity_0.75.safetensors" not in links
 
 
+def test_a_loss_that_fell_has_no_point_and_no_ratio(tmp_path: Path) -> None:
+    summary = one_shot_summary()
+    for row in summary["rows"][1:]:
+        row["loss"] = 0.4
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    page = check(write_report(tmp_path))
+    assert "Where the loss did not rise there is no point." in page.text
+    assert "-0.1" in page.text
+    assert "×" not in page.text.split("measured / predicted")[1].split("Time and memory")[0]
+    shown = [data for tag, data in page.texts if tag == "text"]
+    assert "measured" not in shown  # a legend for what is not drawn
+    assert "Increase of the loss by pruning, predicted; both axes" in page.text
+
+
 def test_hostile_names_are_text(tmp_path: Path) -> None:
     summary = one_shot_summary()
     summary["arguments"] |= {HOSTILE: HOSTILE, "model": HOSTILE, "data_dir": [HOSTILE], "model_kwargs": {HOSTILE: 1}}

@@ -237,11 +237,13 @@ def _loss(contents: Contents) -> str:
             f"at {v.name} predicted {p:.3g}, measured {'nothing' if m is None else format(m, '.3g')}"
             for v, p, m in found
         )
+        drawn = [one for one in series if one.points]
+        alone = f", {drawn[0].name}" if len(drawn) == 1 else ""  # a chart of one series has no legend
         chart = line_chart(
             "loss-chart",
             "Increase of the loss, predicted and measured",
             words,
-            series,
+            drawn,
             _x_ticks(levels),
             "weights removed (%)",
             decades(min(values), max(values)),
@@ -249,9 +251,14 @@ def _loss(contents: Contents) -> str:
             show=power_of_ten,
         )
         missing = " Where the loss did not rise there is no point." if len(values) < 2 * len(levels) else ""
-        figure = f"<figure>{chart}<figcaption>Increase of the loss by pruning, both axes logarithmic.{missing}</figcaption></figure>"
+        figure = f"<figure>{chart}<figcaption>Increase of the loss by pruning{alone}; both axes logarithmic.{missing}</figcaption></figure>"
     rows = [
-        [escape(v.name), f"{p:.4g}", _number(m, ".4g"), "–" if m is None or p <= 0 else f"{float(f'{m / p:.2g}'):,g}×"]
+        [
+            escape(v.name),
+            f"{p:.4g}",
+            _number(m, ".4g"),
+            "–" if m is None or m <= 0 or p <= 0 else f"{float(f'{m / p:.2g}'):,g}×",
+        ]
         for v, p, m in found
     ]
     text = (
