@@ -49,6 +49,7 @@ KNOBS = {
     "labels": "labels",
     "on_bad_batch": "on_bad_batch",
     "state_dir": "traces_backup_dir",
+    "memory_budget": "memory_budget",
 }
 """Flags that stand above the recipe, and what they are called there."""
 COLUMNS = {
@@ -85,7 +86,7 @@ class Run:
         recipe.keep_inside(self.modifier, folder)
         for flag, knob in KNOBS.items():
             if getattr(args, flag):
-                if not isinstance(self.modifier, CorrelationAwareModifier):
+                if not isinstance(self.modifier, CorrelationAwareModifier) or not hasattr(self.modifier, knob):
                     shown = flag.replace("_", "-")
                     raise cli.UserError(f"--{shown} means nothing to {type(self.modifier).__name__}; leave it out")
                 setattr(self.modifier, knob, getattr(args, flag))

@@ -84,6 +84,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "from there to the same result. Takes up to twice the memory of the Fisher blocks; deleted at the end (default: the recipe's "
         "traces_backup_dir, or none)",
     )
+    how.add_argument(
+        "--memory-budget",
+        metavar="SIZE",
+        help="CAP: memory for Fisher blocks and gradients, 8GiB say; layers are calibrated in groups that fit, with two passes over the calibration "
+        "images for each (default: the recipe's, or no limit)",
+    )
     how.add_argument("--seed", type=int, default=42)
     how.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: the GPU if there is one)")
     _recipe_arguments(parser)

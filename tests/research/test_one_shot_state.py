@@ -18,6 +18,7 @@ pytest.importorskip("sparseml")
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning:timm")
 import capruner  # noqa: E402
 from capruner import state  # noqa: E402
+from capruner.calibration import WORKING_SET  # noqa: E402
 from research import one_shot_pruning  # noqa: E402
 from research.utils import cli  # noqa: E402
 
@@ -157,12 +158,21 @@ def test_a_recipe_s_folder_that_leads_elsewhere(
     assert not (tmp_path / "elsewhere").exists()
 
 
-@pytest.mark.parametrize("flag", [{"state_dir": "state"}, {"on_bad_batch": "skip"}])
+@pytest.mark.parametrize("flag", [{"state_dir": "state"}, {"on_bad_batch": "skip"}, {"memory_budget": "8GiB"}])
 def test_flags_that_mean_nothing_to_others_modifiers(flag: dict[str, str], line: Line) -> None:
     (name,) = flag
     words = arguments(line, method="magnitude", num_grads=None, fisher_block_size=None, damp=None, **flag)
     with pytest.raises(cli.UserError, match=f"--{name.replace('_', '-')} means nothing to GlobalMagnitude"):
         one_shot_pruning.main(words)
+
+
+def test_a_memory_budget_changes_no_bit(line: Line, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one_shot_pruning.main(arguments(line, experiment="whole"))
+    one_shot_pruning.main(arguments(line, experiment="grouped", memory_budget=f"{WORKING_SET + 1_000_000}"))
+    assert "2 groups of layers fit" in capsys.readouterr().err
+    found, expected = weights(tmp_path, "grouped"), weights(tmp_path, "whole")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 def test_a_foreign_state_folder_is_one_line(line: Line, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
