@@ -597,7 +597,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"blocks_in_parallel": 0}, "blocks_in_parallel must be .*got 0"),
     ({"blocks_in_parallel": -1}, "blocks_in_parallel must be .*got -1"),
     ({"block_size": 0, "method": "fast_cap"}, "block_size must be .*got 0"),
-    ({"num_recomputations": 0}, "num_recomputations must be at least 1, got 0"),
+    ({"num_recomputations": 0}, "num_recomputations must be a whole number, at least 1, got 0"),
     ({"recomputation_inter_func": "square"}, "recomputation_inter_func must be one of .*got 'square'"),
     ({"masks": "ones"}, "masks must be a dict of bool tensors, 'zeros' or None, got 'ones'"),
     ({"masks": {"1.weight": torch.ones(4)}}, r"masks holds 1\.weight, which is not among the selected"),
