@@ -22,6 +22,7 @@ from memory import peak_bytes
 from torch import nn
 
 import capruner
+from capruner.calibration import WORKING_SET
 
 WIDTH = 384
 BASE = {"layers": 2, "num_grads": 512, "block_size": 96}
@@ -85,13 +86,19 @@ def plot(rows: dict[str, list[dict[str, Any]]], exponents: dict[str, float], pat
             time.loglog(xs, [row["seconds"][stage] for row in rows[axis]], marker="o", label=stage)
         time.loglog(xs, [pruning_seconds(row) for row in rows[axis]], "k--", marker="s", label="all of these")
         time.set(title=f"exponent {exponents[axis]:.2f}", ylabel="seconds" if column == 0 else None)
-        memory.semilogx(xs, [row["memory_ratio"] for row in rows[axis]], "C3", marker="o")
-        memory.set(ylim=(0, None), xlabel=titles[axis], ylabel="peak memory / (4·d·B bytes)" if column == 0 else None)
+        blocks = [4 * row["d"] * row["B"] / 2**20 for row in rows[axis]]
+        memory.loglog(
+            xs, [row["memory_ratio"] * b for row, b in zip(rows[axis], blocks)], "C3", marker="o", label="peak"
+        )
+        memory.loglog(xs, blocks, "k--", label="4·d·B bytes")
+        memory.loglog(xs, [b + WORKING_SET / 2**20 for b in blocks], "k:", label="and a working set of 128 MiB")
+        memory.set(xlabel=titles[axis], ylabel="MiB beyond model and data" if column == 0 else None)
         for panel in (time, memory):
             panel.set_xticks(xs, [f"{x / 1000:.0f}k" if x > 9999 else str(x) for x in xs])
             panel.minorticks_off()
             panel.grid(alpha=0.3)
     axes[0, 0].legend()
+    axes[1, 0].legend()
     figure.savefig(path, dpi=120)
 
 
