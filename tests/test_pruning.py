@@ -675,3 +675,34 @@ def test_weights_that_half_precision_cannot_hold_are_refused() -> None:
     data = [(torch.full((1, 2), 1e-3, dtype=torch.float16), torch.zeros(1))] * 4
     with pytest.raises(ValueError, match=r"the pruned weights of weight are not finite in torch\.float16"):
         capruner.prune(model, data, lambda o, t: o.float().sum(), 0.5, **(SMALL | {"num_grads": 4, "damp": 1e-12}))
+
+
+@pytest.mark.parametrize("method", ["cap", "obs", "fast_cap"])
+def test_weights_that_the_loss_does_not_feel_leave_first(method: str) -> None:
+    """Without an absolute damp nothing else gives blocks of zero gradient a scale: they must be the cheapest, not the dearest."""
+    torch.manual_seed(0)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.felt, self.idle, self.head = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+            nn.init.constant_(self.idle.weight, 2.0)  # large: by magnitude they would be the last
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.felt(x)) + 0 * self.idle(x))
+
+    model = Net()
+    data = [(torch.randn(4, 16), torch.randint(3, (4,))) for _ in range(40)]
+    result = capruner.prune(
+        model,
+        data,
+        nn.functional.cross_entropy,
+        0.5,
+        method=method,
+        params=["felt.weight", "idle.weight"],
+        num_grads=40,
+        fisher_block_size=16,
+        progress=False,
+    )
+    assert not result.masks(0.5)["idle.weight"].any()
+    assert result.masks(0.5)["felt.weight"].all()

@@ -30,6 +30,10 @@ RUNGS = 6
 """Times that the damping of a block may grow tenfold."""
 
 
+NO_GRADIENT = 1e-24
+"""Diagonal of a block whose gradients are all zero, where damping is relative: below any that has some; its inverse still is a float32."""
+
+
 class BlockFisher:
     """The Fisher blocks of one weight tensor, fed with gradients, then inverted once.
 
@@ -185,8 +189,8 @@ class BlockFisher:
         if self.relative_damp:
             alive = F.shape[1] if gone is None else (~gone).sum(dim=1).clamp_(min=1)
             damp = damp * diagonal.sum(dim=1) / alive
-            # A block without any gradient has no scale of its own; any positive diagonal gives the same (magnitude) order inside it.
-            damp = torch.where(damp > 0, damp, torch.ones_like(damp))
+            # A block without any gradient has no scale of its own. The loss does not feel its weights: they are the first to leave, by magnitude.
+            damp = torch.where(damp > 0, damp, torch.full_like(damp, NO_GRADIENT))
         diagonal.add_(damp[:, None])
         if gone is not None:
             diagonal.masked_fill_(gone, 1)
