@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+import weakref
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -28,8 +29,11 @@ class PeerError(RuntimeError):
     """Another process failed, or is gone; the message names it."""
 
 
-_PEERS: dict[str, Any] = {"group": None, "processes": []}
-"""Who takes part: ``(machine, process id)`` by rank, for the group of processes that is in use."""
+_PEERS: weakref.WeakKeyDictionary[Any, list[tuple[int, int]]] = weakref.WeakKeyDictionary()
+"""Who takes part: ``(machine, process id)`` by rank, for each group of processes in use.
+
+Weak, because a group that something still holds lives on after ``destroy_process_group``: its threads then run into the interpreter's end, where they abort.
+"""
 
 
 def world() -> tuple[int, int]:
@@ -50,9 +54,11 @@ class Shards:
     def __init__(self, layouts: Mapping[str, BlockLayout], whole_layers: bool = False) -> None:
         self.layouts = dict(layouts)
         self.rank, self.size = world()
-        if self.size > 1 and _PEERS["group"] is not dist.group.WORLD:
-            machine = [self._report(value) for value in (zlib.crc32(socket.gethostname().encode()), os.getpid())]
-            _PEERS.update(group=dist.group.WORLD, processes=list(zip(*machine)))
+        if self.size > 1 and dist.group.WORLD not in _PEERS:
+            machines, processes = (
+                self._report(value) for value in (zlib.crc32(socket.gethostname().encode()), os.getpid())
+            )
+            _PEERS[dist.group.WORLD] = [(int(machine), int(process)) for machine, process in zip(machines, processes)]
         self._bounds: dict[str, list[int]] = {}
         total = sum(layout.num_blocks * layout.block_size**2 for layout in layouts.values())
         before = 0
@@ -227,7 +233,8 @@ def _gone(patience: float = 1.0) -> list[int]:
     machine = zlib.crc32(socket.gethostname().encode())
     until = time.monotonic() + patience
     while True:
-        here = [(rank, int(process)) for rank, (where, process) in enumerate(_PEERS["processes"]) if where == machine]
+        peers = _PEERS.get(dist.group.WORLD, [])
+        here = [(rank, process) for rank, (where, process) in enumerate(peers) if where == machine]
         gone = [rank for rank, process in here if not _alive(process)]
         if gone or time.monotonic() > until:
             return gone
