@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
@@ -103,6 +104,7 @@ def started(device: torch.device, timeout: float) -> Iterator[Processes]:
     finally:
         watch.stop()
     dist.destroy_process_group()
+    gc.collect()  # cycles of the training hold the group, whose threads would abort at the interpreter's end now and then
 
 
 _ENVIRONMENT = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
