@@ -32,15 +32,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags of one-shot pruning."""
     what = parser.add_argument_group("what to prune")
-    what.add_argument("--model", required=True, help="timm model name")
-    what.add_argument(
-        "--model-kwargs",
-        nargs="*",
-        action=cli.KeyValues,
-        default={},
-        metavar="KEY=VALUE",
-        help="arguments of timm.create_model, img_size=32 say",
-    )
+    cli.add_model(what, required=True)
     what.add_argument("--checkpoint", default="", help="weights to start from (.safetensors or .pth)")
     what.add_argument("--pretrained", action="store_true", help="start from timm's pretrained weights")
     how = parser.add_argument_group("how")

@@ -67,18 +67,10 @@ def _data(parser: cli.Parser) -> None:
 
 def _model(parser: cli.Parser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--model", help="timm model name")
+    cli.add_model(group)
     group.add_argument("--pretrained", action="store_true", help="start from timm's pretrained weights")
     group.add_argument(
         "--checkpoint", "--initial-checkpoint", default="", help="weights to start from (.safetensors or .pth)"
-    )
-    group.add_argument(
-        "--model-kwargs",
-        nargs="*",
-        action=cli.KeyValues,
-        default={},
-        metavar="KEY=VALUE",
-        help="arguments of timm.create_model, num_classes=10 say",
     )
     group.add_argument("--num-classes", type=int, help="outputs of the model")
     group.add_argument("--drop", type=float, help="dropout rate")

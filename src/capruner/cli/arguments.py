@@ -60,6 +60,19 @@ class KeyValues(argparse.Action):
         setattr(namespace, self.dest, found)
 
 
+def add_model(parser: argparse._ActionsContainer, required: bool = False, used: str = "") -> None:
+    """``--model`` and ``--model-kwargs``, as every command takes them; ``used`` says for what where a command can do without."""
+    parser.add_argument("--model", required=required, help="timm model name" + (f", {used}" if used else ""))
+    parser.add_argument(
+        "--model-kwargs",
+        nargs="*",
+        action=KeyValues,
+        default={},
+        metavar="KEY=VALUE",
+        help="arguments of timm.create_model, img_size=32 or num_classes=10 say",
+    )
+
+
 def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> int:
     """Exit status of ``main``: its own or 0, 2 after one line on stderr for a mistake of the user's, 130 after Ctrl-C, 143 after SIGTERM."""
     arguments = sys.argv[1:] if argv is None else argv

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capruner.cli.arguments import KeyValues, UserError
+from capruner.cli.arguments import UserError, add_model
 from capruner.cli.tables import text_table
 
 if TYPE_CHECKING:
@@ -44,15 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="compare with a twin of the first file that has random values for its zeros: speed does not depend on which",
     )
-    parser.add_argument("--model", help="timm model name, for checkpoints")
-    parser.add_argument(
-        "--model-kwargs",
-        nargs="*",
-        action=KeyValues,
-        default={},
-        metavar="KEY=VALUE",
-        help="arguments of timm.create_model",
-    )
+    add_model(parser, used="for checkpoints")
     parser.add_argument(
         "--engines",
         nargs="+",

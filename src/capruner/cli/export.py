@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from capruner.cli.arguments import KeyValues, UserError
+from capruner.cli.arguments import UserError, add_model
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,15 +31,7 @@ ENDINGS = {".onnx": "onnx", ".safetensors": "safetensors"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="weights, .safetensors or .pth")
-    parser.add_argument("--model", required=True, help="timm model name")
-    parser.add_argument(
-        "--model-kwargs",
-        nargs="*",
-        action=KeyValues,
-        default={},
-        metavar="KEY=VALUE",
-        help="arguments of timm.create_model",
-    )
+    add_model(parser, required=True)
     parser.add_argument("--output", required=True, type=Path, help="file to write")
     parser.add_argument(
         "--format",

@@ -7,7 +7,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from capruner.cli.arguments import KeyValues, UserError
+from capruner.cli.arguments import UserError, add_model
 from capruner.cli.tables import text_table
 
 HELP = """\
@@ -29,15 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags."""
     parser.add_argument("action", choices=("list", "show", "lint"))
     parser.add_argument("what", nargs="*", metavar="NAME", help="a name as list prints it; for lint also a file")
-    parser.add_argument("--model", help="timm model name, for lint")
-    parser.add_argument(
-        "--model-kwargs",
-        nargs="*",
-        action=KeyValues,
-        default={},
-        metavar="KEY=VALUE",
-        help="arguments of timm.create_model, img_size=32 say",
-    )
+    add_model(parser, used="for lint")
     parser.epilog = EXAMPLE
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from capruner.cli.arguments import KeyValues, UserError
+from capruner.cli.arguments import UserError, add_model
 
 HELP = """\
 Write report.html about an experiment's folder or a sparse checkpoint: one file, no network.
@@ -28,15 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="a folder that a script has written to, or weights (.safetensors, .pth)",
     )
-    parser.add_argument("--model", help="timm model name, for a checkpoint")
-    parser.add_argument(
-        "--model-kwargs",
-        nargs="*",
-        action=KeyValues,
-        default={},
-        metavar="KEY=VALUE",
-        help="arguments of timm.create_model, img_size=32 say",
-    )
+    add_model(parser, used="for a checkpoint")
     parser.add_argument(
         "--params",
         nargs="+",

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from capruner.cli.arguments import KeyValues
+from capruner.cli.arguments import add_model
 from capruner.cli.tables import text_table
 
 HELP = """\
@@ -27,15 +27,7 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="weights, .safetensors or .pth")
-    parser.add_argument("--model", required=True, help="timm model name")
-    parser.add_argument(
-        "--model-kwargs",
-        nargs="*",
-        action=KeyValues,
-        default={},
-        metavar="KEY=VALUE",
-        help="arguments of timm.create_model, img_size=32 say",
-    )
+    add_model(parser, required=True)
     parser.add_argument(
         "--params",
         nargs="+",
