@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,9 @@ def _threads() -> list[str]:
 
 
 def _entry(rank: int, size: int, folder: str, work: Callable[[int, int], Any]) -> None:
+    log = open(f"{folder}/{rank}.log", "w")  # noqa: SIM115 - to the end of the process
+    os.dup2(log.fileno(), 2)
+    faulthandler.enable()
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
@@ -37,7 +41,11 @@ def _entry(rank: int, size: int, folder: str, work: Callable[[int, int], Any]) -
 def run(size: int, folder: Path, work: Callable[[int, int], Any]) -> list[Any]:
     """What ``work(rank, size)`` returns in each of ``size`` processes."""
     folder.mkdir()
-    mp.start_processes(_entry, (size, str(folder), work), nprocs=size, start_method="spawn")
+    try:
+        mp.start_processes(_entry, (size, str(folder), work), nprocs=size, start_method="spawn")
+    except mp.ProcessExitedException as error:  # the first lines say what ended it
+        told = "; ".join(f"{log.stem}: {' '.join(log.read_text().split())[:300]}" for log in folder.glob("*.log"))
+        raise RuntimeError(f"{error}: {told}") from error
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(size)]
 
 
