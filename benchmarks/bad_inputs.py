@@ -79,7 +79,7 @@ def arguments() -> Iterator[Case]:
     """Of ``capruner.prune``."""
     table: dict[str, list[Any]] = {
         "num_grads": [*NO_COUNT, None, 9, 10**9],
-        "fisher_block_size": [*NO_COUNT, None],
+        "fisher_block_size": NO_COUNT,
         "blocks_in_parallel": NO_COUNT,
         "num_recomputations": [*NO_COUNT, None],
         "damp": [0, -1e-8, NAN, INF, -INF, "much", "", [], {}, True, 1j],
@@ -323,7 +323,7 @@ def recipes(folder: Path) -> Iterator[Case]:
         "update_frequency": ["often", "null", "[]", ...],
         "num_grads": ["0", "-1", "0.5", "many", "[]", "{}", "true", "null", "9", ".nan"],
         "damp": ["0", "-1", "much", "[]", "{}", ".nan", ".inf"],
-        "fisher_block_size": ["0", "-1", "0.5", "large", "[]", "{}", "true", "null"],
+        "fisher_block_size": ["0", "-1", "0.5", "large", "[]", "{}", "true"],
         "mask_type": ["3:2", "two:four", "[]", "{}", "null", "blocks", "'4:4'"],
         "num_recomputations": ["0", "-1", "0.5", "many", "[]", "true"],
         "recomputation_inter_func": ["square", "[]", "3"],

@@ -1,6 +1,6 @@
 """A model whose inverse Fisher blocks do not fit: pruned in groups of layers, inside a memory budget.
 
-    python benchmarks/budget.py                          # ViT-Base, B = 192: 66 GB of blocks at once, 6.5 GiB given; half an hour or more on one core
+    python benchmarks/budget.py                          # ViT-Base, B = 192: 66 GB of blocks at once, 6.5 GiB given
     python benchmarks/budget.py --depth 2 --memory-budget 2GiB
     python benchmarks/budget.py --method fast_cap        # needs no groups
 

@@ -280,8 +280,7 @@ def prune_anew_at_each(run: Run) -> None:
 
 def prune(args: argparse.Namespace) -> None:
     """Prune as the arguments (of :mod:`research.utils.one_shot_arguments`) say."""
-    folder = output.make_folder(args.output, args.experiment)
-    with output.emptied_on_error(folder), tempfile.TemporaryDirectory() as made:
+    with output.new_folder(args.output, args.experiment) as folder, tempfile.TemporaryDirectory() as made:
         path = args.sparseml_recipe
         if not path:
             path = f"{made}/recipe.yaml"

@@ -76,9 +76,8 @@ FREE = {
 class Training:
     """One run: the model, what drives it, and where it stands."""
 
-    def __init__(self, args: argparse.Namespace, processes: Processes) -> None:
-        self.args, self.processes = args, processes
-        self.folder = output.make_folder(args.output, args.experiment)
+    def __init__(self, args: argparse.Namespace, processes: Processes, folder: Path) -> None:
+        self.args, self.processes, self.folder = args, processes, folder
         saved = self._saved()
         self.recipe = Recipe(args.sparseml_recipe, args.sparsities)
         for modifier in self.recipe.pruning:
@@ -330,8 +329,11 @@ def _plain(args: argparse.Namespace) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line says."""
     args = parse(argv, __doc__ or "")
-    with started(modeling.pick_device(args.device), args.timeout) as processes:
-        Training(args, processes).run()
+    with (
+        started(modeling.pick_device(args.device), args.timeout) as processes,
+        output.new_folder(args.output, args.experiment) as folder,
+    ):
+        Training(args, processes, folder).run()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capruner.layout import BlockLayout
+from capruner.layout import BlockLayout, fitting
 
 SHAPES = st.lists(st.integers(1, 6), min_size=1, max_size=5).map(tuple)
 
@@ -75,10 +75,25 @@ def test_a_tensor_smaller_than_a_block_is_one_block_of_its_size() -> None:
     assert not layout.is_padding().any()
 
 
-@pytest.mark.parametrize("bad", [0, -1, 2.5, "192", None, True])
+@pytest.mark.parametrize("bad", [0, -1, 2.5, "192", True])
 def test_bad_block_sizes(bad: object) -> None:
-    with pytest.raises(ValueError, match=r"fisher_block_size must be a positive integer, got .*; 192"):
+    with pytest.raises(ValueError, match=r"fisher_block_size must be a positive integer, got .*; None takes what fits"):
         BlockLayout.of((4, 4), bad)  # type: ignore[arg-type]
+
+
+@given(row=st.integers(1, 4096), group=st.sampled_from([1, 2, 4, 8]), rows=st.integers(1, 7))
+def test_blocks_that_nobody_sized_cut_no_row_where_they_can_help_it(row: int, group: int, rows: int) -> None:
+    size = fitting(row, group)
+    good = [k for k in range(96, 193) if k % group == 0 and (row % k == 0 or k % row == 0)]
+    assert size == max(good, default=192)
+    assert BlockLayout.of((rows, row), group=group).block_size == min(size, rows * row)
+
+
+def test_sizes_of_known_networks() -> None:
+    rows = {"DeiT-Tiny": 192, "DeiT-Small": 384, "DeiT-Base": 768, "its mlp": 3072, "3x3 of 64": 576, "stem": 147}
+    assert {name: fitting(row) for name, row in rows.items()} == dict.fromkeys(rows, 192) | {"stem": 147}
+    assert (fitting(128), fitting(512), fitting(64), fitting(9)) == (128, 128, 192, 189)
+    assert fitting(1021) == 192  # a prime: no size is even
 
 
 def test_empty_tensor() -> None:

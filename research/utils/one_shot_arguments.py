@@ -22,7 +22,7 @@ MODIFIERS = {
 DEFAULTS: dict[str, dict[str, Any]] = {
     "num_grads": {"cap": 4096, "fast_cap": 256, "obs": 4096},
     "damp": {"cap": None, "fast_cap": METHODS["fast_cap"].default_damp, "obs": 1e-6},
-    "fisher_block_size": {"cap": 192, "fast_cap": 192, "obs": 192},
+    "fisher_block_size": {"cap": None, "fast_cap": None, "obs": 192},
     "mask_type": dict.fromkeys(MODIFIERS, "unstructured"),
     "params": dict.fromkeys(MODIFIERS, "__ALL_PRUNABLE__"),
     "skip_unsupported": {"cap": False, "fast_cap": False},
@@ -121,7 +121,11 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="on the diagonal of the Fisher matrix (default: 0.01 of each block's mean diagonal; fast_cap 0.5 of the layer's; obs 1e-6)",
     )
-    group.add_argument("--fisher-block-size", type=int, help="weights per Fisher block (default 192)")
+    group.add_argument(
+        "--fisher-block-size",
+        type=int,
+        help="weights per Fisher block (default: in each layer the largest up to 192 that cuts its rows evenly; obs 192)",
+    )
     group.add_argument("--mask-type", help="unstructured (default), 2:4 or another N:M, block4")
     group.add_argument(
         "--params",

@@ -35,13 +35,16 @@ def make_folder(output: str, experiment: str) -> Path:
 
 
 @contextmanager
-def emptied_on_error(folder: Path) -> Iterator[None]:
-    """A folder in which nothing was written yet does not outlive an error inside."""
+def new_folder(output: str, experiment: str) -> Iterator[Path]:
+    """:func:`make_folder`; what was made and is still empty when an error comes out of the block goes again."""
+    folder = Path(output) / experiment
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
-        yield
+        yield make_folder(output, experiment)
     except BaseException:
-        with suppress(OSError):  # not empty: an earlier run's
-            folder.rmdir()
+        for place in made:
+            with suppress(OSError):  # not empty
+                place.rmdir()
         raise
 
 

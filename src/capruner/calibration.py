@@ -69,9 +69,8 @@ class Calibration:
     _batches_drawn: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        size = self.settings.fisher_block_size
-        grouped = self.settings.pattern.group > 1
-        self.layouts = {name: BlockLayout.of(p.shape, size, grouped) for name, p in self.parameters.items()}
+        size, group = self.settings.fisher_block_size, self.settings.pattern.group
+        self.layouts = {name: BlockLayout.of(p.shape, size, group > 1, group) for name, p in self.parameters.items()}
 
     def run(self, method: type[Method], kept: Mapping[str, Tensor]) -> Method:
         """Calibrate ``method`` at the model's present weights, of which ``kept`` (bool, True = stays) says what earlier pruning left."""

@@ -38,9 +38,8 @@ def _all_finite(tensor: Tensor) -> bool:
 
 
 def _finite(tensor: Tensor) -> bool:
-    return math.isfinite(
-        float(tensor.detach().sum())
-    )  # one pass: a sum of finite numbers is finite unless it overflows
+    # One pass: a sum of finite numbers is finite unless it overflows.
+    return math.isfinite(float(tensor.detach().sum()))
 
 
 def checked(slab: dict[str, Tensor], batches: Sequence[int]) -> dict[str, Tensor]:

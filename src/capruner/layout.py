@@ -18,6 +18,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+LARGEST = 192
+"""Weights per block where nobody says: the published choice, and one more Cholesky of 192 columns costs little more than two of 96."""
+
+
+def fitting(row: int, group: int = 1) -> int:
+    """The largest block size up to 192 that cuts rows of ``row`` weights evenly, or holds whole rows.
+
+    A block that ends in the middle of a neuron's inputs and goes on with the next neuron's keeps fewer of the correlations that matter. 192 where only
+    blocks of less than 96 would fit.
+    """
+    even = [k for k in range(LARGEST, LARGEST // 2 - 1, -1) if k % group == 0 and (row % k == 0 or k % row == 0)]
+    return even[0] if even else LARGEST
+
 
 @dataclass(frozen=True)
 class BlockLayout:
@@ -34,17 +47,29 @@ class BlockLayout:
     channels_last: bool = False
 
     @classmethod
-    def of(cls, shape: Sequence[int], block_size: int, channels_last: bool = False) -> BlockLayout:
+    def of(
+        cls, shape: Sequence[int], block_size: int | None = None, channels_last: bool = False, group: int = 1
+    ) -> BlockLayout:
         """The layout of a tensor of ``shape``; blocks never exceed the tensor.
+
+        Args:
+            block_size: None: the size up to 192 that :func:`fitting` finds.
+            group: a size that is chosen here is a multiple of it.
 
         Raises:
             ValueError: ``block_size`` is not a positive integer, or the tensor is empty.
         """
-        if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
-            raise ValueError(f"fisher_block_size must be a positive integer, got {block_size!r}; 192 is a good start")
+        if block_size is not None and (
+            isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1
+        ):
+            raise ValueError(
+                f"fisher_block_size must be a positive integer, got {block_size!r}; None takes what fits the rows, up to {LARGEST}"
+            )
         numel = torch.Size(shape).numel()
         if numel == 0:
             raise ValueError(f"cannot prune an empty tensor of shape {tuple(shape)}; leave it out of `params`")
+        if block_size is None:
+            block_size = fitting(numel // shape[0], group)
         return cls(tuple(shape), min(block_size, numel), channels_last and len(shape) > 2)
 
     @property

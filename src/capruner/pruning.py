@@ -48,7 +48,7 @@ def prune(
     mask_type: str | int = "unstructured",
     global_sparsity: bool = True,
     num_grads: int = 4096,
-    fisher_block_size: int = 192,
+    fisher_block_size: int | None = None,
     damp: float | None = None,
     num_recomputations: int = 1,
     recomputation_inter_func: str = "linear",
@@ -83,7 +83,8 @@ def prune(
         mask_type: ``"unstructured"``, ``"2:4"`` (2 of 4 stay) or any other N:M, ``"block4"``; see :mod:`capruner.patterns`.
         global_sparsity: the target holds over all layers together; False: in each.
         num_grads: gradients to estimate the Fisher matrix from: batches, or samples with ``gradients="sample"``.
-        fisher_block_size: weights per Fisher block ``B``; memory is ``weights · B · 4`` bytes.
+        fisher_block_size: weights per Fisher block ``B``; memory is ``weights · B · 4`` bytes. None: in each layer the largest size up to 192 that cuts its
+            rows evenly, see :func:`capruner.layout.fitting`.
         damp: ``λ`` added to the diagonal of the Fisher matrix, absolute (a squared gradient) unless ``relative_damp``; always
             relative to the mean diagonal for ``fast_cap``. None: the method's default, relative, 0.01, and 0.5 for ``fast_cap``.
         num_recomputations: climb to each sparsity in that many steps, each with a fresh calibration at the weights reached.
@@ -228,7 +229,7 @@ def compensate_masks(
     masks: Mapping[str, Tensor],
     *,
     num_grads: int = 4096,
-    fisher_block_size: int = 192,
+    fisher_block_size: int | None = None,
     damp: float | None = None,
     gradients: GradientMode = "batch",
     relative_damp: bool = False,
@@ -275,7 +276,7 @@ def compensate_masks(
         method="masks",
         levels=[level],
         total_weights=sum(p.numel() for p in model.parameters()),
-        settings=asdict(settings) | {"pattern": "given", "gradients": gradients},
+        settings=asdict(settings) | {"pattern": "given", "gradients": gradients, **calibration.notes},
         timings=calibration.clock.seconds,
     )
 

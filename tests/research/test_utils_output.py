@@ -80,15 +80,16 @@ def test_a_killed_write_leaves_the_old_file(tmp_path):
 
 
 def test_a_folder_does_not_outlive_a_mistake_but_an_earlier_run_does(tmp_path):
-    def fail() -> Path:
-        folder = output.make_folder(str(tmp_path), "trial")
-        with pytest.raises(ValueError, match="no"), output.emptied_on_error(folder):
+    def fail(parent: Path) -> Path:
+        with pytest.raises(ValueError, match="no"), output.new_folder(str(parent), "trial") as folder:
             raise ValueError("no")
         return folder
 
-    assert not fail().exists()
+    assert not fail(tmp_path).exists()
+    assert tmp_path.exists()
+    assert not fail(tmp_path / "new" / "output").parent.parent.exists()
     output.make_folder(str(tmp_path), "trial").joinpath("summary.json").write_text("{}")
-    assert fail().joinpath("summary.json").exists()
+    assert fail(tmp_path).joinpath("summary.json").exists()
 
 
 @pytest.mark.parametrize("name", ["../up", "/root", "", "a/../../b"])

@@ -28,7 +28,7 @@ class Settings:
     """The knobs of a calibration, in the spelling of SparseML's recipes. See :func:`capruner.prune` for their meaning."""
 
     num_grads: int = 4096
-    fisher_block_size: int = 192
+    fisher_block_size: int | None = None
     damp: float = 1e-8
     relative_damp: bool = False
     solver: Solver = "auto"

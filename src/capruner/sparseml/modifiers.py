@@ -42,7 +42,8 @@ class CAPruningModifier(CorrelationAwareModifier):
         n, m: for ``mask_type: N:M``; saved as part of ``mask_type``.
         num_grads: gradients per calibration.
         damp: ``λ`` on the diagonal of the Fisher matrix; absolute unless ``relative_damp``. null: relative, 0.01, which suits any scale of gradients.
-        fisher_block_size: weights per Fisher block. Any size: blocks are padded, never snapped to a divisor.
+        fisher_block_size: weights per Fisher block. Any size: blocks are padded, never snapped to a divisor. null: in each layer the largest up to 192
+            that cuts its rows evenly.
         num_recomputations: fresh calibrations within one update.
         recomputation_inter_func: how sparsity climbs over them: linear, cubic, geometric.
         grad_sampler_kwargs: handed to the ``data_loader_builder``.
@@ -64,7 +65,7 @@ class CAPruningModifier(CorrelationAwareModifier):
         "mask_type": str,
         "num_grads": whole,
         "damp": none_or(float),
-        "fisher_block_size": whole,
+        "fisher_block_size": none_or(whole),
         "num_recomputations": whole,
         "recomputation_inter_func": str,
         "blocks_in_parallel": _blocks,
@@ -92,7 +93,7 @@ class CAPruningModifier(CorrelationAwareModifier):
         mask_type: str | int = "unstructured",
         num_grads: int = 1024,
         damp: float | None = None,
-        fisher_block_size: int = 50,
+        fisher_block_size: int | None = None,
         grad_sampler_kwargs: dict[str, Any] | None = None,
         num_recomputations: int = 1,
         recomputation_inter_func: str = "linear",
@@ -173,7 +174,7 @@ class FastCAPruningModifier(CorrelationAwareModifier):
         "mask_type": str,
         "num_grads": whole,
         "damp": float,
-        "fisher_block_size": whole,
+        "fisher_block_size": none_or(whole),
         "block_size": none_or(whole),
         "num_recomputations": whole,
         "recomputation_inter_func": str,
@@ -198,7 +199,7 @@ class FastCAPruningModifier(CorrelationAwareModifier):
         mask_type: str | int = "unstructured",
         num_grads: int = 1024,
         damp: float = 0.5,
-        fisher_block_size: int = 192,
+        fisher_block_size: int | None = None,
         block_size: int | None = None,
         grad_sampler_kwargs: dict[str, Any] | None = None,
         num_recomputations: int = 1,
