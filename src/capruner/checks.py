@@ -14,13 +14,14 @@ _FLAGS = ("global_sparsity", "relative_damp", "skip_unsupported", "progress")
 _WORDS = ("method", "recomputation_inter_func", "gradients", "labels", "score", "solver", "on_bad_batch")
 
 
-def check_arguments(model: Any, batches: Any, loss_fn: Any, arguments: Mapping[str, Any]) -> None:
-    """Of :func:`capruner.prune` and :func:`capruner.compensate_masks`: what has another type than it should.
+def check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Of :func:`capruner.prune` and :func:`capruner.compensate_masks`, by name: what has another type than it should.
 
     Raises:
         ValueError: with the argument's name, what it should be, and what it is.
     """
-    check_model(model)
+    batches, loss_fn = arguments["batches"], arguments["loss_fn"]
+    check_model(arguments["model"])
     if batches is not None and (not isinstance(batches, Iterable) or isinstance(batches, type | str)):
         raise ValueError(f"batches must be an iterable of (inputs, targets), a DataLoader say, got {_shown(batches)}")
     if not callable(loss_fn):

@@ -115,12 +115,7 @@ def prune(
         ValueError: an argument, a parameter selection, data, or a state folder that cannot be; the message says which and what to do.
         NotPositiveDefiniteError: a Fisher block will not factor; the message says where and what damping to try.
     """
-    given: dict[str, Any] = {"sparsity": sparsity, "method": method, "params": params, "damp": damp, "masks": masks}
-    given |= {"num_recomputations": num_recomputations, "recomputation_inter_func": recomputation_inter_func}
-    given |= {"gradients": gradients, "labels": labels, "score": score, "relative_damp": relative_damp}
-    given |= {"global_sparsity": global_sparsity, "solver": solver, "fisher_inv_device": fisher_inv_device}
-    given |= {"skip_unsupported": skip_unsupported, "on_bad_batch": on_bad_batch, "state_dir": state_dir}
-    check_arguments(model, batches, loss_fn, given | {"progress": progress})
+    check_arguments(locals())  # nothing but the arguments yet
     model = unwrap(model)
     check_finite(model)
     if method not in METHODS:
@@ -250,8 +245,7 @@ def compensate_masks(
     Raises:
         ValueError: as :func:`prune`; a mask that names no parameter or has another shape.
     """
-    given: dict[str, Any] = {"damp": damp, "gradients": gradients, "relative_damp": relative_damp, "solver": solver}
-    check_arguments(model, batches, loss_fn, given | {"fisher_inv_device": fisher_inv_device, "progress": progress})
+    check_arguments(locals())
     check_masks(masks)
     model = unwrap(model)
     parameters = select_parameters(model, list(masks))
