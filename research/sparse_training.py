@@ -205,6 +205,7 @@ class Training:
             write_report(self.folder)
             self._tell_best()
             self.log.close()
+        self.recipe.remove_states()
 
     def _train(self) -> dict[str, float]:
         args, index = self.args, self.epoch - 1

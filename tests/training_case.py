@@ -38,6 +38,7 @@ RECIPES = {
     "thirds": CAP.format(first=0.5, last=0.8, start=0.0, end=1.0, every=1 / 3),
     "oneshot": CAP.format(first=0.75, last=0.75, start=0.0, end=2.0, every=2.0),
     "rate_only": RATE,
+    "state": CAP.format(first=0.5, last=0.8, start=1.0, end=3.0, every=0.5) + "      traces_backup_dir: traces\n",
 }
 
 

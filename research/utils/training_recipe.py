@@ -12,6 +12,7 @@ import torch
 from sparseml.pytorch.sparsification.pruning import BaseGradualPruningModifier, BasePruningModifier
 from torch import Tensor, nn
 
+from capruner.sparseml.base import CorrelationAwareModifier
 from research.utils import recipe
 from research.utils.cli import UserError
 
@@ -79,6 +80,12 @@ class Recipe:
             if modifier.end_pending(epoch + _SAME_EPOCH, steps_per_epoch):
                 modifier.scheduled_update(model, optimizer, max(epoch, modifier.end_epoch), steps_per_epoch)
                 modifier.optimizer_post_step(model, optimizer, epoch, steps_per_epoch)
+
+    def remove_states(self) -> None:
+        """Delete what killed calibrations would go on from: training has ended, and its weights are written."""
+        for modifier in self.pruning:
+            if isinstance(modifier, CorrelationAwareModifier):
+                modifier.remove_state()
 
     def _climb(self, sparsities: list[float]) -> None:
         """Let the ladder say the sparsity at each update, instead of the interpolation."""

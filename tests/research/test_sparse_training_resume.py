@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -21,6 +22,7 @@ from torch import nn
 from training_case import ROOT, Line, rows, same_weights, updates
 
 pytest.importorskip("sparseml")
+from capruner.methods import CAP
 from research import sparse_training
 from research.utils import cli, training_watch
 from research.utils.training_checkpoint import load_state, save_state, save_weights
@@ -77,6 +79,30 @@ def test_stopped_twice_and_resumed_ends_with_the_same_bits(
     assert updates(whole) == updates(trial)
     told = ("epoch", "sparsity", "train_loss", "top1", "ema_loss", "lr")
     assert [[row[key] for key in told] for row in rows(whole)] == [[row[key] for key in told] for row in rows(trial)]
+
+
+@pytest.mark.parametrize("update", [1, 2, 3])
+def test_killed_within_a_pruning_update_it_ends_with_the_same_bits(
+    line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, update: int
+) -> None:
+    """The second update is the last of its epoch: on the way back to it the first is done again, with the second's state in the folder."""
+    sparse_training.main(line(experiment="whole", save_last=True))
+    prepare, calls = CAP.prepare, itertools.count(1)
+
+    def killing(self: CAP, *args: Any) -> None:  # all gradients are drawn, and saved
+        if next(calls) == update:
+            raise Killed
+        prepare(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CAP, "prepare", killing)
+        with pytest.raises(Killed):
+            sparse_training.main(line("state", save_last=True))
+    assert list((tmp_path / "trial" / "traces").glob("*/manifest-*"))
+    sparse_training.main(line("state", save_last=True, resume=True))
+    last = Path("checkpoints") / "last.safetensors"
+    assert same_weights(tmp_path / "whole" / last, tmp_path / "trial" / last)
+    assert not (tmp_path / "trial" / "traces").exists()
 
 
 @pytest.mark.parametrize(
