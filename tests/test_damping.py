@@ -40,6 +40,13 @@ def test_only_the_bad_blocks_get_more_damping_and_no_more_than_they_need() -> No
     torch.testing.assert_close(H, torch.linalg.inv(F + torch.diag_embed(expected.expand(40, B))), rtol=1e-6, atol=1e-6)
 
 
+def test_the_last_rung_counts_and_there_is_none_above_it() -> None:
+    F = matrices(bad=1)  # 1e-6 needs two rungs
+    assert inverse(F, 1e-6, 2)[1] == 1
+    with pytest.raises(NotPositiveDefiniteError, match=r"nor at 10\^1 times"):
+        inverse(F, 1e-6, 1)
+
+
 def test_good_blocks_are_the_same_bits_as_without_a_ladder() -> None:
     F = matrices(bad=0)
     (with_, damped), (without, _) = inverse(F, 1e-6, RUNGS), inverse(F, 1e-6, 0)

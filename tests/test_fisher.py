@@ -47,18 +47,19 @@ def test_float32_at_damp_1e_8(solver: str, m: int) -> None:
         assert relative_error(H[block], fisher_inverse_rank_one(G[:, block], 1e-8)) < 1e-4
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-8), (torch.float32, 1e-3)])
 @pytest.mark.parametrize("solver", ["woodbury", "accumulate"])
-def test_dead_weights_are_cut_off(solver: str) -> None:
+def test_dead_weights_are_cut_off(solver: str, dtype: torch.dtype, tolerance: float) -> None:
     G = gradients(30, 2, 12)
     dead = torch.zeros(2, 12, dtype=torch.bool)
     dead[0, [1, 5]] = dead[1, 11] = True
-    fisher = BlockFisher(2, 12, 30, 1e-2, solver=solver, dtype=torch.float64)
+    fisher = BlockFisher(2, 12, 30, 1e-2, solver=solver, dtype=dtype)
     fisher.add(G)
-    H = fisher.inverse(dead)
+    H = fisher.inverse(dead).double()
     for block in range(2):
         gone = dead[block]
         expected = fisher_inverse_rank_one(G[:, block] * ~gone, 1e-2)
-        torch.testing.assert_close(H[block][~gone][:, ~gone], expected[~gone][:, ~gone], rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(H[block][~gone][:, ~gone], expected[~gone][:, ~gone], rtol=tolerance, atol=tolerance)
         assert (H[block][gone][:, ~gone] == 0).all()
         assert torch.equal(H[block][gone][:, gone], torch.eye(int(gone.sum()), dtype=torch.float64))
 
@@ -113,6 +114,15 @@ def test_wrong_number_of_gradients() -> None:
         fisher.inverse()
     with pytest.raises(ValueError, match="more gradients"):
         fisher.add(torch.ones(2, 1, 2))
+
+
+@pytest.mark.parametrize(("blocks", "count"), [((1, 2, 2), 4), ((1, 2, 2), -1), ((2, 2, 2), 3), ((1, 3, 3), 3)])
+def test_what_is_of_another_matrix_is_not_loaded(blocks: tuple[int, ...], count: int) -> None:
+    fisher = BlockFisher(1, 2, 3, 1e-3)
+    with pytest.raises(ValueError, match="are not of this Fisher matrix"):
+        fisher.load({"blocks": torch.ones(blocks), "count": torch.tensor(count)})
+    fisher.load({"blocks": torch.eye(2)[None], "count": torch.tensor(3)})
+    torch.testing.assert_close(fisher.inverse(), torch.eye(2)[None] / 1.001)
 
 
 def test_used_up() -> None:
