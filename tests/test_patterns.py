@@ -69,6 +69,12 @@ def test_n_m_elimination_is_greedy_within_the_pattern(n: int, groups: int, n_m: 
         gone[best] = True
 
 
+@pytest.mark.parametrize("n_m", [(0, 4), (4, 4), (5, 4), (-1, 4), (2, 3)])
+def test_groups_that_a_block_cannot_hold(n_m: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=f"a block of 8 weights cannot hold {n_m[0]}:{n_m[1]} groups"):
+        capruner.eliminate(torch.ones(1, 8), torch.eye(8)[None], n_m=n_m)
+
+
 def test_n_m_with_groups_already_half_empty_and_overfull() -> None:
     w, H = problem(1, 12, 0)
     dead = torch.tensor([[1, 0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0]], dtype=torch.bool)
