@@ -32,7 +32,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = {
-    "obs": ["test_obs", "test_patterns", "test_pruning"],
+    "obs": ["test_obs", "test_kernels", "test_patterns", "test_pruning"],
     "allocation": ["test_allocation", "test_pruning"],
     "fisher": ["test_fisher", "test_damping", "test_pruning"],
 }
