@@ -12,8 +12,10 @@ from test_state import Data, net
 from torch import Tensor
 
 import capruner
-from capruner import fisher, obs, patterns
-from capruner.memory import in_chunks
+from capruner import chunks, fisher, obs, patterns
+from capruner.chunks import in_chunks
+
+GPU = torch.device("cuda")
 
 
 def small_gpu(monkeypatch: pytest.MonkeyPatch, place: Any, name: str, room: int) -> list[int]:
@@ -30,6 +32,11 @@ def small_gpu(monkeypatch: pytest.MonkeyPatch, place: Any, name: str, room: int)
 
     monkeypatch.setattr(place, name, limited)
     return asked
+
+
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (fisher, obs, patterns):
+        monkeypatch.setattr(module, "in_chunks", lambda *args: chunks.in_chunks(*args[:-1], GPU))
 
 
 def weights(**more: Any) -> list[Tensor]:
@@ -54,6 +61,7 @@ def test_chunks_are_halved_and_the_result_is_the_same(
 ) -> None:
     place, name, more, what = CASES[case]
     monkeypatch.setattr(obs, "kernel_for", lambda device: None)  # the chunks of torch's operations
+    on_a_gpu(monkeypatch)
     if more.get("masks") == "half":
         more = more | {"masks": {"2.weight": torch.arange(24 * 31).view(24, 31) % 5 != 0}}
     expected = weights(**more)
@@ -72,6 +80,7 @@ def test_chunks_are_halved_and_the_result_is_the_same(
 
 
 def test_where_not_even_one_fits_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_gpu(monkeypatch)
     small_gpu(monkeypatch, obs, "_factor", room=0)
     with pytest.raises(
         torch.OutOfMemoryError, match=r"solving blocks: not even one .* smaller fisher_block_size.*2.00 GiB"
@@ -120,8 +129,8 @@ def test_every_part_is_worked_on_once_and_other_errors_pass() -> None:
             raise torch.OutOfMemoryError
         done.extend(items)
 
-    in_chunks(10, 100, work, "counting")
+    in_chunks(10, 100, work, "counting", GPU)
     assert done == list(range(10))
-    in_chunks(0, 4, lambda part: pytest.fail("there is nothing"), "counting")
+    in_chunks(0, 4, lambda part: pytest.fail("there is nothing"), "counting", GPU)
     with pytest.raises(ZeroDivisionError):
-        in_chunks(1, 1, lambda part: 1 // 0, "counting")
+        in_chunks(1, 1, lambda part: 1 // 0, "counting", GPU)

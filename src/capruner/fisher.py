@@ -20,9 +20,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from capruner.memory import in_chunks
+from capruner.chunks import chunk_size, in_chunks
 from capruner.numerics import NotPositiveDefiniteError, full_precision
-from capruner.obs import chunk_size
 
 Solver = Literal["auto", "woodbury", "accumulate"]
 
@@ -114,7 +113,7 @@ class BlockFisher:
         if self.solver == "accumulate":
             self._blocks.baddbmm_(slabs.mT, slabs, alpha=1 / self.num_grads)
             return
-        chunk = 4 * chunk_size(slabs.shape[2], self._blocks.element_size())
+        chunk = chunk_size(None, slabs.shape[2], self._blocks.element_size(), self._blocks.device)
 
         def work(part: slice) -> None:
             assert self._blocks is not None
@@ -126,7 +125,7 @@ class BlockFisher:
             half = torch.linalg.solve_triangular(torch.linalg.cholesky(inner), GH, upper=False)
             H.baddbmm_(half.mT, half, alpha=-1)
 
-        in_chunks(len(slabs), chunk, work, "adding gradients")
+        in_chunks(len(slabs), chunk, work, "adding gradients", self._blocks.device)
 
     def tensors(self) -> dict[str, Tensor]:
         """What was added so far, for :meth:`load`; the blocks themselves, not a copy."""
@@ -168,19 +167,21 @@ class BlockFisher:
         blocks, self._blocks = self._blocks, None
         if self.triangular:
             blocks.copy_(blocks.triu() + blocks.triu(1).mT)
-        chunk = chunk_size(blocks.shape[1], element_size=8)
+        chunk = chunk_size(None, blocks.shape[1], 8, blocks.device)
 
-        def work(part: slice) -> None:
+        def work(part: slice) -> int:
             gone = None if dead is None else dead[part]
             if self.solver == "accumulate":
-                self._invert(blocks[part], gone, part.start, rungs)
-            elif gone is not None and gone.any():
+                return self._invert(blocks[part], gone, part.start, rungs)
+            if gone is not None and gone.any():
                 self._decouple_inverse(blocks[part], gone)
+            return 0
 
-        in_chunks(len(blocks), chunk, work, "inverting Fisher blocks")
+        self.damped = sum(in_chunks(len(blocks), chunk, work, "inverting Fisher blocks", blocks.device))
         return blocks
 
-    def _invert(self, F: Tensor, gone: Tensor | None, first_block: int, rungs: int) -> None:
+    def _invert(self, F: Tensor, gone: Tensor | None, first_block: int, rungs: int) -> int:
+        """Replace ``F`` by its inverse; how many blocks needed more damping."""
         A = F.double()
         diagonal = A.diagonal(dim1=1, dim2=2)
         if gone is not None:
@@ -215,7 +216,7 @@ class BlockFisher:
                 f"try damp={max(scale, 1e-12) * 1e-3:.1g} or more"
             )
         F.copy_(torch.cholesky_inverse(factor))
-        self.damped += damped
+        return damped
 
     @staticmethod
     def _decouple_inverse(H: Tensor, gone: Tensor) -> None:

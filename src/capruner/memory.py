@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable
 
 import torch
 
@@ -44,32 +43,6 @@ def shown(size: int, up: bool = False) -> str:
     if up:
         value = math.ceil(value * 10**digits) / 10**digits
     return f"{value:.{digits}f} {name}"
-
-
-def in_chunks(total: int, chunk: int, work: Callable[[slice], object], what: str) -> None:
-    """``work`` on ``total`` things, so many at once; half as many from where the GPU's memory is not enough.
-
-    Args:
-        work: called with a slice; called again with a part of it, so that it must not have changed its inputs when it runs out of memory.
-        what: for the log.
-
-    Raises:
-        torch.OutOfMemoryError: not even one fits.
-    """
-    start, chunk = 0, max(1, min(chunk, total))
-    while start < total:
-        try:
-            work(slice(start, start + chunk))
-            start += chunk
-            continue
-        except torch.OutOfMemoryError as error:
-            if chunk == 1:
-                raise torch.OutOfMemoryError(
-                    f"{what}: not even one at once fits the GPU's memory; give a smaller fisher_block_size, fisher_inv_device='cpu', or a memory_budget "
-                    f"({str(error).splitlines()[0] if str(error) else 'no details'})"
-                ) from None
-        # Outside of the handler: the error holds the frames, and these the tensors, of the attempt.
-        chunk = halved(chunk, what)
 
 
 def halved(chunk: int, what: str) -> int:

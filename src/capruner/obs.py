@@ -22,15 +22,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from capruner.chunks import chunk_size, in_chunks
 from capruner.kernels import kernel_for
-from capruner.memory import in_chunks
 from capruner.numerics import NotPositiveDefiniteError, full_precision
 
 PANEL = 32
 """Pivots per panel. 16 to 64 are alike on CPUs; measured by ``benchmarks/speed.py``."""
-
-STATE_BYTES = 16 * 2**20
-"""Working set of one chunk of blocks: small enough for a CPU's last-level cache, large enough to amortise the launch of an operation."""
 
 
 @dataclass(frozen=True)
@@ -78,24 +75,6 @@ def check_blocks(weight: Tensor, fisher_inv: Tensor, **masks: Tensor | None) -> 
         )
 
 
-def blocks_at_once(asked: int | None, block_size: int, element_size: int) -> int:
-    """``blocks_in_parallel`` as asked for, or as many as suit the cache.
-
-    Raises:
-        ValueError: not a positive number.
-    """
-    if asked is None:
-        return chunk_size(block_size, element_size)
-    if asked < 1:
-        raise ValueError(f"blocks_in_parallel must be at least 1, or None to have it chosen; got {asked}")
-    return asked
-
-
-def chunk_size(block_size: int, element_size: int = 4, budget: int = STATE_BYTES) -> int:
-    """Number of blocks whose ``B×B`` state fits ``budget`` bytes, at least 1."""
-    return max(1, budget // (block_size * block_size * element_size))
-
-
 @full_precision()
 def eliminate(
     weight: Tensor,
@@ -134,7 +113,7 @@ def eliminate(
     steps = B if max_steps is None else min(max(max_steps, 0), B)
     order = torch.empty(n, B, dtype=torch.int64, device=weight.device)
     losses = torch.full((n, B), torch.inf, dtype=weight.dtype, device=weight.device)
-    chunk = blocks_at_once(blocks_in_parallel, B, weight.element_size())
+    chunk = chunk_size(blocks_in_parallel, B, weight.element_size(), weight.device)
     kernel = kernel_for(weight.device)
     eliminate_blocks = _eliminate_chunk if kernel is None else kernel.eliminate_blocks
 
@@ -150,7 +129,8 @@ def eliminate(
             losses[part],
         )
 
-    in_chunks(n, chunk if kernel is None else n, work, "eliminating blocks")
+    on_gpu = kernel is not None and weight.device.type != "cpu"  # that kernel takes all blocks and makes its own chunks
+    in_chunks(n, n if on_gpu else chunk, work, "eliminating blocks", weight.device)
     return Elimination(order, losses)
 
 
@@ -279,7 +259,7 @@ def compensate_prefixes(
     result = weight.new_empty(len(counts), n, B)
     losses = torch.empty(len(counts), n, dtype=torch.float64, device=weight.device)
     steps = torch.arange(B, device=weight.device)
-    chunk = blocks_at_once(blocks_in_parallel, B, 8)
+    chunk = chunk_size(blocks_in_parallel, B, 8, weight.device)
 
     def work(part: slice) -> None:
         p = order[part].long()
@@ -293,7 +273,7 @@ def compensate_prefixes(
         pruned = (w[None] - (L @ moved).movedim(2, 0)).masked_fill_(gone, 0).to(weight.dtype)
         result[:, part] = torch.empty_like(pruned).scatter_(2, p.expand_as(pruned), pruned)
 
-    in_chunks(n, chunk, work, "solving blocks")
+    in_chunks(n, chunk, work, "solving blocks", weight.device)
     return result, losses
 
 

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from capruner.memory import in_chunks
+from capruner.chunks import chunk_size, in_chunks
 from capruner.numerics import NotPositiveDefiniteError, full_precision
-from capruner.obs import Elimination, blocks_at_once, check_blocks
+from capruner.obs import Elimination, check_blocks
 
 
 @dataclass(frozen=True)
@@ -160,14 +160,14 @@ def eliminate_groups(
         bias = bias.masked_fill(frozen.unflatten(1, (-1, group)).any(dim=2), torch.finfo(weight.dtype).max)
     order = torch.empty(n, B, dtype=torch.int64, device=weight.device)
     losses = torch.empty_like(weight)
-    chunk = blocks_at_once(blocks_in_parallel, B, weight.element_size())
+    chunk = chunk_size(blocks_in_parallel, B, weight.element_size(), weight.device)
 
     def work(part: slice) -> None:
         groups, costs = _eliminate_groups_chunk(weight[part], fisher_inv[part], bias[part].clone(), group)
         order[part] = (groups[:, :, None] * group + torch.arange(group, device=weight.device)).flatten(1)
         losses[part] = costs.repeat_interleave(group, dim=1)
 
-    in_chunks(n, chunk, work, "eliminating groups")
+    in_chunks(n, chunk, work, "eliminating groups", weight.device)
     return Elimination(order, losses)
 
 

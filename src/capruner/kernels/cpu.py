@@ -1,14 +1,12 @@
-"""Greedy elimination on CPUs, compiled by numba: one block per task, its state in the core's own cache.
+"""Greedy elimination on CPUs, compiled by numba: one block after the other, its state in the core's own cache.
 
-Threads are Python's own: the compiled loop releases the interpreter lock, and no pool of threads is left behind to spin beside the training.
+The compiled loop releases the interpreter lock, so that :func:`capruner.chunks.in_chunks` runs it on every core.
 
 Left-looking, on columns that shrink: a weight that has left changes places with the last one that has not, so step ``k`` touches ``k (B − k)`` numbers
 and the whole block ``B³/6``.
 """
 
 from __future__ import annotations
-
-from concurrent.futures import ThreadPoolExecutor
 
 import numba
 import numpy as np
@@ -36,18 +34,7 @@ def eliminate_blocks(
             kind.masked_fill_(mask, value)
     stay, group = n_m or (1, 1)
     arrays = [t.detach().contiguous().numpy() for t in (weight, fisher_inv, kind)]
-    outputs = [order.numpy(), losses.numpy()]
-    threads = torch.get_num_threads()
-    size = max(
-        1, -(-len(weight) // (4 * threads))
-    )  # several shares for each thread: one that is held up leaves the rest to others
-
-    def share(start: int) -> None:
-        part = slice(start, start + size)
-        _eliminate(*(a[part] for a in arrays), stay, group, steps, *(a[part] for a in outputs))
-
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(share, range(0, len(weight), size)))
+    _eliminate(*arrays, stay, group, steps, order.numpy(), losses.numpy())
 
 
 # The sum of a row's update may be reordered; a saliency is never NaN (see `diagonal`), so its minimum may be looked for in any order too.
