@@ -79,6 +79,7 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "a place without a number": (lambda f: rewrite(f, lambda b: b["feed"]["position"].pop("samples")), r"holds no gradients of this run"),
     "no place at all": (lambda f: rewrite(f, lambda b: b["feed"].pop("position")), r"manifest-\d+.json cannot be read"),
     "a place that is a list": (lambda f: rewrite(f, lambda b: b["feed"].update(position=[])), r"position is no dict"),
+    "files that are a word": (lambda f: rewrite(f, lambda b: b["feed"].update(files="")), r"files is no dict"),
     "a skipped batch that never came": (lambda f: rewrite(f, lambda b: b["feed"]["position"].update(skipped=[99])), r"holds no gradients of this run"),
     "a place of negative size": (lambda f: rewrite(f, lambda b: b["feed"]["position"].update(batches=-3)), r"holds no gradients of this run"),
     "more gradients than there are": (lambda f: rewrite(f, lambda b: b["feed"]["position"].update(taken=4000)), r"holds no gradients of this run"),

@@ -265,6 +265,8 @@ def read_manifest(path: Path, remedy: str = "choose another folder") -> dict[str
         if body["feed"] is not None and not isinstance(body["feed"]["position"], dict):
             raise StateError(f"{path} is damaged (position is no dict); {remedy}")
         for part in (*body["steps"], *([] if body["feed"] is None else [body["feed"]])):
+            if not isinstance(part["files"], dict):
+                raise StateError(f"{path} is damaged (files is no dict); {remedy}")
             bad = [name for name in part["files"] if not _TENSORS.fullmatch(name)]
             if bad:
                 raise StateError(f"{path} names {bad[0]!r}, which is no file of a state; {remedy}")
