@@ -20,8 +20,6 @@ import itertools
 import json
 import os
 import statistics
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +28,7 @@ from typing import Any
 import torch
 import yaml
 from cifar import HELD_OUT, PRUNED, accuracy, load_images, load_model, normalise
+from peers import SPARSEML, by_sparseml
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -37,11 +36,6 @@ import capruner
 from capruner.selection import select_parameters
 
 OURS = ("cap", "fast_cap", "obs", "magnitude")
-SPARSEML = {
-    "sparseml_obs": "OBSPruningModifier",
-    "sparseml_mfac": "MFACPruningModifier",
-    "sparseml_magnitude": "GlobalMagnitudePruningModifier",
-}
 DEFAULTS: dict[str, Any] = {
     "images": 4096,
     "batch": 8,
@@ -116,7 +110,9 @@ def pruned_models(
     if case["method"] in SPARSEML:
         for sparsity in case["sparsities"]:
             pruned, start = copy.deepcopy(model), time.perf_counter()
-            by_sparseml(case, pruned, batches, sparsity)
+            settings = {k: v for k, v in given(case).items() if k in ("damp", "fisher_block_size", "mask_type")}
+            params = PRUNED[case["model"]]
+            by_sparseml(case["method"], pruned, batches, sparsity, params, num_grads(case), **settings)
             yield sparsity, pruned, {"total": time.perf_counter() - start}, None
         return
     result = capruner.prune(
@@ -135,34 +131,6 @@ def pruned_models(
         pruned = copy.deepcopy(model)
         result.apply(pruned, sparsity)
         yield sparsity, pruned, result.timings, result.predicted_loss(sparsity)
-
-
-def by_sparseml(case: dict[str, Any], model: nn.Module, batches: Batches, sparsity: float) -> None:
-    """One of SparseML's own modifiers through its own manager, in place."""
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    from research.utils.recipe import apply_at
-
-    fields: dict[str, Any] = {
-        "params": list(select_parameters(model, PRUNED[case["model"]])),
-        "init_sparsity": sparsity,
-        "final_sparsity": sparsity,
-        "start_epoch": 0.0,
-        "end_epoch": 1.0,
-        "update_frequency": 1.0,
-        "mask_type": case["mask_type"],
-    }
-    if case["method"] != "sparseml_magnitude":
-        fields |= {"global_sparsity": True, "num_grads": num_grads(case)}
-        fields |= {k: v for k, v in given(case).items() if k in ("damp", "fisher_block_size")}
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        file.write(f"modifiers:\n  - !{SPARSEML[case['method']]}\n")
-        file.writelines(f"      {key}: {json.dumps(value)}\n" for key, value in fields.items())
-        file.flush()
-        sampler = {
-            "data_loader_builder": lambda *_: (([x], {}, y) for x, y in Iterate(batches)),
-            "loss_function": F.cross_entropy,
-        }
-        apply_at(file.name, model, sparsity, sampler)
 
 
 def run_case(case: dict[str, Any], data: dict[str, tuple[Tensor, Tensor]], weights: Path | None) -> dict[str, Any]:

@@ -1,0 +1,93 @@
+"""SparseML's pruners on the models of the accuracy benchmark: its modifiers through its own manager, and its SparseGPT layer by layer."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("NM_DISABLE_ANALYTICS", "1")
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from capruner.selection import select_parameters
+
+MODIFIERS = {
+    "sparseml_obs": "OBSPruningModifier",
+    "sparseml_mfac": "MFACPruningModifier",
+    "sparseml_magnitude": "GlobalMagnitudePruningModifier",
+}
+SPARSEML = (*MODIFIERS, "sparsegpt")
+
+
+def by_sparseml(
+    method: str,
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    sparsity: float,
+    params: list[str],
+    num_grads: int,
+    **settings: Any,
+) -> None:
+    """Prune in place.
+
+    Args:
+        batches: ``num_grads`` of them, or more, from the start at each iteration.
+        settings: fields of the modifier.
+    """
+    if method == "sparsegpt":
+        by_sparsegpt(model, batches, sparsity, params)
+        return
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from research.utils.recipe import apply_at
+
+    fields: dict[str, Any] = {
+        "params": list(select_parameters(model, params)),
+        "init_sparsity": sparsity,
+        "final_sparsity": sparsity,
+        "start_epoch": 0.0,
+        "end_epoch": 1.0,
+        "update_frequency": 1.0,
+    }
+    if method != "sparseml_magnitude":
+        fields |= {"global_sparsity": True, "num_grads": num_grads}
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        file.write(f"modifiers:\n  - !{MODIFIERS[method]}\n")
+        file.writelines(f"      {key}: {json.dumps(value)}\n" for key, value in (fields | settings).items())
+        file.flush()
+        sampler = {"data_loader_builder": lambda *_: _samples(batches), "loss_function": F.cross_entropy}
+        apply_at(file.name, model, sparsity, sampler)
+
+
+def _samples(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[list[Tensor], dict[str, Any], Tensor]]:
+    while True:
+        for x, y in batches:
+            yield [x], {}, y
+
+
+@torch.no_grad()
+def by_sparsegpt(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], sparsity: float, params: list[str]
+) -> None:
+    """SparseGPT, layer after layer, each on the inputs that the pruned layers before it give; the same sparsity in each.
+
+    SparseML's wrapper needs the package ``transformers`` (any 4.x) and takes Linear layers alone.
+    """
+    from sparseml.modifiers.obcq.utils.sgpt_wrapper import SparseGptWrapper
+
+    for name in select_parameters(model, params):
+        layer = model.get_submodule(name.removesuffix(".weight"))
+        if not isinstance(layer, nn.Linear):
+            raise ValueError(f"{name}: SparseML's SparseGPT takes Linear layers, this is a {type(layer).__name__}")
+        wrapper = SparseGptWrapper(name, layer)
+        hook = layer.register_forward_hook(lambda _, inputs, output, w=wrapper: w.add_batch(inputs[0], output))
+        for x, _ in batches:
+            model(x)
+        hook.remove()
+        wrapper.fasterprune(sparsity)
