@@ -32,9 +32,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = {
-    "obs": ["test_obs", "test_kernels", "test_patterns", "test_pruning"],
+    "obs": ["test_obs", "test_chunks", "test_kernels", "test_patterns", "test_pruning"],
     "allocation": ["test_allocation", "test_pruning"],
-    "fisher": ["test_fisher", "test_damping", "test_pruning"],
+    "fisher": ["test_fisher", "test_damping", "test_chunks", "test_pruning"],
 }
 """In the order in which they are asked; the next file only when the one before saw nothing."""
 SWAPPED: dict[type, type] = {

@@ -26,7 +26,7 @@ def matrices(bad: int, blocks: int = 40) -> Tensor:
 
 
 def inverse(blocks: Tensor, damp: float, rungs: int, dead: Tensor | None = None) -> tuple[Tensor, int]:
-    fisher = BlockFisher(len(blocks), B, 1, damp, solver="accumulate", dtype=torch.float64)
+    fisher = BlockFisher(len(blocks), blocks.shape[1], 1, damp, solver="accumulate", dtype=torch.float64)
     fisher.load({"blocks": blocks, "count": torch.tensor(1)})
     return fisher.inverse(dead, rungs), fisher.damped
 
@@ -55,13 +55,24 @@ def test_good_blocks_are_the_same_bits_as_without_a_ladder() -> None:
 
 
 def test_dead_weights_stay_cut_off_on_the_ladder() -> None:
-    F, dead = matrices(bad=40), torch.zeros(40, B, dtype=torch.bool)
+    whole, dead = matrices(bad=40), torch.zeros(40, B + 1, dtype=torch.bool)
+    alive = [i for i in range(B + 1) if i != 3]
     dead[:, 3] = True
+    F = torch.full((40, B + 1, B + 1), 9.0, dtype=torch.float64)
     F[:, 3, 3] = -5  # worse than any damping could mend, but dead
-    H, _ = inverse(F, 1e-6, RUNGS, dead)
-    assert (H[:, 3, 3] == 1).all()
-    assert (H[:, 3, :3] == 0).all()
-    assert (torch.linalg.eigvalsh(H) > 0).all()
+    F[:, torch.tensor(alive)[:, None], torch.tensor(alive)] = whole
+    H, damped = inverse(F, 1e-6, RUNGS, dead)
+    assert damped == 40
+    assert torch.equal(H[:, 3], torch.eye(B + 1, dtype=torch.float64)[3].expand(40, -1))
+    assert torch.equal(H[:, :, 3], H[:, 3])
+    torch.testing.assert_close(H[:, alive][:, :, alive], inverse(whole, 1e-6, RUNGS)[0])
+
+
+def test_without_being_asked_there_is_no_ladder() -> None:
+    fisher = BlockFisher(40, B, 1, 1e-6, solver="accumulate", dtype=torch.float64)
+    fisher.load({"blocks": matrices(bad=1), "count": torch.tensor(1)})
+    with pytest.raises(NotPositiveDefiniteError, match="will not factor at damp 1e-06: its rounding"):
+        fisher.inverse()
 
 
 @pytest.mark.parametrize("spoil", [lambda F: F[0].neg_(), lambda F: F[0].fill_(torch.nan)], ids=["indefinite", "nan"])

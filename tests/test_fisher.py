@@ -74,6 +74,43 @@ def test_relative_damp_scales_with_the_gradients() -> None:
     torch.testing.assert_close(*inverses, rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.parametrize("gone", [[], [0, 5, 6]])
+def test_relative_damp_is_a_share_of_the_mean_diagonal_of_the_living(gone: list[int]) -> None:
+    G = gradients(40, 3, 8) * torch.logspace(0, 1, 8, dtype=torch.float64)
+    fisher = BlockFisher(3, 8, 40, 0.1, relative_damp=True, dtype=torch.float64)
+    fisher.add(G)
+    dead = torch.zeros(3, 8, dtype=torch.bool)
+    dead[1, gone] = True
+    H = fisher.inverse(dead if gone else None)
+    for block in range(3):
+        alive = ~dead[block]
+        F = G[:, block, alive].T @ G[:, block, alive] / 40
+        expected = torch.linalg.inv(F + 0.1 * F.diagonal().mean() * torch.eye(len(F), dtype=torch.float64))
+        torch.testing.assert_close(H[block][alive][:, alive], expected)
+
+
+def test_the_solver_is_chosen_by_the_number_of_gradients() -> None:
+    assert [BlockFisher(1, 8, m, 1e-2).solver for m in (7, 8)] == ["woodbury", "accumulate"]
+    assert BlockFisher(1, 8, 7, 1e-2, relative_damp=True).solver == "accumulate"
+    assert BlockFisher(1, 8, 7, 1e-2, triangular=True).solver == "accumulate"
+
+
+@pytest.mark.parametrize("solver", ["woodbury", "accumulate"])
+def test_what_was_added_goes_on_elsewhere_to_the_same_bits(solver: str) -> None:
+    G = gradients(20, 2, 6).float()
+    one, other, fresh = (BlockFisher(2, 6, 20, 1e-2, solver=solver) for _ in range(3))
+    other.load(fresh.tensors())  # nothing yet
+    for fisher in (one, other):
+        fisher.add(G[:12])
+    going_on = BlockFisher(2, 6, 20, 1e-2, solver=solver)
+    going_on.load(other.tensors())
+    for fisher in (one, going_on):
+        fisher.add(G[12:])
+    assert torch.equal(one.inverse(), going_on.inverse())
+    with pytest.raises(ValueError, match="nothing to save"):
+        one.tensors()
+
+
 def test_relative_damp_of_a_block_without_gradients() -> None:
     fisher = BlockFisher(1, 4, 2, 1e-2, relative_damp=True)
     fisher.add(torch.zeros(2, 1, 4))
