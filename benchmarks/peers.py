@@ -81,13 +81,14 @@ def by_sparsegpt(
     """
     from sparseml.modifiers.obcq.utils.sgpt_wrapper import SparseGptWrapper
 
+    images = torch.cat([x for x, _ in batches]).split(256)  # in what batches they come does not matter to it
     for name in select_parameters(model, params):
         layer = model.get_submodule(name.removesuffix(".weight"))
         if not isinstance(layer, nn.Linear):
             raise ValueError(f"{name}: SparseML's SparseGPT takes Linear layers, this is a {type(layer).__name__}")
         wrapper = SparseGptWrapper(name, layer)
         hook = layer.register_forward_hook(lambda _, inputs, output, w=wrapper: w.add_batch(inputs[0], output))
-        for x, _ in batches:
+        for x in images:
             model(x)
         hook.remove()
         wrapper.fasterprune(sparsity)
