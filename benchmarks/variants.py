@@ -1,7 +1,7 @@
-"""Three variants of the pruner that are not in the library, beside its default: what leaving them out costs.
+"""Three variants of the pruner beside its default: blocks along columns and corrected biases, which are not in the library, and allocation by cost.
 
     python benchmarks/variants.py columns DATA --model vit    # blocks along columns (inputs of many neurons) instead of rows
-    python benchmarks/variants.py flops DATA --model conv     # steps compete by loss per multiplication saved instead of loss, at equal multiplications
+    python benchmarks/variants.py flops DATA --model conv     # costs: weights leave by loss per multiply-add, at equal multiply-adds
     python benchmarks/variants.py bias DATA --model vit       # biases, or also scales, moved until each layer's outputs have the dense network's moments
 
 CIFAR-10 as in ``benchmarks/accuracy.py``: 4,096 calibration images in batches of 8, one shot; top-1 in % on 2,000 training images that no calibration sees.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import capruner
-from capruner.methods.base import RankedMethod
 from capruner.selection import select_parameters
 
 
@@ -42,9 +41,11 @@ class Transposed(nn.Module):
         return layer._conv_forward(x, weight, self.bias) if weight.dim() == 4 else F.linear(x, weight, self.bias)
 
 
-def prune(model: nn.Module, batches: Batches, name: str, sparsities: list[float]) -> capruner.PruningResult:
+def prune(
+    model: nn.Module, batches: Batches, name: str, sparsities: list[float], **more: Any
+) -> capruner.PruningResult:
     return capruner.prune(
-        model, batches, F.cross_entropy, sparsities, params=PRUNED[name], num_grads=512, progress=False
+        model, batches, F.cross_entropy, sparsities, params=PRUNED[name], num_grads=512, progress=False, **more
     )
 
 
@@ -64,47 +65,25 @@ def columns(name: str, model: nn.Module, batches: Batches, sparsities: list[floa
         print(f"blocks along {what}:", *shown, flush=True)
 
 
-@torch.no_grad()
-def positions(model: nn.Module, names: Iterable[str], x: Tensor) -> dict[str, int]:
-    """Multiplications per image of each weight of a layer: the positions at which it is used."""
-    found: dict[str, int] = {}
-    hooks = [
-        model.get_submodule(name.removesuffix(".weight")).register_forward_hook(
-            lambda layer, _, out, name=name: found.update({name: out[0].numel() // layer.weight.shape[0]})
-        )
-        for name in names
-    ]
-    model(x)
-    for hook in hooks:
-        hook.remove()
-    return found
-
-
 def flops(name: str, model: nn.Module, batches: Batches, sparsities: list[float], score: Callable) -> None:
-    used = positions(model, select_parameters(model, PRUNED[name]), next(iter(batches))[0][:1])
+    used = capruner.multiply_adds(model, batches.images.shape[1:])
     fine = [round(0.5 + 0.01 * step, 2) for step in range(49)]
-    original = RankedMethod._rank
-
-    def by_cost(self: RankedMethod, layer: str, elimination: Any) -> None:
-        original(self, layer, elimination)
-        self._scores[layer] /= used[layer]
+    plain = prune(model, batches, name, sparsities)
+    costly = prune(model, batches, name, fine, costs=used.per_weight(model))
+    pruned_macs = sum(used.weights[layer] for layer in select_parameters(model, PRUNED[name]))
 
     def left(result: capruner.PruningResult, sparsity: float) -> float:
-        masks = result.masks(sparsity)
-        whole = sum(mask.numel() * used[layer] for layer, mask in masks.items())
-        return sum(int(mask.sum()) * used[layer] for layer, mask in masks.items()) / whole
+        rows = result.layer_report(sparsity)
+        return sum(used.weights[row["name"]] * (1 - row["sparsity"]) for row in rows) / pruned_macs
 
-    plain = prune(model, batches, name, sparsities)
-    RankedMethod._rank = by_cost
-    costly = prune(model, batches, name, fine)
-    RankedMethod._rank = original
     for sparsity in sparsities:
         goal = left(plain, sparsity)
         equal = min(fine, key=lambda s: abs(left(costly, s) - goal))
-        for what, result, at in (("loss", plain, sparsity), ("loss per multiplication", costly, equal)):
+        for what, result, at in (("loss", plain, sparsity), ("loss per multiply-add", costly, equal)):
             pruned = copy.deepcopy(model)
             result.apply(pruned, at)
-            print(f"by {what}: {left(result, at):.1%} of multiplications left, sparsity {at:.0%}, {score(pruned):.2f}", flush=True)  # fmt: skip
+            share = left(result, at)
+            print(f"by {what}: {share:.1%} of multiply-adds left, sparsity {at:.0%}, {score(pruned):.2f}", flush=True)
 
 
 @torch.no_grad()

@@ -38,8 +38,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import capruner
-from capruner.report import multiply_adds, write_report
+from capruner.macs import multiply_adds
+from capruner.report import write_report
 from capruner.sparseml.base import CorrelationAwareModifier
+from capruner.sparseml.modifiers import CAPruningModifier
 from research.utils import data as images
 from research.utils import evaluate, modeling, one_shot_arguments, output, plots, recipe
 from research.utils.wandb_log import WandbLog
@@ -90,6 +92,10 @@ class Run:
                     shown = flag.replace("_", "-")
                     raise cli.UserError(f"--{shown} means nothing to {type(self.modifier).__name__}; leave it out")
                 setattr(self.modifier, knob, getattr(args, flag))
+        if args.allocate_by != "weights" and not isinstance(self.modifier, CAPruningModifier):
+            raise cli.UserError(
+                f"--allocate-by {args.allocate_by} means nothing to {type(self.modifier).__name__}; leave it out"
+            )
         self.device = modeling.pick_device(args.device)
         modeling.seed_everything(args.seed)
         self.model = modeling.build_model(args.model, args.model_kwargs, args.checkpoint, args.pretrained).to(
@@ -250,7 +256,9 @@ def peak_memory(device: torch.device) -> float:
 
 def prune_by_one_calibration(run: Run) -> None:
     start = time.perf_counter()
-    result = run.modifier.one_shot(run.model, run.args.sparsities, run.grad_sampler(nn.functional.cross_entropy))
+    costs = run.macs.per_weight(run.model) if run.args.allocate_by == "macs" else None
+    sampler = run.grad_sampler(nn.functional.cross_entropy)
+    result = run.modifier.one_shot(run.model, run.args.sparsities, sampler, costs=costs)
     seconds = time.perf_counter() - start
     output.write_atomically(run.folder / "result.safetensors", result.save)
     run.stage_done("calibrate and prune", result.timings)

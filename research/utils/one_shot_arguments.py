@@ -82,6 +82,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="CAP: memory for Fisher blocks and gradients, 8GiB say; layers are calibrated in groups that fit, with two passes over the calibration "
         "images for each (default: the recipe's, or no limit)",
     )
+    how.add_argument(
+        "--allocate-by",
+        choices=("weights", "macs"),
+        default="weights",
+        help="CAP: remove what costs the least loss, or (macs) the least loss per multiply-add saved: convolutional networks then need fewer multiply-adds "
+        "at the same accuracy, at a lower sparsity (default weights)",
+    )
     how.add_argument("--seed", type=int, default=42)
     how.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: the GPU if there is one)")
     _recipe_arguments(parser)

@@ -8,6 +8,7 @@ the recipe modifiers live in ``capruner.sparseml``.
 """
 
 from capruner.batchnorm import recalibrate_bn
+from capruner.macs import MultiplyAdds, multiply_adds
 from capruner.masking import MaskHandle, mask_model
 from capruner.numerics import NotPositiveDefiniteError
 from capruner.obs import Elimination, compensate, eliminate
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Elimination",
     "MaskHandle",
+    "MultiplyAdds",
     "NotPositiveDefiniteError",
     "PruningResult",
     "StateError",
@@ -29,6 +31,7 @@ __all__ = [
     "eliminate",
     "load_result",
     "mask_model",
+    "multiply_adds",
     "prune",
     "recalibrate_bn",
     "remove_state",

@@ -8,12 +8,15 @@ A block's weights leave in the order that the elimination found, so an allocatio
 ``cumulative``
     the sum of the losses so far in the block, as in the published code.
 
+Either can be divided by what a weight of the layer costs (``costs``): then a target is met with the least loss per multiply-add saved, say, instead of per
+weight.
+
 Ties are broken by layer, block, step: deterministic. Counts are exact.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -30,6 +33,26 @@ def step_scores(losses: Tensor, score: Score = "marginal") -> Tensor:
         return losses.cummax(dim=1).values
     total = losses.clamp(min=0).double().cumsum(dim=1).to(losses.dtype)
     return torch.where(losses == -torch.inf, losses, total)
+
+
+def checked_costs(costs: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
+    """The cost of a weight of each layer, relative to their mean: only ratios count.
+
+    Raises:
+        ValueError: no mapping, a layer without a cost, or a cost that is not a positive number.
+    """
+    if not isinstance(costs, Mapping):
+        raise ValueError(f"costs must be {{parameter name: cost of one of its weights}}, got {costs!r}")
+    found = {}
+    for name in names:
+        cost = costs.get(name)
+        if isinstance(cost, bool) or not isinstance(cost, int | float) or not 0 < cost < float("inf"):
+            raise ValueError(
+                f"costs[{name!r}] must be a positive number, got {cost!r}: give each layer that is pruned one, or do not select it"
+            )
+        found[name] = float(cost)
+    mean = sum(found.values()) / max(1, len(found))
+    return {name: cost / mean for name, cost in found.items()}
 
 
 def allocate(scores: Sequence[Tensor], num_pruned: int, names: Sequence[str] | None = None) -> list[Tensor]:

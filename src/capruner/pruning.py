@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from capruner.allocation import Score, refuse_below
+from capruner.allocation import Score, checked_costs, refuse_below
 from capruner.calibration import Calibration, supporting
 from capruner.checks import check_arguments, check_finite, check_masks
 from capruner.fisher import Solver
@@ -55,6 +55,7 @@ def prune(
     gradients: GradientMode = "batch",
     labels: Literal["data", "model"] = "data",
     score: Score = "marginal",
+    costs: Mapping[str, float] | None = None,
     relative_damp: bool = False,
     solver: Solver = "auto",
     blocks_in_parallel: int | None = None,
@@ -93,6 +94,8 @@ def prune(
         labels: ``"data"`` takes the targets of the batches; ``"model"`` draws labels from the model's own softmax, see :mod:`capruner.labels`; then the
             data needs no labels (anything may stand in their place).
         score: ``"marginal"`` or ``"cumulative"``, see :mod:`capruner.allocation`.
+        costs: ``{parameter name: cost of one of its weights}``; weights then leave by loss per cost instead of loss.
+            ``capruner.multiply_adds(model, input_size).per_weight(model)`` makes a network with fewer multiply-adds at the same accuracy (and more weights).
         relative_damp: ``damp`` is a fraction of the mean diagonal of each block.
         solver: see :mod:`capruner.fisher`.
         blocks_in_parallel: blocks worked on at once; from the block size when None. No influence on the result.
@@ -136,6 +139,15 @@ def prune(
     for what, size in (("fisher_block_size", fisher_block_size), ("block_size", block_size)):
         if isinstance(size, int) and size > 0 and size % pattern.group:
             raise ValueError(f"{what} must be a multiple of {pattern.group} for mask_type {pattern}, got {size}")
+    parameters, groups = _selected(model, params, sparsity)
+    parameters, skipped = supporting(pattern, parameters, skip_unsupported)
+    if costs is not None:
+        costs = checked_costs(costs, parameters)
+        if not global_sparsity or groups is not None or pattern.n_m is not None or not METHODS[method].competing:
+            raise ValueError(
+                "costs say how layers compete for one target over all of them: they need global_sparsity=True, no sparsities per layer, no N:M mask "
+                f"type, and method cap or obs (got global_sparsity={global_sparsity}, mask_type={pattern}, method={method!r})"
+            )
     settings = Settings(
         num_grads=num_grads,
         fisher_block_size=fisher_block_size,
@@ -146,10 +158,9 @@ def prune(
         blocks_in_parallel=blocks_in_parallel,
         fisher_inv_device=fisher_inv_device,
         block_size=block_size,
+        costs=costs,
         pattern=pattern,
     )
-    parameters, groups = _selected(model, params, sparsity)
-    parameters, skipped = supporting(pattern, parameters, skip_unsupported)
     rungs = _rungs(parameters, groups, sparsity, global_sparsity, pattern)
     kept = _initial_masks(parameters, masks)
     _check_not_below(rungs[0][1], kept, pattern)

@@ -19,7 +19,8 @@ from torch import nn
 from training_case import KWARGS, MODEL
 
 from capruner.cli.main import main
-from capruner.report import multiply_adds, write_report
+from capruner.macs import multiply_adds
+from capruner.report import write_report
 from capruner.report.charts import nice_ticks
 from capruner.report.heatmap import place
 

@@ -216,3 +216,22 @@ def test_an_output_that_cannot_be_written_is_found_before_the_work(place: Path, 
     blocked.write_text("")
     with pytest.raises(cli.UserError, match="nothing can be written to"):
         one_shot_pruning.main(arguments(place, output=blocked, data_dir="/nowhere"))
+
+
+def test_multiply_adds_can_decide(place: Path, tmp_path: Path) -> None:
+    left = {}
+    for by in ("weights", "macs"):
+        conv = {"model": "resnet18", "model_kwargs": ["channels=[4,6,8,10]", "num_classes=3"], "checkpoint": None}
+        own = {"sparseml_recipe": None, "num_grads": 6, "img_size": 32, "output": tmp_path, "experiment": by}
+        one_shot_pruning.main(arguments(place, allocate_by=by, **conv, **own))
+        rows = json.loads((tmp_path / by / "summary.json").read_text())["rows"]
+        assert [row["reached_prunable"] for row in rows] == pytest.approx([0.0, 0.5, 0.8], abs=1e-3)
+        left[by] = [row["macs_left"] for row in rows]
+    assert left["macs"][0] == left["weights"][0]
+    assert left["macs"][2] < left["weights"][2]
+
+
+@pytest.mark.parametrize("recipe", ["FastCAPruningModifier", "GlobalMagnitudePruningModifier"])
+def test_multiply_adds_mean_nothing_to_others(recipe: str, place: Path) -> None:
+    with pytest.raises(cli.UserError, match=f"--allocate-by macs means nothing to {recipe}"):
+        one_shot_pruning.main(arguments(place, recipe, allocate_by="macs"))

@@ -36,6 +36,7 @@ class Settings:
     blocks_in_parallel: int | None = None
     fisher_inv_device: str | None = None
     block_size: int | None = None
+    costs: Mapping[str, float] | None = None
     pattern: Pattern = field(default_factory=Pattern)
 
     def __post_init__(self) -> None:
@@ -118,6 +119,8 @@ class Method(ABC):
     uses_gradients: ClassVar[bool] = True
     default_damp: ClassVar[float] = 1e-2
     """Relative to the mean diagonal: the same share whatever the scale of the loss, the size of the batches and the layer. See docs/studies/damping.md."""
+    competing: ClassVar[bool] = False
+    """True where the blocks of all layers compete by losses, which costs can divide."""
     whole_layers: ClassVar[bool] = False
     """True for methods that cannot share a layer out over processes."""
 
@@ -177,7 +180,8 @@ class RankedMethod(Method):
         order = elimination.order.to(torch.int16) if small else elimination.order
         self._eliminations[name] = Elimination(order, elimination.losses)
         # Groups that leave together compete as one.
-        self._scores[name] = step_scores(elimination.losses[:, :: self._unit], self.settings.score)
+        scores = step_scores(elimination.losses[:, :: self._unit], self.settings.score)
+        self._scores[name] = scores if self.settings.costs is None else scores / self.settings.costs[name]
 
     def solve(self, rungs: Sequence[Sequence[Target]]) -> list[dict[str, LayerSolution]]:
         with self.clock("allocate"):
@@ -224,6 +228,8 @@ class RankedMethod(Method):
 
 class SecondOrderMethod(RankedMethod):
     """Fisher blocks, their inverses, an order from them, and the closed-form OBS update. What differs is the order."""
+
+    competing = True
 
     def __init__(self, shards: Shards, settings: Settings, clock: Stopwatch) -> None:
         super().__init__(shards, settings, clock)

@@ -1,6 +1,5 @@
-"""``report.html``: one self-contained page about an experiment or a sparse checkpoint, and the counts that it shows."""
+"""``report.html``: one self-contained page about an experiment or a sparse checkpoint."""
 
 from capruner.report.experiment import write_report
-from capruner.report.macs import MultiplyAdds, multiply_adds
 
-__all__ = ["MultiplyAdds", "multiply_adds", "write_report"]
+__all__ = ["write_report"]

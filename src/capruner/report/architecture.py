@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from capruner.report.macs import MultiplyAdds, multiply_adds
+from capruner.macs import MultiplyAdds, multiply_adds
 
 BUILD_ERRORS = (RuntimeError, TypeError, KeyError, ValueError, AssertionError, AttributeError, NotImplementedError)
 

@@ -12,10 +12,10 @@ from urllib.parse import quote
 
 from safetensors import SafetensorError, safe_open
 
+from capruner.macs import MultiplyAdds
 from capruner.report.architecture import architecture, architecture_macs
 from capruner.report.checkpoint import layer_rows, read_weights
 from capruner.report.contents import Contents, Level
-from capruner.report.macs import MultiplyAdds
 from capruner.report.page import page
 from capruner.selection import select_parameters
 

@@ -232,7 +232,9 @@ class CorrelationAwareModifier(BaseGradualPruningModifier):
         start, end = self.start_epoch, self.end_epoch
         return [interpolate(epoch, start, end, a, b, self.inter_func) for a, b in zip(first, final)]
 
-    def one_shot(self, module: nn.Module, sparsities: list[float], grad_sampler: Mapping[str, Any]) -> PruningResult:
+    def one_shot(
+        self, module: nn.Module, sparsities: list[float], grad_sampler: Mapping[str, Any], **more: Any
+    ) -> PruningResult:
         """One calibration, with this recipe's parameters, for a whole list of sparsities. ``module`` is not changed; the modifier stays as it is.
 
         With ``traces_backup_dir`` a calibration that was killed goes on; call :meth:`remove_state` when its result is safe.
@@ -240,6 +242,7 @@ class CorrelationAwareModifier(BaseGradualPruningModifier):
         Args:
             sparsities: in [0, 1); the recipe's own ``final_sparsity`` is not looked at unless the list is empty.
             grad_sampler: as SparseML wants it, see :class:`capruner.sparseml.sampling.GradSamplerBatches`.
+            more: for :func:`capruner.prune`, what no recipe says: ``costs``.
         """
         batches = GradSamplerBatches(grad_sampler, self._grad_sampler_kwargs)
         sparsity = sparsities or self.final_sparsity
@@ -248,7 +251,7 @@ class CorrelationAwareModifier(BaseGradualPruningModifier):
             if isinstance(self.final_sparsity, dict)
             else self.params
         )
-        return self._call_prune(module, batches, sparsity, params, None)
+        return self._call_prune(module, batches, sparsity, params, None, **more)
 
     # What SparseML asks for
 
@@ -346,6 +349,7 @@ class CorrelationAwareModifier(BaseGradualPruningModifier):
         sparsity: Any,
         params: Any,
         masks: dict[str, Tensor] | None,
+        **more: Any,
     ) -> PruningResult:
         recipe = {name: getattr(self, f"_{name}") for name in self._recipe}
         return prune(
@@ -359,6 +363,7 @@ class CorrelationAwareModifier(BaseGradualPruningModifier):
             masks=masks,
             state_dir=self._traces_backup_dir or None,
             **recipe,
+            **more,
         )
 
 

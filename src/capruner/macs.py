@@ -38,6 +38,10 @@ class MultiplyAdds:
         """All of them."""
         return sum(self.weights.values()) + self.activations
 
+    def per_weight(self, model: nn.Module) -> dict[str, float]:
+        """``{parameter name: multiply-adds with each of its weights}``, for the ``costs`` of :func:`capruner.prune`."""
+        return {name: self.weights[name] / p.numel() for name, p in model.named_parameters() if self.weights.get(name)}
+
     def left(self, sparsity: Mapping[str, float]) -> int:
         """Those that remain when products with zeros are skipped; ``sparsity`` by parameter name, absent means dense."""
         kept = sum(count * (1 - sparsity.get(name, 0.0)) for name, count in self.weights.items())
