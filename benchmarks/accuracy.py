@@ -3,6 +3,7 @@
     python benchmarks/accuracy.py run DATA --models vit conv --methods cap magnitude --sparsities 0.9 0.95 --seeds 0 1 2
     python benchmarks/accuracy.py run DATA --models vit --methods cap --set damp=1e-8,1e-7,1e-6 --sparsities 0.9
     python benchmarks/accuracy.py table --models vit --by method damp
+    python benchmarks/accuracy.py plot accuracy.png --models vit conv hybrid --split val
 
 ``DATA`` holds CIFAR-10 as ``train/<class>/*.jpg`` and ``val/<class>/*.jpg``. Every case (one model, method, setting and seed) leaves one JSON file under
 ``--output``; a case that is there is not run again, so runs can be killed, continued and shared by several processes.
@@ -18,6 +19,7 @@ import copy
 import hashlib
 import itertools
 import json
+import math
 import os
 import statistics
 import time
@@ -221,9 +223,9 @@ def alive(claim: Path) -> bool:
     return True
 
 
-def table(args: argparse.Namespace) -> None:
-    """Mean over seeds, and half the difference between the largest and the smallest."""
-    found: dict[tuple, dict[float, list[float]]] = {}
+def collected(args: argparse.Namespace) -> dict[tuple[str, ...], dict[float, list[float]]]:
+    """Per model and setting, at each sparsity (0: dense), the values of all seeds."""
+    found: dict[tuple[str, ...], dict[float, list[float]]] = {}
     for file in sorted(args.output.glob("*.json")):
         result = json.loads(file.read_text())
         case = result["case"] | result["case"]["settings"]
@@ -236,11 +238,49 @@ def table(args: argparse.Namespace) -> None:
             if row.get(args.column) is not None:
                 found.setdefault(key, {}).setdefault(row["sparsity"], []).append(row[args.column])
         found.setdefault(key, {}).setdefault(0.0, []).append(result["dense"])
+    if not found:
+        raise SystemExit(f"nothing in {args.output} of {', '.join(args.models)} on {args.split}: `run` first")
+    return found
+
+
+def table(args: argparse.Namespace) -> None:
+    """Mean over seeds, and half the difference between the largest and the smallest."""
+    found = collected(args)
     columns = sorted({s for row in found.values() for s in row})
     print("| " + " | ".join(["model", *args.by] + [f"{100 * s:g} %" for s in columns]) + " |")
     print("|---" * (len(args.by) + 1 + len(columns)) + "|")
     for key, row in sorted(found.items(), key=lambda item: sort_key(item[0])):
         print("| " + " | ".join([*key, *(shown(row.get(s)) for s in columns)]) + " |")
+
+
+def plot(args: argparse.Namespace) -> None:
+    """Accuracy against sparsity, a panel for each model; bars from the worst to the best seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    found = collected(args)
+    figure, panels = plt.subplots(1, len(args.models), figsize=(4.2 * len(args.models), 3.6), squeeze=False)
+    colours = {label: f"C{i}" for i, label in enumerate(sorted({key[1:] for key in found}))}
+    for axes, model in zip(panels[0], args.models):
+        for (_, *label), row in sorted(item for item in found.items() if item[0][0] == model):
+            sparsities = sorted(s for s in row if s > 0)
+            places = [-math.log2(1 - s) for s in sparsities]
+            means = [statistics.fmean(row[s]) for s in sparsities]
+            spread = [[m - min(row[s]), max(row[s]) - m] for m, s in zip(means, sparsities)]
+            colour = colours[tuple(label)]
+            axes.errorbar(places, means, list(zip(*spread)), marker="o", markersize=4, capsize=3, color=colour, label=" ".join(label))  # fmt: skip
+        dense = statistics.fmean(next(row for key, row in found.items() if key[0] == model)[0.0])
+        axes.axhline(dense, color="grey", linestyle=":", linewidth=1, label="dense")
+        ticks = sorted({s for key, row in found.items() if key[0] == model for s in row if s > 0})
+        axes.set_xticks([-math.log2(1 - s) for s in ticks], [f"{100 * s:g}" for s in ticks])
+        axes.set(title=model, xlabel="weights removed (%)", ylabel="top-1 (%)", ylim=(0, 100))
+        axes.grid(alpha=0.3)
+    lines, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False)
+    figure.set_layout_engine("constrained")
+    figure.savefig(args.picture, dpi=120)
 
 
 def sort_key(key: tuple[str, ...]) -> list[tuple[float, str]]:
@@ -272,11 +312,17 @@ def main() -> None:
     runner.add_argument("--vit-weights", type=Path, help="weights of the ViT when they are not in benchmarks/models")
     runner.set_defaults(function=run)
     printer = commands.add_parser("table", help="print a Markdown table of what has been run")
-    printer.add_argument("--by", nargs="+", default=["method"], help="what the rows are")
-    printer.add_argument("--where", nargs="*", default=[], metavar="KEY=V1,V2", help="only these cases")
-    printer.add_argument("--column", default="top1", choices=["top1", "top1_bn", "predicted_loss", "reached"])
     printer.set_defaults(function=table)
-    for command in (runner, printer):
+    painter = commands.add_parser("plot", help="draw what has been run")
+    painter.add_argument("picture", type=Path, help="file to write, a .png say")
+    painter.set_defaults(function=plot)
+    for command in (printer, painter):
+        command.add_argument("--by", nargs="+", default=["method"], help="what the rows, or lines, are")
+        command.add_argument("--where", nargs="*", default=[], metavar="KEY=V1,V2", help="only these cases")
+        command.add_argument(
+            "--column", default="top1", choices=["top1", "top1_bn", "predicted_loss", "reached"], help="default top1"
+        )
+    for command in (runner, printer, painter):
         command.add_argument("--models", nargs="+", default=["vit"], choices=sorted(PRUNED))
         command.add_argument("--split", default="select", choices=["select", "val"])
         command.add_argument("--output", type=Path, default=Path("output/accuracy"))

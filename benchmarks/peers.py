@@ -7,6 +7,8 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,15 @@ def _samples(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[list[Te
             yield [x], {}, y
 
 
+class _Fed(Exception):
+    """The layer has its inputs: what comes after it need not be computed."""
+
+
+def _feed(wrapper: Any, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    wrapper.add_batch(inputs[0], output)
+    raise _Fed
+
+
 @torch.no_grad()
 def by_sparsegpt(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], sparsity: float, params: list[str]
@@ -87,8 +98,9 @@ def by_sparsegpt(
         if not isinstance(layer, nn.Linear):
             raise ValueError(f"{name}: SparseML's SparseGPT takes Linear layers, this is a {type(layer).__name__}")
         wrapper = SparseGptWrapper(name, layer)
-        hook = layer.register_forward_hook(lambda _, inputs, output, w=wrapper: w.add_batch(inputs[0], output))
+        hook = layer.register_forward_hook(partial(_feed, wrapper))
         for x in images:
-            model(x)
+            with suppress(_Fed):
+                model(x)
         hook.remove()
         wrapper.fasterprune(sparsity)
