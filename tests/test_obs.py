@@ -147,10 +147,11 @@ def test_bad_tensors(weight: torch.Tensor, fisher_inv: torch.Tensor, message: st
 
 
 def test_not_positive_definite_is_said_and_never_replaced() -> None:
-    bad = torch.eye(3).repeat(2, 1, 1)
-    bad[1, 2, 2] = -1
-    with pytest.raises(NotPositiveDefiniteError, match="block 1"):
-        capruner.eliminate(torch.ones(2, 3), bad)
+    for value in (-1, 0, torch.nan, torch.inf):
+        bad = torch.eye(3).repeat(3, 1, 1)
+        bad[1:, 2, 2] = value
+        with pytest.raises(NotPositiveDefiniteError, match=r"in 2 of 3 blocks \(the first is block 1\)"):
+            capruner.eliminate(torch.ones(3, 3), bad)
     indefinite = torch.tensor([[1.0, 2.0], [2.0, 1.0]]).repeat(2, 1, 1)
     with pytest.raises(NotPositiveDefiniteError, match="block 0 will not factor"):
         capruner.compensate(torch.ones(2, 2), indefinite, torch.zeros(2, 2, dtype=torch.bool))
@@ -159,6 +160,8 @@ def test_not_positive_definite_is_said_and_never_replaced() -> None:
 def test_mask_of_the_wrong_kind() -> None:
     with pytest.raises(ValueError, match="keep must be a bool"):
         capruner.compensate(torch.ones(1, 2), torch.eye(2)[None], torch.ones(1, 2))
+    with pytest.raises(ValueError, match=r"dead must be a bool tensor of shape \(1, 2\)"):
+        capruner.eliminate(torch.ones(1, 2), torch.eye(2)[None], dead=torch.ones(1, 1, dtype=torch.bool))
 
 
 def test_blocks_in_parallel_must_be_positive() -> None:
