@@ -277,8 +277,8 @@ def plot(args: argparse.Namespace) -> None:
         axes.set_xticks([-math.log2(1 - s) for s in ticks], [f"{100 * s:g}" for s in ticks])
         axes.set(title=model, xlabel="weights removed (%)", ylabel="top-1 (%)", ylim=(0, 100))
         axes.grid(alpha=0.3)
-    lines, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(lines, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False)
+    named = {label: line for axes in panels[0] for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named, loc="outside lower center", ncols=min(6, len(named)), frameon=False)
     figure.set_layout_engine("constrained")
     figure.savefig(args.picture, dpi=120)
 
