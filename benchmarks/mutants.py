@@ -32,7 +32,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = {
-    "obs": ["test_obs", "test_chunks", "test_kernels", "test_patterns", "test_pruning"],
+    "obs": ["test_kernels", "test_obs", "test_chunks", "test_patterns", "test_pruning"],
     "allocation": ["test_allocation", "test_pruning"],
     "fisher": ["test_fisher", "test_damping", "test_chunks", "test_pruning"],
 }
@@ -123,7 +123,10 @@ def survives(module: str, tree: ast.Module, seconds: int) -> bool:
         flags = ["-x", "-q", "-W", "ignore", "-p", "no:cacheprovider", "-p", "no:randomly", "--hypothesis-seed=0"]
         status = 0
         for tests in TESTS[module]:
-            status = status or pytest.main([*flags, "-m", "not slow", str(ROOT / "tests" / f"{tests}.py")])
+            # Without the kernels for GPUs: in Triton's interpreter they take most of the time, and are no part of these modules.
+            status = status or pytest.main(
+                [*flags, "-m", "not slow", "-k", "not cuda", str(ROOT / "tests" / f"{tests}.py")]
+            )
         os._exit(int(status != 0))
     return os.waitpid(child, 0)[1] == 0
 
