@@ -1,0 +1,132 @@
+"""What is refused, or said, in places that no other test comes by: the branches that coverage had found uncovered."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_pruning import conv_net, images, mlp, prune, vectors
+from torch import nn
+
+import capruner
+from capruner import labels
+from capruner.fisher import BlockFisher
+from capruner.numerics import NotPositiveDefiniteError
+from capruner.patterns import Pattern, eliminate_groups, parse_mask_type
+from capruner.report import write_report
+from capruner.report.architecture import architecture, architecture_macs
+from capruner.report.contents import Contents, Level
+from capruner.report.page import page
+from capruner.report.verification import read_masks, verify
+
+
+def test_a_loss_that_is_no_function() -> None:
+    with pytest.raises(ValueError, match="loss_fn must be a function of outputs and targets, got 'cross_entropy'"):
+        capruner.prune(mlp(), vectors(), "cross_entropy", 0.5)  # type: ignore[arg-type]
+
+
+def test_groups() -> None:
+    assert parse_mask_type(Pattern(group=4)) == Pattern(group=4)
+    with pytest.raises(ValueError, match="a block of 6 weights does not hold whole groups of 4"):
+        eliminate_groups(torch.ones(1, 6), torch.eye(6)[None], 4)
+    indefinite = torch.eye(4)
+    indefinite[0, 1] = indefinite[1, 0] = 2
+    with pytest.raises(NotPositiveDefiniteError, match="the system of a group will not factor"):
+        eliminate_groups(torch.ones(1, 4), indefinite[None], 2)
+
+
+def test_dead_weights_of_an_inverse_that_is_none() -> None:
+    fisher = BlockFisher(2, 3, 1, 1e-2, solver="woodbury")
+    indefinite = torch.tensor([[1.0, 2.0, 0.0], [2.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    fisher.load({"blocks": torch.stack([torch.eye(3), indefinite]), "count": torch.tensor(1)})
+    dead = torch.tensor([True, True, False]).expand(2, -1)
+    with pytest.raises(NotPositiveDefiniteError, match="1 inverse Fisher blocks are not positive definite"):
+        fisher.inverse(dead)
+
+
+def test_labels_from_the_model_leave_what_is_no_pair_to_the_caller() -> None:
+    batches, _ = labels.drawn_labels([torch.ones(3, 9)], nn.functional.cross_entropy)
+    assert [type(batch) for batch in batches] == [torch.Tensor]
+
+
+def test_a_saved_outcome_that_is_of_another_run(tmp_path: Path) -> None:
+    prune(conv_net(), images(), state_dir=tmp_path)
+    (folder,) = tmp_path.iterdir()
+    (tensors,) = folder.glob("*.safetensors")
+    (manifest,) = folder.glob("*.json")
+    save_file({"0/weight/elsewhere": torch.ones(1)}, tensors)
+    whole = json.loads(manifest.read_text())
+    from capruner.state import _digest, sha256_of
+
+    whole["state"]["steps"][0]["files"] = {tensors.name: sha256_of(tensors)}
+    manifest.write_text(json.dumps({"sha256": _digest(whole["state"]), "state": whole["state"]}))
+    with pytest.raises(capruner.StateError, match="holds no outcome of this run"):
+        prune(conv_net(), images(), state_dir=tmp_path)
+
+
+def test_reports_of_what_is_no_folder_or_no_architecture(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="missing is not a folder"):
+        write_report(tmp_path / "missing")
+    with pytest.raises(ValueError, match="cannot be built with --model-kwargs"):
+        architecture("vit_tiny_patch16_224", {"dept": 2})
+    with pytest.raises(RuntimeError, match=r"a forward pass at .* fails"):
+        architecture_macs(architecture("vit_tiny_patch16_224", {"depth": 1}), {}, img_size=7)
+
+
+def test_a_page_about_nothing_yet() -> None:
+    assert "Nothing is pruned yet." in page(Contents("empty", "vit_tiny_patch16_224", []))
+    unmeasured = Level("50 %", 0.5, 0.5, 0.4)
+    text = page(Contents("unmeasured", "vit_tiny_patch16_224", [unmeasured]))
+    assert "50.00 % of the prunable weights are zero, 40.00 % of all." in text
+
+
+def masks_file(content: dict[str, torch.Tensor] | bytes, name: str = "masks.safetensors") -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        if isinstance(content, bytes):
+            (folder / name).write_bytes(content)
+        else:
+            save_file(content, folder / name)
+        return folder / name
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda folder: folder / "none.safetensors", FileNotFoundError, "no masks at"),
+        (masks_file(b"not a tensor file"), ValueError, "is damaged"),
+        (masks_file(b"not a tensor file", "masks.pth"), ValueError, "masks.pth"),
+    ],
+    ids=["missing", "damaged", "pth"],
+)
+def test_masks_that_cannot_be_read(
+    make: Callable[[Path], Path], error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=message):
+        read_masks(make(tmp_path), {})
+
+
+def test_masks_of_another_network_and_patterns_that_cannot_be(tmp_path: Path) -> None:
+    kwargs = {"img_size": 16, "patch_size": 4, "embed_dim": 18, "depth": 1, "num_heads": 2, "num_classes": 3}
+    weights = {k: v.clone() for k, v in architecture("vit_tiny_patch16_224", kwargs).to_empty(device="cpu").state_dict().items()}  # fmt: skip
+    for value in weights.values():
+        nn.init.constant_(value, 1.0)
+    weights["blocks.0.attn.qkv.weight"][:, ::2] = 0
+    save_file(weights, tmp_path / "sparse.safetensors")
+    masks = masks_file({"elsewhere.weight": torch.ones(2, 2, dtype=torch.bool)})(tmp_path)
+    found = verify(
+        tmp_path / "sparse.safetensors",
+        "vit_tiny_patch16_224",
+        kwargs,
+        ["blocks.0.attn.qkv"],
+        masks=masks,
+        pattern="2:4",
+    )
+    details = {check["name"]: check["detail"] for check in found["checks"] if not check["ok"]}
+    assert "no such parameter, or of another shape: elsewhere.weight" in details["masks"]
+    assert "18 inputs are no multiple of 4" in str(details)
