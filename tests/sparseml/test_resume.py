@@ -208,3 +208,29 @@ def test_a_state_of_another_recipe_is_refused() -> None:
     changed = Training(LADDER.replace("num_grads: 8", "num_grads: 16"))
     with pytest.raises(ValueError, match="a parameter of a modifier has changed"):
         load_manager_state(changed.manager, saved)
+
+
+def test_a_state_of_another_model_is_refused_and_the_masks_stay() -> None:
+    first, other = Training(LADDER), Training(LADDER)
+    first.run(1.0)
+    state = manager_state(first.manager)
+    (key, modifier) = next((k, v) for k, v in state.items() if any(n.endswith(".sparsity_mask") for n in v))
+    name = next(n for n in modifier if n.endswith(".sparsity_mask"))
+    missing = {**state, key: {n: v for n, v in modifier.items() if n != name}}
+    with pytest.raises(ValueError, match=f"is of another model: {name}"):
+        load_manager_state(other.manager, missing)
+    with pytest.raises(ValueError, match=rf"{name} has shape \(2, 2\) in the state"):
+        load_manager_state(other.manager, {**state, key: {**modifier, name: torch.ones(2, 2)}})
+    assert other.sparsity() == 0.0
+
+
+def test_what_sparseml_must_never_ask_our_modifiers_for() -> None:
+    manager = ScheduledModifierManager.from_yaml(LADDER)
+    modifier = manager.pruning_modifiers[0]
+    with pytest.raises(RuntimeError, match="needs an initialized modifier"):
+        modifier.load_state_dict({})
+    unused = modifier._get_scorer([nn.Parameter(torch.ones(2))])
+    with pytest.raises(RuntimeError, match="nothing is scored through SparseML"):
+        unused.score_parameters()
+    with pytest.raises(RuntimeError, match="no mask is created through SparseML"):
+        unused.create_sparsity_masks([], 0.5)
