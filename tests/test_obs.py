@@ -171,3 +171,22 @@ def test_blocks_in_parallel_must_be_positive() -> None:
             capruner.eliminate(w, H, blocks_in_parallel=count)
         with pytest.raises(ValueError, match="blocks_in_parallel must be at least 1"):
             capruner.compensate(w, H, torch.ones(3, 4, dtype=torch.bool), blocks_in_parallel=count)
+
+
+def test_a_block_on_the_edge_of_its_rounding_error_is_lifted_by_just_that() -> None:
+    B, eps = 6, torch.finfo(torch.float32).eps
+    Q = torch.linalg.qr(torch.randn(B, B, dtype=torch.float64))[0]
+    values = torch.linspace(1, 2, B, dtype=torch.float64)
+    values[0] = -eps  # what rounding makes of a very small one
+    H = ((Q * values) @ Q.T).float()[None]
+    assert torch.linalg.cholesky_ex(H.double())[1].any()
+    w = torch.randn(1, B)
+    keep = torch.tensor([[True, False, True, False, False, True]])
+    lifted = H[0].double() + 4 * eps * H[0].diagonal().max().double() * torch.eye(B, dtype=torch.float64)
+    gone = ~keep[0]
+    moved = lifted[:, gone] @ torch.linalg.solve(lifted[gone][:, gone], w[0, gone].double())
+    expected = (w[0].double() - moved).masked_fill(gone, 0).float()
+    torch.testing.assert_close(capruner.compensate(w, H, keep)[0], expected)
+    good = torch.eye(B)[None] * 2  # its neighbour is not lifted
+    both = capruner.compensate(w.repeat(2, 1), torch.cat([good, H]), keep.repeat(2, 1))
+    assert torch.equal(both[0], w[0].masked_fill(gone, 0))
