@@ -130,3 +130,69 @@ def test_masks_of_another_network_and_patterns_that_cannot_be(tmp_path: Path) ->
     details = {check["name"]: check["detail"] for check in found["checks"] if not check["ok"]}
     assert "no such parameter, or of another shape: elsewhere.weight" in details["masks"]
     assert "18 inputs are no multiple of 4" in str(details)
+
+
+def test_bad_data_behind_a_finite_loss() -> None:
+    def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(outputs.nan_to_num(), targets)
+
+    data = [(x.clone(), y) for x, y in vectors()]
+    data[2][0][0, 0] = torch.nan
+    with pytest.raises(ValueError, match="batch 2 is bad: its inputs hold NaN or Inf, although its loss is finite"):
+        capruner.prune(mlp(), data, loss, 0.5, num_grads=30, progress=False)
+
+
+def test_magnitude_takes_no_gradients_and_keeps_none() -> None:
+    from capruner.calibration import Shards
+    from capruner.methods import METHODS, Settings
+    from capruner.methods.base import Stopwatch
+
+    method = METHODS["magnitude"](Shards({}), Settings(), Stopwatch())
+    with pytest.raises(TypeError, match="magnitude pruning takes no gradients"):
+        method.add({})
+    with pytest.raises(ValueError, match=r"method 'magnitude' keeps no gradients of 0\.weight"):
+        method.load("0.weight", {})
+    assert method.state() == {}
+
+
+def test_the_command_line_without_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("timm")
+    from capruner.cli import main
+
+    assert main.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"capruner {capruner.__version__}\n"
+    assert main.main(["--debug"]) == 2
+    for words in (["help"], ["--debug", "--help"]):
+        assert main.main(words) == 0
+        assert "usage: capruner COMMAND" in capsys.readouterr().out
+    assert main.main(["prun"]) == 2
+    assert "capruner has no command 'prun'; did you mean prune?" in capsys.readouterr().err
+
+
+def test_a_command_whose_package_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from capruner.cli import main
+
+    def missing(command: str) -> None:
+        raise ModuleNotFoundError("No module named 'timm'", name=name)
+
+    monkeypatch.setattr(main, "_module", missing)
+    name = "timm.data"
+    assert main.main(["verify"]) == 2
+    assert "capruner verify needs the package timm, which is not installed" in capsys.readouterr().err
+    name = "capruner.cli.verify"  # ours: a fault, not the user's
+    with pytest.raises(ModuleNotFoundError):
+        main.main(["verify"])
+
+
+def test_a_recipe_without_pruning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sparseml")
+    from capruner.cli import main
+
+    (tmp_path / "idle.yaml").write_text(
+        "modifiers:\n  - !EpochRangeModifier\n      start_epoch: 0\n      end_epoch: 1\n"
+    )
+    words = ["recipes", "lint", str(tmp_path / "idle.yaml"), "--model", "vit_tiny_patch16_224"]
+    assert main.main(words) == 2
+    assert "has no pruning modifier, so nothing to check" in capsys.readouterr().err
