@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capruner.layout import BlockLayout, fitting
+from capruner.layout import BlockLayout, fitting, largest
 
 SHAPES = st.lists(st.integers(1, 6), min_size=1, max_size=5).map(tuple)
 
@@ -81,12 +81,28 @@ def test_bad_block_sizes(bad: object) -> None:
         BlockLayout.of((4, 4), bad)  # type: ignore[arg-type]
 
 
-@given(row=st.integers(1, 4096), group=st.sampled_from([1, 2, 4, 8]), rows=st.integers(1, 7))
-def test_blocks_that_nobody_sized_cut_no_row_where_they_can_help_it(row: int, group: int, rows: int) -> None:
-    size = fitting(row, group)
-    good = [k for k in range(96, 193) if k % group == 0 and (row % k == 0 or k % row == 0)]
-    assert size == max(good, default=192)
-    assert BlockLayout.of((rows, row), group=group).block_size == min(size, rows * row)
+@given(
+    row=st.integers(1, 4096), group=st.sampled_from([1, 2, 4, 8]), rows=st.integers(1, 7), limit=st.integers(192, 512)
+)
+def test_blocks_that_nobody_sized_cut_no_row_where_they_can_help_it(
+    row: int, group: int, rows: int, limit: int
+) -> None:
+    size = fitting(row, group, limit)
+    good = [k for k in range(limit // 2, limit + 1) if k % group == 0 and (row % k == 0 or k % row == 0)]
+    assert size == max(good, default=limit - limit % group)
+    assert BlockLayout.of((rows, row), group=group, limit=limit).block_size == min(size, rows * row)
+
+
+def test_small_networks_get_larger_blocks_as_long_as_four_gibibytes_hold_them() -> None:
+    assert [largest(weights) for weights in (1, 1_200_000, 2_097_152)] == [512, 512, 512]
+    assert largest(3_000_000) == 4 * 2**30 // 12_000_000 == 357
+    assert [largest(weights) for weights in (5_600_000, 21_600_000, 86_000_000)] == [192, 192, 192]
+
+
+@given(weights=st.integers(1, 10**9))
+def test_blocks_above_the_published_size_never_take_more_than_four_gibibytes(weights: int) -> None:
+    assert 192 <= largest(weights) <= 512
+    assert largest(weights) == 192 or 4 * weights * largest(weights) <= 4 * 2**30
 
 
 def test_sizes_of_known_networks() -> None:

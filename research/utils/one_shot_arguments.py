@@ -131,7 +131,7 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--fisher-block-size",
         type=int,
-        help="weights per Fisher block (default: in each layer the largest up to 192 that cuts its rows evenly; obs 192)",
+        help="weights per Fisher block (default: the largest that cuts a layer's rows evenly, up to 192, or 512 as long as 4 GiB hold all; obs 192)",
     )
     group.add_argument("--mask-type", help="unstructured (default), 2:4 or another N:M, block4")
     group.add_argument(

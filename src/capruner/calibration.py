@@ -22,7 +22,7 @@ from capruner.gradients import (
     gradient_slabs,
     passing_over,
 )
-from capruner.layout import BlockLayout
+from capruner.layout import BlockLayout, largest
 from capruner.memory import shown
 from capruner.methods import LayerSolution, Method, Settings, Stopwatch, Target
 from capruner.methods.base import RankedMethod, SecondOrderMethod
@@ -70,7 +70,10 @@ class Calibration:
 
     def __post_init__(self) -> None:
         size, group = self.settings.fisher_block_size, self.settings.pattern.group
-        self.layouts = {name: BlockLayout.of(p.shape, size, group > 1, group) for name, p in self.parameters.items()}
+        limit = largest(sum(p.numel() for p in self.parameters.values()))
+        self.layouts = {
+            name: BlockLayout.of(p.shape, size, group > 1, group, limit) for name, p in self.parameters.items()
+        }
 
     def run(self, method: type[Method], kept: Mapping[str, Tensor]) -> Method:
         """Calibrate ``method`` at the model's present weights, of which ``kept`` (bool, True = stays) says what earlier pruning left."""
@@ -274,10 +277,10 @@ class Calibration:
             return [self]
         size = world()[1]
         need = {name: self._bytes(layout) // size for name, layout in self.layouts.items()}
-        largest = max(need, key=need.__getitem__)
-        if need[largest] + WORKING_SET > self.budget:
+        dearest = max(need, key=need.__getitem__)
+        if need[dearest] + WORKING_SET > self.budget:
             raise ValueError(
-                f"memory_budget={shown(self.budget)} is too small: {largest} alone needs {shown(need[largest] + WORKING_SET, up=True)} at "
+                f"memory_budget={shown(self.budget)} is too small: {dearest} alone needs {shown(need[dearest] + WORKING_SET, up=True)} at "
                 f"fisher_block_size={self.settings.fisher_block_size}; give that much, a smaller fisher_block_size, or method='fast_cap'"
             )
         groups: list[list[str]] = [[]]

@@ -18,18 +18,29 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-LARGEST = 192
-"""Weights per block where nobody says: the published choice, and one more Cholesky of 192 columns costs little more than two of 96."""
+PUBLISHED = 192
+"""Weights per block in the paper; where nobody says, a network of any size gets blocks of about that."""
+
+LARGEST = 512
+"""Weights per block that a small network gets where nobody says: larger ones won nothing more."""
+
+AFFORDABLE = 4 * 2**30
+"""Bytes of Fisher blocks up to which blocks above the published size are chosen where nobody says."""
 
 
-def fitting(row: int, group: int = 1) -> int:
-    """The largest block size up to 192 that cuts rows of ``row`` weights evenly, or holds whole rows.
+def largest(weights: int) -> int:
+    """Up to which size blocks are chosen for ``weights`` weights in all: as 4 GiB hold, from 192 to 512."""
+    return max(PUBLISHED, min(LARGEST, AFFORDABLE // (4 * max(1, weights))))
 
-    A block that ends in the middle of a neuron's inputs and goes on with the next neuron's keeps fewer of the correlations that matter. 192 where only
-    blocks of less than 96 would fit.
+
+def fitting(row: int, group: int = 1, limit: int = PUBLISHED) -> int:
+    """The largest block size up to ``limit`` that cuts rows of ``row`` weights evenly, or holds whole rows.
+
+    A block that ends in the middle of a neuron's inputs and goes on with the next neuron's keeps fewer of the correlations that matter. Where only
+    blocks of less than half of ``limit`` would fit: ``limit``, down to a multiple of ``group``.
     """
-    even = [k for k in range(LARGEST, LARGEST // 2 - 1, -1) if k % group == 0 and (row % k == 0 or k % row == 0)]
-    return even[0] if even else LARGEST
+    even = [k for k in range(limit, limit // 2 - 1, -1) if k % group == 0 and (row % k == 0 or k % row == 0)]
+    return even[0] if even else limit // group * group
 
 
 @dataclass(frozen=True)
@@ -48,12 +59,17 @@ class BlockLayout:
 
     @classmethod
     def of(
-        cls, shape: Sequence[int], block_size: int | None = None, channels_last: bool = False, group: int = 1
+        cls,
+        shape: Sequence[int],
+        block_size: int | None = None,
+        channels_last: bool = False,
+        group: int = 1,
+        limit: int = PUBLISHED,
     ) -> BlockLayout:
         """The layout of a tensor of ``shape``; blocks never exceed the tensor.
 
         Args:
-            block_size: None: the size up to 192 that :func:`fitting` finds.
+            block_size: None: the size up to ``limit`` that :func:`fitting` finds.
             group: a size that is chosen here is a multiple of it.
 
         Raises:
@@ -63,13 +79,13 @@ class BlockLayout:
             isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1
         ):
             raise ValueError(
-                f"fisher_block_size must be a positive integer, got {block_size!r}; None takes what fits the rows, up to {LARGEST}"
+                f"fisher_block_size must be a positive integer, got {block_size!r}; None takes what fits the rows, from {PUBLISHED} up to {LARGEST}"
             )
         numel = torch.Size(shape).numel()
         if numel == 0:
             raise ValueError(f"cannot prune an empty tensor of shape {tuple(shape)}; leave it out of `params`")
         if block_size is None:
-            block_size = fitting(numel // shape[0], group)
+            block_size = fitting(numel // shape[0], group, limit)
         return cls(tuple(shape), min(block_size, numel), channels_last and len(shape) > 2)
 
     @property

@@ -84,8 +84,8 @@ def prune(
         mask_type: ``"unstructured"``, ``"2:4"`` (2 of 4 stay) or any other N:M, ``"block4"``; see :mod:`capruner.patterns`.
         global_sparsity: the target holds over all layers together; False: in each.
         num_grads: gradients to estimate the Fisher matrix from: batches, or samples with ``gradients="sample"``.
-        fisher_block_size: weights per Fisher block ``B``; memory is ``weights · B · 4`` bytes. None: in each layer the largest size up to 192 that cuts its
-            rows evenly, see :func:`capruner.layout.fitting`.
+        fisher_block_size: weights per Fisher block ``B``; memory is ``weights · B · 4`` bytes. None: in each layer the largest size that cuts its rows
+            evenly, up to 192, or up to 512 as long as 4 GiB hold all blocks; see :func:`capruner.layout.fitting`.
         damp: ``λ`` added to the diagonal of the Fisher matrix, absolute (a squared gradient) unless ``relative_damp``; always
             relative to the mean diagonal for ``fast_cap``. None: the method's default, relative, 0.01, and 0.5 for ``fast_cap``.
         num_recomputations: climb to each sparsity in that many steps, each with a fresh calibration at the weights reached.

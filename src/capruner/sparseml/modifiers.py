@@ -42,8 +42,8 @@ class CAPruningModifier(CorrelationAwareModifier):
         n, m: for ``mask_type: N:M``; saved as part of ``mask_type``.
         num_grads: gradients per calibration.
         damp: ``λ`` on the diagonal of the Fisher matrix; absolute unless ``relative_damp``. null: relative, 0.01, which suits any scale of gradients.
-        fisher_block_size: weights per Fisher block. Any size: blocks are padded, never snapped to a divisor. null: in each layer the largest up to 192
-            that cuts its rows evenly.
+        fisher_block_size: weights per Fisher block. Any size: blocks are padded, never snapped to a divisor. null: in each layer the largest that
+            cuts its rows evenly, up to 192, or up to 512 as long as 4 GiB hold all blocks.
         num_recomputations: fresh calibrations within one update.
         recomputation_inter_func: how sparsity climbs over them: linear, cubic, geometric.
         grad_sampler_kwargs: handed to the ``data_loader_builder``.
