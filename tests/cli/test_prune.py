@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from training_case import KWARGS, MODEL
 
+import capruner
 from capruner.cli.main import COMMANDS, main
 
 timm = pytest.importorskip("timm")
@@ -107,6 +108,16 @@ def test_a_run_from_flags_writes_recipe_report_and_what_it_measured(place: Path,
         assert (folder / link).is_file()
 
 
+def test_recomputations_climb_geometrically(place: Path) -> None:
+    assert main(words(place, experiment="steps", sparsities=[0.75], num_recomputations=2, labels="model")) == 0
+    folder = place / "output" / "steps"
+    assert 'recomputation_inter_func: "geometric"' in (folder / "recipe.yaml").read_text()
+    result = capruner.load_result(folder / "result.safetensors")
+    assert result.settings["num_recomputations"] == 2
+    assert result.settings["recomputation_inter_func"] == "geometric"
+    assert result.settings["labels"] == "model"
+
+
 def test_overview_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
@@ -134,6 +145,7 @@ BAD = {
     "modules": ({"method": "obs", "params": ["blocks", "head.weight"]}, "--params blocks: --method obs is SparseML's"),
     "mask type": ({"mask_type": "4:2"}, "mask_type must be"),
     "no match": ({"params": ["blocks.7"]}, "no parameter or module is called 'blocks.7'"),
+    "no steps": ({"num_recomputations": 0}, "num_recomputations must be a whole number, at least 1, got 0"),
     "pattern and sparsity": ({"mask_type": "2:4", "sparsities": [0.9]}, "a sparsity of 0.5; got"),
 }  # fmt: skip
 
