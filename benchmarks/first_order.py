@@ -139,7 +139,7 @@ def main() -> None:
         moved = ""
         if index and not args.plain:
             share, before, after = step_back(cal, pruner, kept, divergence, share)
-            moved = f", divergence {before:.3f} -> {after:.3f} by the step before"
+            moved = f", after a step back: divergence {before:.3f} -> {after:.3f}"
         solution = pruner.solve([[Target(tuple(parameters), numel, sparsity)]])[0]
         level = cal.level(pruner.shards, sparsity, solution)
         kept = dict(level.masks)
