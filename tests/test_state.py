@@ -15,6 +15,7 @@ from untouched import same, snapshot
 import capruner
 from capruner import state
 from capruner.calibration import WORKING_SET
+from capruner.methods.base import SecondOrderMethod
 
 
 class Killed(BaseException):
@@ -53,6 +54,13 @@ CASES: dict[str, dict[str, Any]] = {
     "accumulate": {"sparsity": 0.8, "num_grads": 90, "solver": "accumulate"},
     "samples": {"sparsity": 0.8, "gradients": "sample", "num_grads": 200},
     "recomputations": {"sparsity": [0.5, 0.8], "num_recomputations": 3, "num_grads": 16},
+    "natural gradient": {"sparsity": [0.5, 0.8], "num_grads": 20, "natural_gradient_steps": 2},
+    "natural gradient, recomputed": {
+        "sparsity": 0.8,
+        "num_recomputations": 3,
+        "num_grads": 16,
+        "natural_gradient_steps": 1,
+    },
     "groups": {"sparsity": 0.8, "memory_budget": BUDGET},
     "groups of their own targets": {"sparsity": 0.8, "memory_budget": BUDGET, "global_sparsity": False},
     "fast_cap": {"sparsity": 0.8, "method": "fast_cap", "num_grads": 20},
@@ -102,6 +110,33 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(case: str, tmp_path: 
     assert equal(found, expected)
     capruner.remove_state(tmp_path / "state")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("case", ["recomputations", "natural gradient", "natural gradient, recomputed"])
+@pytest.mark.parametrize("at", [1, 2])
+def test_killed_after_the_gradients_the_next_pass_is_still_the_next(
+    case: str, at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Data()
+    expected = prune(whole, **CASES[case])
+    solve, calls = SecondOrderMethod.solve_counts, 0
+
+    def killed(self: Any, counts: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise Killed
+        return solve(self, counts)
+
+    monkeypatch.setattr(SecondOrderMethod, "solve_counts", killed)
+    with pytest.raises(Killed):
+        for _ in range(at):  # a single calibration is killed in the second run, which finds all of it done
+            prune(Data(), state_dir=tmp_path / str(at), **CASES[case])
+            capruner.remove_state(tmp_path / str(at))
+    again = Data()
+    assert equal(prune(again, state_dir=tmp_path / str(at), **CASES[case]), expected)
+    finished = 1 if case == "natural gradient" else at  # passes that the killed run had drawn
+    assert again.seen == whole.seen - finished * CASES[case]["num_grads"]
 
 
 @pytest.mark.usefixtures("often")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from timm.data import create_dataset, create_transform, resolve_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from capruner.distributed import world
 from research.utils.cli import UserError
 
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "hamming", "box", "random")
@@ -142,7 +144,16 @@ def preprocessing(args: Any, model: nn.Module) -> dict[str, Any]:
     config = resolve_data_config({key: value for key, value in given.items() if value is not None}, model=model)
     channels = config["input_size"][0]
     per_channel = {"mean": args.mean or config["mean"], "std": args.std or config["std"]}
-    return config | {key: _per_channel(values, channels, f"--{key}") for key, values in per_channel.items()}
+    found = config | {key: _per_channel(values, channels, f"--{key}") for key, values in per_channel.items()}
+    if args.checkpoint and not (args.mean or args.std or args.crop_pct) and world()[0] == 0:
+        # The weights say nothing of it, and with another preprocessing than in training they are bad without any error.
+        mean, std = (" ".join(f"{value:g}" for value in found[key]) for key in ("mean", "std"))
+        print(
+            f"note: images are preprocessed as timm says for {args.model}: --mean {mean} --std {std} --crop-pct {found['crop_pct']:g}; "
+            f"give what {args.checkpoint} was trained with, where it is something else",
+            file=sys.stderr,
+        )
+    return found
 
 
 def _per_channel(values: Sequence[float], channels: int, flag: str) -> tuple[float, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,10 +26,9 @@ from capruner.layout import BlockLayout, largest
 from capruner.memory import shown
 from capruner.methods import LayerSolution, Method, Settings, Stopwatch, Target
 from capruner.methods.base import RankedMethod, SecondOrderMethod
-from capruner.patterns import Pattern, unsupported
+from capruner.natural_gradient import FIRST_SHARE, SAMPLES, Divergence, FirstSamples, Step, descend
 from capruner.result import Level
 from capruner.resume import digest_of, packed, position_of, unpacked
-from capruner.selection import SelectionError
 from capruner.state import State, StateError
 
 _LOGGER = logging.getLogger(__name__)
@@ -50,8 +49,9 @@ class Calibration:
         on_bad_batch: see :func:`capruner.prune`.
         state: where to save what is done, and to find what an earlier run has done.
         clock: seconds by stage, over all calibrations.
-        notes: what the report counts, over all calibrations: ``skipped_batches``; ``damped_blocks`` by layer, the most
-            of one calibration.
+        notes: what the report says of all calibrations: ``skipped_batches``; ``damped_blocks`` by layer, the most of one calibration;
+            ``natural_gradient``, where there are such steps, what each did.
+        dense: for natural-gradient steps: the parameters as they are at first.
     """
 
     model: nn.Module
@@ -66,9 +66,14 @@ class Calibration:
     state: State | None = None
     clock: Stopwatch = field(default_factory=Stopwatch)
     notes: dict[str, Any] = field(default_factory=lambda: {"skipped_batches": 0, "damped_blocks": {}})
+    dense: Mapping[str, Tensor] | None = None
     _batches_drawn: int = field(default=0, init=False)
+    _first: FirstSamples | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
+        if self.settings.natural_gradient_steps:
+            self.notes.setdefault("natural_gradient", [])
+            self.dense = self.dense or {name: p.detach().clone() for name, p in self.parameters.items()}
         size, group = self.settings.fisher_block_size, self.settings.pattern.group
         limit = largest(sum(p.numel() for p in self.parameters.values()))
         self.layouts = {
@@ -102,12 +107,19 @@ class Calibration:
         if self.batches is None:
             raise ValueError(f"method {pruner.name!r} needs calibration data: give `batches`")
         shards = pruner.shards
+        batches = self.batches
+        if self.settings.natural_gradient_steps:
+            batches = self._first = FirstSamples(batches, -(-SAMPLES // shards.size))
         mine = self._share(shards)
         position = Position() if self.state is None else self._found(self.state, pruner)
+        if (
+            mine and position.taken == mine
+        ):  # by a run that was killed then: the next pass comes after this one all the same
+            passing_over(batches, position.batches)
         with calibrating(self.model):
             slabs = gradient_slabs(
                 self.model,
-                self.batches,
+                batches,
                 self.loss_fn,
                 self.parameters,
                 mine,
@@ -259,6 +271,8 @@ class Calibration:
             else:
                 assert isinstance(pruner, RankedMethod)
                 solutions = pruner.solve_counts(counts)
+            if self.settings.natural_gradient_steps:
+                solutions = self._descended(pruner, [s for s, _ in rungs], solutions)
             return [self.level(pruner.shards, s, solution) for (s, _), solution in zip(rungs, solutions)]
 
         if self.state is None:
@@ -270,6 +284,24 @@ class Calibration:
             raise StateError(
                 f"{self.state.folder} holds no outcome of this run ({error}); {self.state.remedy}"
             ) from error
+
+    def _descended(
+        self, pruner: Method, sparsities: Sequence[float], solutions: Sequence[Mapping[str, LayerSolution]]
+    ) -> list[dict[str, LayerSolution]]:
+        """The solutions after natural-gradient steps."""
+        assert isinstance(pruner, SecondOrderMethod)
+        assert self.dense is not None
+        assert self._first is not None
+        found, shards, notes = [], pruner.shards, self.notes["natural_gradient"]
+        with self.clock("natural gradient"), shards.together("taking natural-gradient steps"), calibrating(self.model):
+            divergence = Divergence(self.model, self.dense, self._first.held, shards)
+            for sparsity, solution in zip(sparsities, solutions):
+                share = Step(**notes[-1]["step"]).share if notes else FIRST_SHARE
+                steps = self.settings.natural_gradient_steps
+                moved, taken = descend(divergence, pruner, self.parameters, solution, steps, share, self.progress)
+                notes += [{"sparsity": sparsity, "step": asdict(step)} for step in taken]
+                found.append(moved)
+        return found
 
     def _parts(self, method: type[Method]) -> list[Calibration]:
         """This calibration cut into groups of layers whose Fisher blocks fit the budget."""
@@ -295,6 +327,12 @@ class Calibration:
             raise ValueError(
                 f"memory_budget={shown(self.budget)} needs {len(groups)} groups of layers, each with passes of its own over the data, but "
                 "`batches` is an iterator, which ends after one; give a DataLoader or a list"
+            )
+        if len(groups) > 1 and self.settings.natural_gradient_steps:
+            raise ValueError(
+                f"memory_budget={shown(self.budget)} makes {len(groups)} groups of layers, calibrated one after the other, and natural-gradient steps "
+                f"move all layers together: give {shown(sum(need.values()) + WORKING_SET, up=True)}, a smaller fisher_block_size, or "
+                "natural_gradient_steps=0"
             )
         if self.progress and world()[0] == 0:
             total = shown(sum(need.values()) + WORKING_SET)
@@ -337,26 +375,3 @@ def merged(levels: Sequence[Level]) -> Level:
 
 def _working_dtype(parameter: Tensor) -> torch.dtype:
     return torch.float64 if parameter.dtype == torch.float64 else torch.float32
-
-
-def supporting(
-    pattern: Pattern, parameters: Mapping[str, nn.Parameter], skip_unsupported: bool
-) -> tuple[dict[str, nn.Parameter], list[str]]:
-    """The parameters that can hold ``pattern``, and the names of those that cannot.
-
-    Raises:
-        SelectionError: some cannot and ``skip_unsupported`` is False, or none can.
-    """
-    bad = unsupported(pattern, parameters)
-    if bad and not skip_unsupported:
-        shapes = ", ".join(f"{name} {tuple(parameters[name].shape)}" for name in bad[:8])
-        more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
-        ahead = "|".join(name.replace(".", r"\.") for name in bad)
-        raise SelectionError(
-            f"{pattern} needs weights whose second dimension (inputs, or input channels per group) is a multiple of {pattern.group}; "
-            f"these are not: {shapes}{more}. Leave them dense with skip_unsupported=True, or out of params: a pattern that begins with "
-            f"'re:(?!(?:{ahead})$)' passes them over"
-        )
-    if len(bad) == len(parameters):
-        raise SelectionError(f"none of the selected parameters can hold {pattern}: {', '.join(bad[:8])}")
-    return {name: p for name, p in parameters.items() if name not in set(bad)}, bad

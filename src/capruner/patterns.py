@@ -19,11 +19,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from capruner.chunks import chunk_size, in_chunks
 from capruner.numerics import NotPositiveDefiniteError, full_precision
 from capruner.obs import Elimination, check_blocks
+from capruner.selection import SelectionError
 
 
 @dataclass(frozen=True)
@@ -207,3 +208,26 @@ def _eliminate_groups_chunk(weight: Tensor, H: Tensor, bias: Tensor, g: int) -> 
         systems[blocks, q] = torch.eye(g, dtype=w.dtype, device=w.device)
         bias[blocks, q] = torch.inf
     return order, losses.masked_fill_(losses >= never / 2, torch.inf)
+
+
+def supporting(
+    pattern: Pattern, parameters: Mapping[str, nn.Parameter], skip_unsupported: bool
+) -> tuple[dict[str, nn.Parameter], list[str]]:
+    """The parameters that can hold ``pattern``, and the names of those that cannot.
+
+    Raises:
+        SelectionError: some cannot and ``skip_unsupported`` is False, or none can.
+    """
+    bad = unsupported(pattern, parameters)
+    if bad and not skip_unsupported:
+        shapes = ", ".join(f"{name} {tuple(parameters[name].shape)}" for name in bad[:8])
+        more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
+        ahead = "|".join(name.replace(".", r"\.") for name in bad)
+        raise SelectionError(
+            f"{pattern} needs weights whose second dimension (inputs, or input channels per group) is a multiple of {pattern.group}; "
+            f"these are not: {shapes}{more}. Leave them dense with skip_unsupported=True, or out of params: a pattern that begins with "
+            f"'re:(?!(?:{ahead})$)' passes them over"
+        )
+    if len(bad) == len(parameters):
+        raise SelectionError(f"none of the selected parameters can hold {pattern}: {', '.join(bad[:8])}")
+    return {name: p for name, p in parameters.items() if name not in set(bad)}, bad

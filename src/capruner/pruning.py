@@ -12,21 +12,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from capruner.allocation import Score, checked_costs, refuse_below
-from capruner.calibration import Calibration, supporting
+from capruner.allocation import Score, checked_costs
+from capruner.calibration import Calibration
 from capruner.checks import check_arguments, check_finite, check_masks
 from capruner.fisher import Solver
 from capruner.gradients import GradientMode, LossFunction, OnBadBatch
 from capruner.labels import drawn_labels
 from capruner.memory import parse_bytes
-from capruner.methods import METHODS, OBS, Settings, Target
-from capruner.patterns import Pattern, parse_mask_type
+from capruner.methods import METHODS, OBS, Settings
+from capruner.methods.base import SecondOrderMethod
+from capruner.patterns import parse_mask_type, supporting
 from capruner.result import Level, PruningResult
 from capruner.resume import fingerprint, recall
 from capruner.selection import select_parameters, unwrap
 from capruner.state import State
+from capruner.targets import Sparsity, check_not_below, initial_masks, pruned_share, rungs_of, selected
 
-Sparsity = float | Mapping[float, Sequence[str]]
 Interpolation = Literal["linear", "cubic", "geometric"]
 
 INTERPOLATIONS: dict[str, Callable[[float, float, float], float]] = {
@@ -52,6 +53,7 @@ def prune(
     damp: float | None = None,
     num_recomputations: int = 1,
     recomputation_inter_func: str = "linear",
+    natural_gradient_steps: int = 0,
     gradients: GradientMode = "batch",
     labels: Literal["data", "model"] = "data",
     score: Score = "marginal",
@@ -90,6 +92,9 @@ def prune(
             relative to the mean diagonal for ``fast_cap``. None: the method's default, relative, 0.01, and 0.5 for ``fast_cap``.
         num_recomputations: climb to each sparsity in that many steps, each with a fresh calibration at the weights reached.
         recomputation_inter_func: how sparsity climbs over them: ``"linear"``, ``"cubic"``, ``"geometric"``.
+        natural_gradient_steps: after each pruning bring the outputs back towards the dense network's by so many steps ``−αF⁻¹g``, on the first 2,048
+            samples of the calibration (held in memory) and without labels; see :mod:`capruner.natural_gradient`. For ``cap`` and ``obs``, and models
+            that give logits. ``result.settings["natural_gradient"]`` says what each step did.
         gradients: ``"batch"`` (one gradient from each batch) or ``"sample"``.
         labels: ``"data"`` takes the targets of the batches; ``"model"`` draws labels from the model's own softmax, see :mod:`capruner.labels`; then the
             data needs no labels (anything may stand in their place).
@@ -131,6 +136,8 @@ def prune(
         raise ValueError(f"method {method!r} needs calibration data: give `batches`")
     if labels not in ("data", "model"):
         raise ValueError(f"labels must be 'data' or 'model', got {labels!r}")
+    if natural_gradient_steps and not issubclass(METHODS[method], SecondOrderMethod):
+        raise ValueError(f"natural_gradient_steps need the Fisher blocks of method cap or obs, got method={method!r}")
     given_loss = loss_fn
     if labels == "model" and batches is not None:
         batches, loss_fn = drawn_labels(batches, loss_fn)
@@ -139,7 +146,7 @@ def prune(
     for what, size in (("fisher_block_size", fisher_block_size), ("block_size", block_size)):
         if isinstance(size, int) and size > 0 and size % pattern.group:
             raise ValueError(f"{what} must be a multiple of {pattern.group} for mask_type {pattern}, got {size}")
-    parameters, groups = _selected(model, params, sparsity)
+    parameters, groups = selected(model, params, sparsity)
     parameters, skipped = supporting(pattern, parameters, skip_unsupported)
     if costs is not None:
         costs = checked_costs(costs, parameters)
@@ -159,11 +166,12 @@ def prune(
         fisher_inv_device=fisher_inv_device,
         block_size=block_size,
         costs=costs,
+        natural_gradient_steps=natural_gradient_steps,
         pattern=pattern,
     )
-    rungs = _rungs(parameters, groups, sparsity, global_sparsity, pattern)
-    kept = _initial_masks(parameters, masks)
-    _check_not_below(rungs[0][1], kept, pattern)
+    rungs = rungs_of(parameters, groups, sparsity, global_sparsity, pattern)
+    kept = initial_masks(parameters, masks)
+    check_not_below(rungs[0][1], kept, pattern)
     state = None
     if state_dir is not None:
         arguments = {
@@ -195,7 +203,7 @@ def prune(
         climb = INTERPOLATIONS[recomputation_inter_func]
         with _weights_restored(parameters), torch.no_grad():
             for s, targets in rungs:
-                starts = [_pruned_share(target.names, kept) for target in targets]
+                starts = [pruned_share(target.names, kept) for target in targets]
                 for step in range(1, num_recomputations + 1):
                     now = [
                         # The last step takes the target itself: interpolation can miss it by a rounding error, and the count by one weight.
@@ -260,7 +268,7 @@ def compensate_masks(
     check_masks(masks)
     model = unwrap(model)
     parameters = select_parameters(model, list(masks))
-    kept = _initial_masks(parameters, masks)
+    kept = initial_masks(parameters, masks)
     settings = Settings(
         num_grads=num_grads,
         fisher_block_size=fisher_block_size,
@@ -276,7 +284,7 @@ def compensate_masks(
     pruner = calibration.run(OBS, nothing_yet)
     assert isinstance(pruner, OBS)
     gone = {n: calibration.layouts[n].to_blocks(~k, torch.bool)[pruner.shards.own(n)] for n, k in kept.items()}
-    level = calibration.level(pruner.shards, _pruned_share(tuple(kept), kept), pruner.solve_masks(gone))
+    level = calibration.level(pruner.shards, pruned_share(tuple(kept), kept), pruner.solve_masks(gone))
     return PruningResult(
         method="masks",
         levels=[level],
@@ -284,101 +292,6 @@ def compensate_masks(
         settings=asdict(settings) | {"pattern": "given", "gradients": gradients, **calibration.notes},
         timings=calibration.clock.seconds,
     )
-
-
-def _selected(
-    model: nn.Module, params: str | Sequence[str], sparsity: Sparsity | Sequence[float]
-) -> tuple[dict[str, nn.Parameter], dict[str, float] | None]:
-    """The parameters to prune; with a dict of sparsities the target of each."""
-    if not isinstance(sparsity, Mapping):
-        return select_parameters(model, params), None
-    if not sparsity:
-        raise ValueError("the dict of sparsities is empty; give {sparsity: [params]}")
-    parameters: dict[str, nn.Parameter] = {}
-    own: dict[str, float] = {}
-    for value, names in sparsity.items():
-        value = _checked_sparsity(value)
-        for name, parameter in select_parameters(model, names).items():
-            parameters[name] = parameter
-            own.setdefault(name, value)
-    return parameters, own
-
-
-def _rungs(
-    parameters: Mapping[str, nn.Parameter],
-    own: Mapping[str, float] | None,
-    sparsity: Sparsity | Sequence[float],
-    global_sparsity: bool,
-    pattern: Pattern,
-) -> list[tuple[float, list[Target]]]:
-    """Per sparsity, ascending, its targets."""
-    if own is not None:
-        total = sum(p.numel() for p in parameters.values())
-        overall = sum(own[name] * p.numel() for name, p in parameters.items()) / total
-        rungs = [(overall, [Target((name,), p.numel(), own[name]) for name, p in parameters.items()])]
-    else:
-        assert not isinstance(sparsity, Mapping)
-        listed = [sparsity] if isinstance(sparsity, int | float) else list(sparsity)
-        if not listed:
-            raise ValueError("the list of sparsities is empty; give at least one, 0.5 say")
-        groups = [tuple(parameters)] if global_sparsity else [(name,) for name in parameters]
-        ascending = sorted({_checked_sparsity(s) for s in listed})
-        numel = [sum(parameters[name].numel() for name in group) for group in groups]
-        rungs = [(s, [Target(group, size, s) for group, size in zip(groups, numel)]) for s in ascending]
-    if pattern.sparsity is not None:
-        wrong = sorted(
-            {t.sparsity for _, targets in rungs for t in targets if abs(t.sparsity - pattern.sparsity) > 1e-6}
-        )
-        if wrong:
-            raise ValueError(
-                f"mask_type {pattern} means that {pattern.stay} of {pattern.group} weights stay, a sparsity of {pattern.sparsity:g}; got {wrong}"
-            )
-    return rungs
-
-
-def _checked_sparsity(value: Any) -> float:
-    value = float(value)
-    if not 0 <= value < 1:
-        raise ValueError(
-            f"sparsity must lie in [0, 1), got {value:g}{': write 0.9 for 90 %' if 1 < value <= 100 else ''}"
-        )
-    return value
-
-
-def _initial_masks(
-    parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor] | Literal["zeros"] | None
-) -> dict[str, Tensor]:
-    if masks == "zeros":
-        return {name: p.detach() != 0 for name, p in parameters.items()}
-    kept = {name: torch.ones_like(p, dtype=torch.bool) for name, p in parameters.items()}
-    if masks is None:
-        return kept
-    if isinstance(masks, str):
-        raise ValueError(f"masks must be a dict of bool tensors, 'zeros' or None, got {masks!r}")
-    for name, mask in masks.items():
-        if name not in kept:
-            raise ValueError(
-                f"masks holds {name}, which is not among the selected parameters; select it too, or drop its mask"
-            )
-        if mask.shape != kept[name].shape:
-            raise ValueError(
-                f"the mask of {name} has shape {tuple(mask.shape)}, the parameter {tuple(kept[name].shape)}"
-            )
-        kept[name] = mask.to(kept[name].device) != 0
-    return kept
-
-
-def _check_not_below(targets: Sequence[Target], kept: Mapping[str, Tensor], pattern: Pattern) -> None:
-    """Before any data is drawn: no target below what is pruned already."""
-    if pattern.n_m is not None:
-        return
-    for target in targets:
-        gone = sum(int((~kept[name]).sum()) for name in target.names)
-        refuse_below(gone, target.steps(pattern.group) * pattern.group, target.names)
-
-
-def _pruned_share(names: Sequence[str], kept: Mapping[str, Tensor]) -> float:
-    return sum(int((~kept[n]).sum()) for n in names) / sum(kept[n].numel() for n in names)
 
 
 @contextmanager

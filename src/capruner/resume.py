@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from capruner.gradients import Position
 from capruner.methods import Settings
+from capruner.natural_gradient import Step
 from capruner.result import Level
 from capruner.state import State, StateError
 
@@ -67,11 +68,15 @@ def recall(state: State, notes: dict[str, Any], seconds: dict[str, float]) -> No
     )
     good = isinstance(took, dict) and all(type(value) in (int, float) for value in took.values())
     good = good and isinstance(damped, dict) and all(_is_count(value) for value in damped.values())
+    steps = found.get("natural_gradient", [])
+    good = good and isinstance(steps, list) and all(map(_is_step, steps))
     if not (good and _is_count(skipped)):
         raise StateError(
-            f"{state.folder} holds counts (skipped_batches, damped_blocks, seconds) that are none; {state.remedy}"
+            f"{state.folder} holds counts (skipped_batches, damped_blocks, seconds, natural_gradient) that are none; {state.remedy}"
         )
     notes |= {"skipped_batches": skipped, "damped_blocks": dict(damped)}
+    if "natural_gradient" in notes:
+        notes["natural_gradient"] = list(steps)
     seconds |= took
 
 
@@ -88,6 +93,13 @@ def position_of(place: Mapping[str, Any], num_grads: int) -> Position:
     if numbers["taken"] > num_grads or any(number >= numbers["batches"] for number in skipped):
         raise ValueError(f"{numbers} and skipped {skipped} are not of {num_grads} gradients")
     return Position(**numbers, skipped=skipped, keep_last=True)
+
+
+def _is_step(value: Any) -> bool:
+    names = {field.name for field in fields(Step)}
+    good = isinstance(value, dict) and value.keys() == {"sparsity", "step"} and isinstance(value["step"], dict)
+    good = good and type(value["sparsity"]) is float
+    return good and value["step"].keys() == names and all(type(number) is float for number in value["step"].values())
 
 
 def _is_count(value: Any) -> bool:

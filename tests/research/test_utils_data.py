@@ -35,7 +35,8 @@ def model(**kwargs: Any) -> torch.nn.Module:
 
 
 def config(module: torch.nn.Module, **given: Any) -> dict[str, Any]:
-    flags = dict.fromkeys(("img_size", "mean", "std", "crop_pct", "interpolation")) | {"model_kwargs": KWARGS} | given
+    flags = dict.fromkeys(("img_size", "mean", "std", "crop_pct", "interpolation", "checkpoint"))
+    flags |= {"model_kwargs": KWARGS, "model": "vit_tiny_patch16_224"} | given
     return data.preprocessing(SimpleNamespace(**flags), module)
 
 
@@ -143,6 +144,16 @@ def test_preprocessing_comes_from_the_model_where_no_flag_says_otherwise():
     assert (given["input_size"], given["std"], given["crop_pct"]) == ((3, 32, 32), (0.1, 0.2, 0.3), 1.0)
     with pytest.raises(UserError, match="--mean has 2 values, the model's input 3 channels"):
         config(module, mean=[0.1, 0.2])
+
+
+def test_a_checkpoint_whose_preprocessing_nobody_gave_gets_a_note(capsys):
+    module = model()
+    config(module)
+    config(module, checkpoint="mine.pth", mean=[0.1, 0.2, 0.3])
+    assert capsys.readouterr().err == ""
+    config(module, checkpoint="mine.pth")
+    told = capsys.readouterr().err
+    assert "--mean 0.5 0.5 0.5 --std 0.5 0.5 0.5 --crop-pct 0.9; give what mine.pth was trained with" in told
 
 
 def test_a_limit_takes_the_same_images_each_time(folder):

@@ -15,8 +15,8 @@ from torch import Tensor
 from capruner.allocation import Score, allocate, step_scores
 from capruner.distributed import Shards
 from capruner.fisher import RUNGS, BlockFisher, Solver
-from capruner.numerics import NotPositiveDefiniteError
-from capruner.obs import Elimination, compensate_prefixes
+from capruner.numerics import NotPositiveDefiniteError, full_precision
+from capruner.obs import Elimination, compensate, compensate_prefixes
 from capruner.patterns import Pattern
 
 MOST_DAMPED = 0.05
@@ -37,6 +37,7 @@ class Settings:
     fisher_inv_device: str | None = None
     block_size: int | None = None
     costs: Mapping[str, float] | None = None
+    natural_gradient_steps: int = 0
     pattern: Pattern = field(default_factory=Pattern)
 
     def __post_init__(self) -> None:
@@ -49,6 +50,9 @@ class Settings:
                 raise ValueError(
                     f"{what} must be a whole number, at least 1{', or None to have it chosen' if optional else ''}, got {value!r}"
                 )
+        steps = self.natural_gradient_steps
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+            raise ValueError(f"natural_gradient_steps must be a whole number, at least 0, got {steps!r}")
         if self.score not in get_args(Score):  # found here, and not after the calibration
             raise ValueError(f"score must be one of {get_args(Score)}, got {self.score!r}")
 
@@ -226,6 +230,15 @@ class RankedMethod(Method):
         """Weights ``(levels, n, B)`` and losses ``(levels, n)`` of a layer whose blocks take ``(levels, n)`` steps."""
 
 
+@contextmanager
+def _naming(layer: str) -> Iterator[None]:
+    """The layer's name before the message of a block that will not factor."""
+    try:
+        yield
+    except NotPositiveDefiniteError as error:
+        raise NotPositiveDefiniteError(f"{layer}: {error}") from None
+
+
 class SecondOrderMethod(RankedMethod):
     """Fisher blocks, their inverses, an order from them, and the closed-form OBS update. What differs is the order."""
 
@@ -267,7 +280,7 @@ class SecondOrderMethod(RankedMethod):
     def prepare(self, weights: Mapping[str, Tensor], dead: Mapping[str, Tensor]) -> None:
         for name, layout in self.layouts.items():
             fisher = self._fishers.pop(name)
-            try:
+            with _naming(name):
                 with self.clock("fisher"):
                     device = torch.device(self.settings.fisher_inv_device or weights[name].device)
                     padding = layout.is_padding(device)[self.shards.own(name)]
@@ -277,9 +290,22 @@ class SecondOrderMethod(RankedMethod):
                 with self.clock("eliminate"):
                     weight = weights[name].to(H)
                     self._rank(name, self._order(weight, H, gone, padding))
-            except NotPositiveDefiniteError as error:
-                raise NotPositiveDefiniteError(f"{name}: {error}") from None
             self._weights[name], self._inverses[name] = weight, H
+
+    def newton(self, name: str, gradient: Tensor, keep: Tensor) -> Tensor:
+        """``F⁻¹ g`` of the weights that stay, those that leave being no part of ``F``.
+
+        Args:
+            gradient: ``(n, B)``, 0 where not kept.
+            keep: ``(n, B)`` bool, True = stays.
+
+        Returns:
+            ``(n, B)``, 0 where not kept: the re-fit of ``H g`` after the others have left, by the inverse of a partitioned matrix.
+        """
+        H = self._inverses[name]
+        with full_precision(), _naming(name):
+            whole = torch.bmm(H, gradient.to(H)[:, :, None])[:, :, 0]
+            return compensate(whole, H, keep.to(H.device), blocks_in_parallel=self.settings.blocks_in_parallel)
 
     def _count_damped(self, name: str, own: int) -> None:
         damped, blocks = self.shards.total(own, "inverting Fisher blocks"), self.layouts[name].num_blocks
@@ -307,7 +333,7 @@ class SecondOrderMethod(RankedMethod):
         """The order in which the weights of each block leave."""
 
     def _compensate(self, name: str, order: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        try:
+        with _naming(name):
             return compensate_prefixes(
                 self._weights[name],
                 self._inverses[name],
@@ -315,5 +341,3 @@ class SecondOrderMethod(RankedMethod):
                 counts,
                 blocks_in_parallel=self.settings.blocks_in_parallel,
             )
-        except NotPositiveDefiniteError as error:
-            raise NotPositiveDefiniteError(f"{name}: {error}") from None

@@ -21,8 +21,7 @@ from sparseml.pytorch.utils import NamedLayerParam
 from sparseml.utils import FROM_PARAM_TOKEN, interpolate
 from torch import Tensor, nn
 
-from capruner.calibration import supporting
-from capruner.patterns import parse_mask_type
+from capruner.patterns import parse_mask_type, supporting
 from capruner.pruning import prune
 from capruner.result import PruningResult
 from capruner.selection import select_parameters, unwrap
