@@ -135,14 +135,15 @@ def test_the_divergence_and_its_gradient_are_those_of_the_definition(monkeypatch
 
 
 @pytest.mark.parametrize("block_size", [48, 50])  # 50: blocks that straddle rows, and padding
-def test_two_steps_by_hand(block_size: int) -> None:
-    """From the result without steps, in float64: gradient of the divergence, Fisher matrix of the weights that stay, the length that the run reports."""
+def test_three_steps_by_hand(block_size: int) -> None:
+    """From the result without steps, in float64: gradient of the divergence, Fisher matrix of the weights that stay, Polak-Ribière, and the length that the
+    run reports."""
     batches = data(dtype=torch.float64)
     more = {"fisher_block_size": block_size}
     plain = prune(net(torch.float64), batches, 0.7, steps=0, **more)
-    result = prune(net(torch.float64), batches, 0.7, **more)
+    result = prune(net(torch.float64), batches, 0.7, steps=3, **more)
     steps = said(result)
-    assert len(steps) == 2
+    assert len(steps) == 3
     dense, model = net(torch.float64), net(torch.float64)
     parameters = {name: dict(model.named_parameters())[name] for name in WEIGHTS}
     rows: dict[str, list[Tensor]] = {name: [] for name in WEIGHTS}
@@ -153,25 +154,37 @@ def test_two_steps_by_hand(block_size: int) -> None:
             rows[name].append(g.flatten())
     blocks = {name: fisher_blocks(torch.stack(rows[name]), block_size, 1e-3) for name in WEIGHTS}
     plain.apply(model)
+    last: tuple[Tensor, Tensor, Tensor] | None = None
+    turns = 0
     for step in steps:
         loss = divergence(model, dense, batches)
         assert step["before"] == pytest.approx(float(loss.detach()), rel=1e-9)
         gradients = dict(zip(WEIGHTS, torch.autograd.grad(loss, list(parameters.values())), strict=True))
-        slope = 0.0
-        for name, p in parameters.items():
+        newtons = []
+        for name in WEIGHTS:
             keep = plain.masks()[name].flatten().split(block_size)
             parts = []
             for F_block, g, k in zip(blocks[name], gradients[name].flatten().split(block_size), keep, strict=True):
                 part = torch.zeros_like(g)
                 part[k] = torch.linalg.solve(F_block[k][:, k], g[k])
                 parts.append(part)
-            newton = torch.cat(parts).view_as(p)
-            slope += float((newton * gradients[name]).sum())
-            with torch.no_grad():
-                p -= step["length"] * newton
-        assert step["slope"] == pytest.approx(slope, rel=1e-6)
+            newtons.append(torch.cat(parts))
+        keeps = torch.cat([plain.masks()[name].flatten() for name in WEIGHTS])
+        gradient = torch.cat([gradients[name].flatten() for name in WEIGHTS]) * keeps
+        newton = way = torch.cat(newtons)
+        if last is not None:
+            gradient_before, newton_before, way_before = last
+            beta = newton @ (gradient - gradient_before) / (newton_before @ gradient_before)
+            if beta > 0 and (newton + beta * way_before) @ gradient > 0:
+                way, turns = newton + beta * way_before, turns + 1
+        last = gradient, newton, way
+        assert step["slope"] == pytest.approx(float(way @ gradient), rel=1e-6)
+        with torch.no_grad():
+            for p, part in zip(parameters.values(), way.split([p.numel() for p in parameters.values()]), strict=True):
+                p -= step["length"] * part.view_as(p)
         assert step["after"] == pytest.approx(float(divergence(model, dense, batches).detach()), rel=1e-6)
         assert step["after"] < step["before"]
+    assert turns
     for name, p in parameters.items():
         assert torch.equal(result.masks()[name], plain.masks()[name])
         torch.testing.assert_close(result.level().weights[name], p.detach(), rtol=1e-6, atol=1e-9)

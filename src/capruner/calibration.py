@@ -27,6 +27,7 @@ from capruner.memory import shown
 from capruner.methods import LayerSolution, Method, Settings, Stopwatch, Target
 from capruner.methods.base import RankedMethod, SecondOrderMethod
 from capruner.natural_gradient import FIRST_SHARE, SAMPLES, Divergence, FirstSamples, Step, descend
+from capruner.numerics import working_dtype
 from capruner.result import Level
 from capruner.resume import digest_of, packed, position_of, unpacked
 from capruner.state import State, StateError
@@ -91,7 +92,7 @@ class Calibration:
         for name, p in self.parameters.items():
             own = shards.own(name)
             dead[name] = self.layouts[name].to_blocks(~kept[name], torch.bool)[own]
-            weights[name] = self.layouts[name].to_blocks(p.detach(), _working_dtype(p))[own].masked_fill(dead[name], 0)
+            weights[name] = self.layouts[name].to_blocks(p.detach(), working_dtype(p))[own].masked_fill(dead[name], 0)
         with shards.together("inverting Fisher blocks"):
             pruner.prepare(weights, dead)
         damped = self.notes["damped_blocks"]
@@ -189,7 +190,7 @@ class Calibration:
         return sum(
             (min(blocks[name], 1) if pruner.whole_layers else blocks[name])
             * layout.block_size**2
-            * _working_dtype(self.parameters[name]).itemsize
+            * working_dtype(self.parameters[name]).itemsize
             for name, layout in pruner.layouts.items()
         )
 
@@ -371,7 +372,3 @@ def merged(levels: Sequence[Level]) -> Level:
         for whole, part in zip(together, (level.weights, level.masks, level.losses)):
             whole |= part
     return Level(first.sparsity, *together)
-
-
-def _working_dtype(parameter: Tensor) -> torch.dtype:
-    return torch.float64 if parameter.dtype == torch.float64 else torch.float32

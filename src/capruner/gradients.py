@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from capruner.finite import BadBatchError, check_loss, checked, floats
 from capruner.memory import halved
+from capruner.numerics import working_dtype
 
 GradientMode = Literal["batch", "sample"]
 OnBadBatch = Literal["raise", "skip"]
@@ -191,10 +192,6 @@ def call_model(model: Callable[..., Any], inputs: Any) -> Any:
     return model(inputs)
 
 
-def _accumulation_dtype(parameter: Tensor) -> torch.dtype:
-    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
-
-
 @dataclass
 class _Source:
     """Iterable of slabs; what both modes share."""
@@ -224,7 +221,7 @@ class _BatchGradients(_Source):
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         at, slab = self.at, min(self.slab, self.num_grads)
         rows = {
-            name: torch.empty(slab, *p.shape, dtype=_accumulation_dtype(p), device=p.device)
+            name: torch.empty(slab, *p.shape, dtype=working_dtype(p), device=p.device)
             for name, p in self.parameters.items()
         }
         filled: list[int] = []  # the batch of each row
@@ -309,7 +306,7 @@ class _SampleGradients(_Source):
                 if gradients is None:  # outside of the handler, whose error holds the tensors of the attempt
                     self.slab = halved(stop - start, "gradients of samples")
                     continue
-                slab = {n: g.to(_accumulation_dtype(g)) for n, g in gradients.items()}
+                slab = {n: g.to(working_dtype(g)) for n, g in gradients.items()}
                 try:
                     check_loss(losses, index, *part)
                     checked(slab, [index] * (stop - start))

@@ -5,11 +5,12 @@ The expansion that weights leave by,
     L(w + δ) ≈ L + gᵀ δ + ½ δᵀ F δ,
 
 has ``g = 0`` where training has ended, and ``F`` in blocks that know nothing of each other. Where weights have left ``g`` is not 0 any more, and what the
-blocks have not seen of each other is in it. So those that stay take steps ``−α F⁻¹ g``, ``F`` being the blocks at hand, of the weights that stay, and ``L`` the
-Kullback-Leibler divergence of the outputs from those of the dense network: it needs no labels, and its gradient has none of their noise.
+blocks have not seen of each other is in it. So those that stay take steps along ``−F⁻¹ g``, ``F`` being the blocks at hand, of the weights that stay, and ``L``
+the Kullback-Leibler divergence of the outputs from those of the dense network: it needs no labels, and its gradient has none of their noise.
 
-``α = 1`` would be right if blocks knew of each other. Each would make up for all of the error: on the ViT of docs/studies the best ``α`` is between 1/400
-and 1/4,000, and a full step ruins it. So ``α`` is searched for; a step that does not lower the divergence is not taken.
+A step of length 1 would be right if blocks knew of each other. As it is each would make up for all of the error: on the ViT of docs/studies the best length
+is between 1/2,000 and 1/10,000, and a full step ruins it. So the length is searched for, and a step that does not lower the divergence is not taken. For what
+blocks do not know of each other, each further direction is made conjugate to the last (Polak and Ribière 1969): preconditioned nonlinear conjugate gradients.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from capruner.distributed import Shards
 from capruner.gradients import call_model
 from capruner.methods import LayerSolution
 from capruner.methods.base import SecondOrderMethod
+from capruner.numerics import working_dtype
 
 SAMPLES = 2048
 """The first so many of a calibration, of all processes together, give the gradients; they are held in memory meanwhile."""
@@ -43,11 +45,11 @@ CLOSE = 0.2
 
 @dataclass(frozen=True)
 class Step:
-    """A step ``−α F⁻¹ g``.
+    """A step along ``−d``; the first of several has ``d = F⁻¹ g``.
 
     Attributes:
-        length: ``α``; 0: no length that was tried lowered the divergence.
-        slope: ``gᵀ F⁻¹ g``, what the divergence falls by per ``α`` at first.
+        length: in units of ``d``; 0: no length that was tried lowered the divergence.
+        slope: ``gᵀ d``, what the divergence falls by per length at first.
         before, after: mean divergence, in nats.
     """
 
@@ -110,7 +112,7 @@ class Divergence:
                 goal = self._outputs(functional, inputs)
                 if torch.isfinite(goal).all():
                     self.batches.append((inputs, goal))
-        self.samples = shards.sum(sum(len(goal) for _, goal in self.batches))
+        self.samples = shards.total(sum(len(goal) for _, goal in self.batches), "taking natural-gradient steps")
         if not self.samples:
             raise ValueError(
                 "natural_gradient_steps: the dense network has no finite outputs for any of the first batches"
@@ -124,7 +126,7 @@ class Divergence:
                 f"natural-gradient steps compare class probabilities, from logits (batch, classes), and the model gave {shape}; use "
                 "natural_gradient_steps=0"
             )
-        return outputs.to(torch.promote_types(outputs.dtype, torch.float32)).log_softmax(dim=1)
+        return outputs.to(working_dtype(outputs)).log_softmax(dim=1)
 
     def _sum(self, inputs: Any, goal: Tensor) -> Tensor:
         return F.kl_div(self._outputs(self.model, inputs), goal, log_target=True, reduction="sum")
@@ -142,12 +144,79 @@ class Divergence:
     @torch.enable_grad()
     def gradient(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         """This process's part of it; that of all samples is the sum over processes."""
-        found = {name: torch.zeros_like(p, memory_format=torch.contiguous_format) for name, p in parameters.items()}
+        found = {n: torch.zeros(p.shape, dtype=working_dtype(p), device=p.device) for n, p in parameters.items()}
         for inputs, goal in self.batches:
             part = self._sum(inputs, goal) / self.samples
             for total, gradient in zip(found.values(), torch.autograd.grad(part, list(parameters.values()))):
                 total += gradient
         return found
+
+
+class _Descent:
+    """Preconditioned nonlinear conjugate gradients; see :func:`descend` for the arguments."""
+
+    def __init__(
+        self,
+        divergence: Divergence,
+        pruner: SecondOrderMethod,
+        parameters: Mapping[str, nn.Parameter],
+        solution: Mapping[str, LayerSolution],
+    ) -> None:
+        self.divergence, self.pruner, self.parameters = divergence, pruner, parameters
+        self.keep = {name: layer.keep for name, layer in solution.items()}
+        self.weights = {name: layer.weight for name, layer in solution.items()}
+        self._last: tuple[dict[str, Tensor], dict[str, Tensor], float] | None = None
+
+    def step(self, share: float) -> Step:
+        start = self._whole(self.weights)
+        for name, p in self.parameters.items():
+            p.copy_(start[name])
+        gradient = self._gradient()
+        newton = {name: self.pruner.newton(name, g, self.keep[name]) for name, g in gradient.items()}
+        square = self._dot(newton, gradient)
+        way, slope = newton, square
+        if self._last is not None:
+            gradient_before, way_before, square_before = self._last
+            beta = (square - self._dot(newton, gradient_before)) / square_before
+            turned = {name: newton[name] + beta * way_before[name] for name in newton}
+            if beta > 0 and self._dot(turned, gradient) > 0:  # else begin anew
+                way, slope = turned, self._dot(turned, gradient)
+        self._last = gradient, way, square
+        whole = self._whole(way)
+
+        def value(length: float) -> float:
+            for name, p in self.parameters.items():
+                p.copy_(start[name] - length * whole[name])
+            return self.divergence.value()
+
+        step = search(value, slope, share)
+        self.weights = {name: weight - step.length * way[name] for name, weight in self.weights.items()}
+        return step
+
+    def _gradient(self) -> dict[str, Tensor]:
+        """At the present parameters, of all samples; the blocks of this process, 0 where weights have left."""
+        layouts = self.pruner.layouts
+        local = {
+            name: layouts[name].to_blocks(g[None], g.dtype)
+            for name, g in self.divergence.gradient(self.parameters).items()
+        }
+        rows = self.pruner.shards.exchange(local)
+        assert rows is not None  # one from each process
+        return {
+            name: rows[name].sum(dim=0).to(weight).masked_fill(~self.keep[name], 0)
+            for name, weight in self.weights.items()
+        }
+
+    def _whole(self, blocks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Everybody's blocks, shaped like the parameters."""
+        return {
+            name: self.pruner.layouts[name].from_blocks(self.pruner.shards.gather(name, blocks[name])).to(p)
+            for name, p in self.parameters.items()
+        }
+
+    def _dot(self, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+        """Over the blocks of all processes."""
+        return self.pruner.shards.sum(sum(float((a[name] * b[name]).sum(dtype=torch.float64)) for name in a))
 
 
 @torch.no_grad()
@@ -160,7 +229,9 @@ def descend(
     share: float = FIRST_SHARE,
     progress: bool = False,
 ) -> tuple[dict[str, LayerSolution], list[Step]]:
-    """Take up to so many steps from a solution; fewer where one finds no way down. The parameters are at the end what they were before.
+    """Take up to so many steps from a solution; fewer where one finds no way down, which is reported too, with length 0.
+
+    The parameters are at the end what they were before.
 
     Args:
         divergence: of the model that has the parameters.
@@ -172,52 +243,19 @@ def descend(
         The solution with the same masks and other weights, and the steps.
     """
     saved = {name: p.detach().clone() for name, p in parameters.items()}
+    descent = _Descent(divergence, pruner, parameters, solution)
     taken: list[Step] = []
     try:
         for _ in tqdm(range(steps), "natural-gradient steps", leave=False, disable=None if progress else True):
-            step, solution = _step(divergence, pruner, parameters, solution, share)
-            taken.append(step)
-            if not step.length:
+            taken.append(descent.step(share))
+            if not taken[-1].length:
                 break
-            share = step.share
+            share = taken[-1].share
     finally:
         for name, p in parameters.items():
             p.copy_(saved[name])
-    return dict(solution), taken
-
-
-def _step(
-    divergence: Divergence,
-    pruner: SecondOrderMethod,
-    parameters: Mapping[str, nn.Parameter],
-    solution: Mapping[str, LayerSolution],
-    share: float,
-) -> tuple[Step, dict[str, LayerSolution]]:
-    shards, layouts = pruner.shards, pruner.layouts
-    for name, p in parameters.items():
-        p.copy_(layouts[name].from_blocks(shards.gather(name, solution[name].weight)))
-    start = {name: p.detach().clone() for name, p in parameters.items()}
-    local = divergence.gradient(parameters)
-    rows = shards.exchange({name: layouts[name].to_blocks(g[None], g.dtype) for name, g in local.items()})
-    assert rows is not None  # one from each process
-    newton, slope = {}, 0.0
-    for name, layer in solution.items():
-        gradient = rows[name].sum(dim=0).to(layer.weight).masked_fill(~layer.keep, 0)
-        newton[name] = pruner.newton(name, gradient, layer.keep)
-        slope += float((newton[name] * gradient).sum(dtype=torch.float64))
-    way = {name: layouts[name].from_blocks(shards.gather(name, newton[name])).to(p) for name, p in parameters.items()}
-
-    def value(length: float) -> float:
-        for name, p in parameters.items():
-            p.copy_(start[name] - length * way[name])
-        return divergence.value()
-
-    step = search(value, shards.sum(slope), share)
-    moved = {
-        name: LayerSolution(layer.weight - step.length * newton[name], layer.keep, layer.loss)
-        for name, layer in solution.items()
-    }
-    return step, moved
+    moved = {n: LayerSolution(descent.weights[n], layer.keep, layer.loss) for n, layer in solution.items()}
+    return moved, taken
 
 
 def search(value: Callable[[float], float], slope: float, share: float) -> Step:

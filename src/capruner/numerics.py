@@ -6,10 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 
 class NotPositiveDefiniteError(ValueError):
     """A Fisher block, or its inverse, is not positive definite to working precision. The message says where and what damping to try."""
+
+
+def working_dtype(tensor: Tensor) -> torch.dtype:
+    """What is computed in for a parameter or gradient: float64 stays, everything else is float32."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 @contextmanager
