@@ -7,7 +7,7 @@
 DATA holds train/<class>/*.jpg and val/<class>/*.jpg. The recipe may use any SparseML pruning modifier: CAP and FastCAP serve the whole list from one
 calibration, SparseML's own (OBSPruningModifier, MFACPruningModifier, GlobalMagnitudePruningModifier, ...) are applied anew at each sparsity.
 
-Without a recipe --method, --num-grads, --damp, --fisher-block-size, --num-recomputations, --natural-gradient-steps, --mask-type and --params make one.
+Without a recipe --method, --num-grads, --damp, --fisher-block-size, --num-recomputations, --mask-type and --params make one.
 
 Written to OUTPUT/EXPERIMENT: report.html, summary.json and summary.csv, accuracy_vs_sparsity.png, layer_sparsity.png, the recipe, result.safetensors (CAP,
 FastCAP), and checkpoints/sparsity_0.75.safetensors, ... which timm.create_model(..., checkpoint_path=...) loads.
@@ -49,6 +49,7 @@ from research.utils.wandb_log import WandbLog
 KNOBS = {
     "gradients": "gradients",
     "labels": "labels",
+    "natural_gradient_steps": "natural_gradient_steps",
     "on_bad_batch": "on_bad_batch",
     "state_dir": "traces_backup_dir",
     "memory_budget": "memory_budget",

@@ -26,7 +26,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "mask_type": dict.fromkeys(MODIFIERS, "unstructured"),
     "params": dict.fromkeys(MODIFIERS, "__ALL_PRUNABLE__"),
     "num_recomputations": {"cap": 1, "fast_cap": 1},
-    "natural_gradient_steps": {"cap": 0},
     "skip_unsupported": {"cap": False, "fast_cap": False},
 }
 
@@ -65,6 +64,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--labels",
         choices=("data", "model"),
         help="CAP, FastCAP: calibrate with the data's labels, or draw labels from the model itself (default: the recipe's)",
+    )
+    how.add_argument(
+        "--natural-gradient-steps",
+        type=int,
+        metavar="N",
+        help="CAP: after pruning bring the outputs back towards the dense network's by N steps on 2,048 of the calibration images, without labels; 8 win "
+        "five to ten points at 98 %% (default: the recipe's, or none)",
     )
     how.add_argument(
         "--on-bad-batch",
@@ -141,13 +147,6 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="CAP, FastCAP: climb to each sparsity in N steps, the same share of what is left leaving at each, with a fresh calibration of --num-grads "
         "gradients for every step: better above 95 %%, N times the work (default 1)",
-    )
-    group.add_argument(
-        "--natural-gradient-steps",
-        type=int,
-        metavar="N",
-        help="CAP: after pruning bring the outputs back towards the dense network's by N steps on 2,048 of the calibration images, without labels "
-        "(default 0)",
     )
     group.add_argument("--mask-type", help="unstructured (default), 2:4 or another N:M, block4")
     group.add_argument(

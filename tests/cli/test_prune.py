@@ -148,7 +148,8 @@ BAD = {
     "mask type": ({"mask_type": "4:2"}, "mask_type must be"),
     "no match": ({"params": ["blocks.7"]}, "no parameter or module is called 'blocks.7'"),
     "no steps": ({"num_recomputations": 0}, "num_recomputations must be a whole number, at least 1, got 0"),
-    "no natural gradient": ({"method": "fast_cap", "natural_gradient_steps": 1, "damp": None}, "--natural-gradient-steps means nothing to --method fast_cap"),
+    "steps back": ({"natural_gradient_steps": -1}, "natural_gradient_steps must be a whole number, at least 0, got -1"),
+    "no natural gradient": ({"method": "fast_cap", "natural_gradient_steps": 1}, "--natural-gradient-steps means nothing to FastCAPruningModifier"),
     "pattern and sparsity": ({"mask_type": "2:4", "sparsities": [0.9]}, "a sparsity of 0.5; got"),
 }  # fmt: skip
 
