@@ -32,6 +32,7 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
         if name in _WORDS and not isinstance(value, str):
             raise ValueError(f"{name} must be a word, got {_shown(value)}")
     check_count("num_recomputations", arguments.get("num_recomputations", 1))
+    check_count("natural_gradient_steps", arguments.get("natural_gradient_steps", 0), least=0)
     damp, sparsity, masks = arguments.get("damp"), arguments.get("sparsity", 0.5), arguments.get("masks")
     if damp is not None and (isinstance(damp, bool) or not isinstance(damp, int | float)):
         raise ValueError(f"damp must be a positive number, got {_shown(damp)}; 1e-8 to 1e-4 are usual")
@@ -65,10 +66,10 @@ def check_model(model: Any) -> None:
         raise ValueError(f"model must be a torch.nn.Module, got {_shown(model)}")
 
 
-def check_count(name: str, value: Any) -> None:
-    """Raises ``ValueError`` for what is not a whole number, at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a whole number, at least 1, got {_shown(value)}")
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Raises ``ValueError`` for what is not a whole number, at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number, at least {least}, got {_shown(value)}")
 
 
 def check_masks(masks: Any) -> None:

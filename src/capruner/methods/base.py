@@ -50,9 +50,6 @@ class Settings:
                 raise ValueError(
                     f"{what} must be a whole number, at least 1{', or None to have it chosen' if optional else ''}, got {value!r}"
                 )
-        steps = self.natural_gradient_steps
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-            raise ValueError(f"natural_gradient_steps must be a whole number, at least 0, got {steps!r}")
         if self.score not in get_args(Score):  # found here, and not after the calibration
             raise ValueError(f"score must be one of {get_args(Score)}, got {self.score!r}")
 
