@@ -69,8 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--natural-gradient-steps",
         type=int,
         metavar="N",
-        help="CAP: after pruning bring the outputs back towards the dense network's by N steps on 2,048 of the calibration images, without labels; 8 win "
-        "five to ten points at 98 %% (default: the recipe's, or none)",
+        help="CAP: after pruning bring the outputs back towards the dense network's by N steps on 2,048 of the calibration images, without labels; 8 of them "
+        "won five to fifteen points at 98 %% on small networks (default: the recipe's, or none)",
     )
     how.add_argument(
         "--on-bad-batch",

@@ -94,7 +94,7 @@ def prune(
         recomputation_inter_func: how sparsity climbs over them: ``"linear"``, ``"cubic"``, ``"geometric"``.
         natural_gradient_steps: after each pruning bring the outputs back towards the dense network's by so many steps ``−αF⁻¹g``, on the first 2,048
             samples of the calibration (held in memory) and without labels; see :mod:`capruner.natural_gradient`. For ``cap`` and ``obs``, and models
-            that give logits. ``result.settings["natural_gradient"]`` says what each step did.
+            that give logits. ``result.settings["natural_gradient"]`` says what each step did; predicted losses are those before.
         gradients: ``"batch"`` (one gradient from each batch) or ``"sample"``.
         labels: ``"data"`` takes the targets of the batches; ``"model"`` draws labels from the model's own softmax, see :mod:`capruner.labels`; then the
             data needs no labels (anything may stand in their place).
