@@ -179,8 +179,9 @@ class _Descent:
             gradient_before, way_before, square_before = self._last
             beta = (square - self._dot(newton, gradient_before)) / square_before
             turned = {name: newton[name] + beta * way_before[name] for name in newton}
-            if beta > 0 and self._dot(turned, gradient) > 0:  # else begin anew
-                way, slope = turned, self._dot(turned, gradient)
+            falls = self._dot(turned, gradient)
+            if beta > 0 and falls > 0:  # else begin anew
+                way, slope = turned, falls
         self._last = gradient, way, square
         whole = self._whole(way)
 
