@@ -263,9 +263,8 @@ def plot(args: argparse.Namespace) -> None:
     found = collected(args)
     figure, panels = plt.subplots(1, len(args.models), figsize=(4.2 * len(args.models), 3.6), squeeze=False)
     # Lines that are all high up are looked at closely.
-    lowest = max(
-        0, 10 * math.floor(min(v for row in found.values() for values in row.values() for v in values) / 10) - 10
-    )
+    least = min(v for row in found.values() for values in row.values() for v in values)
+    lowest = max(0, 10 * math.floor(least / 10) - 10)
     colours = {label: f"C{i}" for i, label in enumerate(sorted({key[1:] for key in found}))}
     for axes, model in zip(panels[0], args.models):
         for (_, *label), row in sorted(item for item in found.items() if item[0][0] == model):
@@ -282,9 +281,8 @@ def plot(args: argparse.Namespace) -> None:
         axes.axhline(dense, color="grey", linestyle=":", linewidth=1, label="dense")
         ticks = sorted({s for key, row in found.items() if key[0] == model for s in row if s > 0})
         axes.set_xticks([-math.log2(1 - s) for s in ticks], [f"{100 * s:g}" for s in ticks])
-        axes.set(
-            title=model, xlabel="weights removed (%)", ylabel="top-1 (%)", ylim=(lowest, 100 if lowest == 0 else None)
-        )
+        axes.set(title=model, xlabel="weights removed (%)", ylabel="top-1 (%)")
+        axes.set_ylim(lowest, 100 if lowest == 0 else None)
         axes.grid(alpha=0.3)
     named = {label: line for axes in panels[0] for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(named.values(), named, loc="outside lower center", ncols=min(6, len(named)), frameon=False)

@@ -121,9 +121,7 @@ def test_the_divergence_and_its_gradient_are_those_of_the_definition(monkeypatch
     found = measured.gradient({name: dict(pruned.named_parameters())[name] for name in WEIGHTS})
     for name, gradient in zip(WEIGHTS, gradients, strict=True):
         torch.testing.assert_close(found[name], gradient)
-    monkeypatch.setattr(
-        natural_gradient, "SEARCHED", 8
-    )  # the value is that of two batches then, the gradient still that of all
+    monkeypatch.setattr(natural_gradient, "SEARCHED", 8)  # two batches for the value, still all for the gradient
     assert measured.value() == pytest.approx(float(divergence(pruned, dense, batches[:2]).detach()), rel=1e-9)
     assert torch.equal(measured.gradient({"0.weight": pruned[0].weight})["0.weight"], found["0.weight"])
     at_home = Divergence(dense, saved, [x for x, _ in batches], Shards({}))

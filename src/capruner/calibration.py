@@ -113,9 +113,8 @@ class Calibration:
             batches = self._first = FirstSamples(batches, -(-SAMPLES // shards.size))
         mine = self._share(shards)
         position = Position() if self.state is None else self._found(self.state, pruner)
-        if (
-            mine and position.taken == mine
-        ):  # by a run that was killed then: the next pass comes after this one all the same
+        if mine and position.taken == mine:
+            # All were drawn by a run that was killed then; the next pass has to come after this one all the same.
             passing_over(batches, position.batches)
         with calibrating(self.model):
             slabs = gradient_slabs(
