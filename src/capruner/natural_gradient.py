@@ -8,9 +8,9 @@ has ``g = 0`` where training has ended, and ``F`` in blocks that know nothing of
 blocks have not seen of each other is in it. So those that stay take steps along ``−F⁻¹ g``, ``F`` being the blocks at hand, of the weights that stay, and ``L``
 the Kullback-Leibler divergence of the outputs from those of the dense network: it needs no labels, and its gradient has none of their noise.
 
-A step of length 1 would be right if blocks knew of each other. As it is each would make up for all of the error: on the ViT of docs/studies the best length
-is between 1/2,000 and 1/10,000, and a full step ruins it. So the length is searched for, and a step that does not lower the divergence is not taken. For what
-blocks do not know of each other, each further direction is made conjugate to the last (Polak and Ribière 1969): preconditioned nonlinear conjugate gradients.
+A step of length 1 would be right if blocks knew of each other. As it is each would make up for all of the error, and a full step is thousands of times too
+long on the networks of docs/studies. So the length is searched for, and a step that does not lower the divergence is not taken. For what blocks do not know
+of each other, each further direction is made conjugate to the last (Polak and Ribière 1969): preconditioned nonlinear conjugate gradients.
 """
 
 from __future__ import annotations
