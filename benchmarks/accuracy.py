@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import hashlib
 import itertools
 import json
 import math
@@ -35,6 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import capruner
+from capruner.files import digest, replacing
 from capruner.selection import select_parameters
 
 OURS = ("cap", "fast_cap", "obs", "magnitude")
@@ -194,7 +194,7 @@ def run(args: argparse.Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     data: dict[str, tuple[Tensor, Tensor]] = {}
     for case in cases(args):
-        file = args.output / f"{hashlib.sha256(json.dumps(case, sort_keys=True).encode()).hexdigest()[:16]}.json"
+        file = args.output / f"{digest([case])[:16]}.json"
         claim = file.with_suffix(".claim")
         if file.exists() or (claim.exists() and alive(claim)):
             continue
@@ -202,9 +202,8 @@ def run(args: argparse.Namespace) -> None:
         data = data or {split: load_images(args.data, split, args.cache) for split in ("train", "val")}
         start = time.perf_counter()
         result = run_case(case, data, args.vit_weights)
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(result, indent=1))
-        partial.replace(file)
+        with replacing(file) as partial:
+            partial.write_text(json.dumps(result, indent=1))
         claim.unlink()
         shown = " ".join(f"{100 * r['sparsity']:g}%:{r.get('top1_bn', r['top1']):.2f}" for r in result["rows"])
         changed = {k: v for k, v in (case["settings"] | case).items() if k in DEFAULTS and v != DEFAULTS[k]}

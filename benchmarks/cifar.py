@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
 
+from capruner.files import replacing
+
 MODELS = Path(__file__).parent / "models"
 CACHE = Path("output/cache")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -52,9 +54,9 @@ def load_images(data_dir: Path, split: str, cache: Path) -> tuple[Tensor, Tensor
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
         pairs = [dataset[i] for i in order]
         cache.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{torch.randint(2**31, ()).item()}")
-        torch.save((torch.stack([pil_to_tensor(x) for x, _ in pairs]), torch.tensor([y for _, y in pairs])), partial)
-        partial.replace(file)
+        content = torch.stack([pil_to_tensor(x) for x, _ in pairs]), torch.tensor([y for _, y in pairs])
+        with replacing(file) as partial:
+            torch.save(content, partial)
     return torch.load(file, weights_only=True)
 
 

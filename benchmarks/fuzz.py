@@ -32,6 +32,7 @@ from torch import nn
 
 import capruner
 from capruner import state
+from capruner.files import digest
 from capruner.result import load_result
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -231,7 +232,7 @@ class State(Target):
         if random.random() < 0.3:
             return mutated(self.good)
         body = spoiled(json.loads(random.choice(self.good))["state"])
-        return json.dumps({"sha256": state._digest(body), "state": body}).encode()  # with the right checksum
+        return json.dumps({"sha256": digest([body]), "state": body}).encode()  # with the right checksum
 
 
 class Recipe(Target):

@@ -11,7 +11,6 @@ Needs no data: the images are made here. Prints the number of results that diffe
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import random
@@ -34,6 +33,7 @@ from torch import Tensor, nn
 import capruner
 from capruner import state
 from capruner.distributed import PeerError
+from capruner.files import digest, file_digest
 from capruner.methods import CAP
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,10 +109,10 @@ def start(place: Path, experiment: str, words: list[str]) -> subprocess.Popen[by
         return subprocess.Popen(words, stdout=log, stderr=log, env=environment, start_new_session=True)
 
 
-def digest(place: Path, experiment: str) -> str:
+def weights_digest(place: Path, experiment: str) -> str:
     names = ("last", "best_sparsity_0.9000")
     files = [place / experiment / "checkpoints" / f"{name}.safetensors" for name in names]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return digest([file_digest(file) for file in files])
 
 
 def kill(running: subprocess.Popen[bytes], processes: int) -> None:
@@ -139,7 +139,7 @@ def gradual(args: argparse.Namespace, place: Path) -> bool:
     if begin("whole").wait():
         sys.exit((place / "whole.log").read_text()[-3000:])
     whole = time.monotonic() - began
-    expected = digest(place, "whole")
+    expected = weights_digest(place, "whole")
     print(f"a run that nobody kills: {whole:.1f} s", flush=True)
     tally = Tally()
     while len(tally.lost) < args.kills:
@@ -165,7 +165,7 @@ def gradual(args: argparse.Namespace, place: Path) -> bool:
                 tally.read(lambda saved_to=saved_to: load_state(saved_to))
         if begin(experiment).wait():
             sys.exit((place / f"{experiment}.log").read_text()[-3000:])
-        tally.ended(digest(place, experiment) == expected, kills)
+        tally.ended(weights_digest(place, experiment) == expected, kills)
     return tally.report()
 
 
@@ -285,8 +285,7 @@ def worker(rank: int, size: int, folder: str, name: str, victim: int, stage: str
         result = capruner.prune(
             model, data, loss, 0.8, num_grads=96, fisher_block_size=96, damp=1e-4, state_dir=saved, progress=False
         )
-        weights = b"".join(w.numpy().tobytes() for w in result.level().weights.values())
-        Path(f"{folder}/{name}.{rank}").write_text(hashlib.sha256(weights).hexdigest())
+        Path(f"{folder}/{name}.{rank}").write_text(digest(result.level().weights.values()))
     except PeerError as error:
         Path(f"{folder}/{name}.{rank}").write_text(str(error))
     os._exit(0)

@@ -10,7 +10,6 @@ The model is a ViT with random weights on random images: neither changes time or
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import resource
 import tempfile
@@ -25,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import capruner
+from capruner.files import digest
 from capruner.layout import BlockLayout
 from capruner.selection import select_parameters
 
@@ -88,18 +88,15 @@ def work(rank: int, size: int, folder: str, args: argparse.Namespace) -> None:
         progress=False,
     )
     wall, cpu = time.perf_counter() - start, time.process_time() - cpu
-    digest = hashlib.sha256()
-    for s in result.sparsities:
-        for name, mask in sorted(result.masks(s).items()):
-            digest.update(mask.numpy().tobytes())
-            digest.update(result.level(s).weights[name].numpy().tobytes())
+    levels = [result.level(s) for s in result.sparsities]
+    outcome = digest(part for v in levels for name in sorted(v.masks) for part in (v.masks[name], v.weights[name]))
     zeros = [sum(int((~m).sum()) for m in result.masks(s).values()) for s in result.sparsities]
     torch.save(
         {
             "wall": wall,
             "cpu": cpu,
             "bytes": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024,
-            "digest": digest.hexdigest(),
+            "digest": outcome,
             "zeros": zeros,
             "timings": result.timings,
             "sent": sent,

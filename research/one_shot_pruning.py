@@ -111,7 +111,8 @@ class Run:
         self.layers: dict[float, list[dict[str, Any]]] = {}
         self.wandb = WandbLog(name=args.experiment, dir=str(folder), config=vars(args)) if args.log_wandb else None
         self.macs = multiply_adds(self.model, self.config["input_size"])
-        (folder / "recipe.yaml").write_text(Path(recipe_path).read_text())
+        content = Path(recipe_path).read_bytes()
+        output.write_atomically(folder / "recipe.yaml", lambda partial: partial.write_bytes(content))
         self.stage_done("load model and data")
 
     @property

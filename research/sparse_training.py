@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -310,7 +309,8 @@ class Training:
     def _write_arguments(self) -> None:
         recipe = self.folder / "recipe.yaml"
         if Path(self.args.sparseml_recipe).resolve() != recipe.resolve():
-            shutil.copy(self.args.sparseml_recipe, recipe)
+            content = Path(self.args.sparseml_recipe).read_bytes()
+            output.write_atomically(recipe, lambda partial: partial.write_bytes(content))
         output.write_atomically(
             self.folder / "arguments.yaml", lambda partial: partial.write_text(yaml.safe_dump(_plain(self.args)))
         )

@@ -15,6 +15,7 @@ from untouched import same, snapshot
 
 import capruner
 from capruner import state
+from capruner.files import digest
 from capruner.state import StateError
 
 
@@ -50,7 +51,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Another manifest whose checksum is right: what only somebody who means it can write."""
     whole = json.loads(manifest(folder).read_text())
     change(whole["state"])
-    whole["sha256"] = state._digest(whole["state"])
+    whole["sha256"] = digest([whole["state"]])
     manifest(folder).write_text(json.dumps(whole))
 
 
@@ -171,6 +172,17 @@ def test_a_disk_that_fills_up_leaves_the_state_before_whole(half: Path, monkeypa
     continued = Data()
     run(half, continued)
     assert continued.seen == ARGUMENTS["num_grads"] - 18
+
+
+def test_what_a_killed_writer_left_does_not_stop_a_run(half: Path) -> None:
+    (rank(half) / ".tmpAbCdEf").write_text("safetensors writes here before it renames")
+    private = rank(half) / ".capruner-abcd1234.partial"
+    private.mkdir()
+    (private / "feed-00000099-00000.safetensors").write_text("torn")
+    continued = Data()
+    run(half, continued)
+    assert continued.seen == ARGUMENTS["num_grads"] - 18
+    assert not list(rank(half).glob(".*"))
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:

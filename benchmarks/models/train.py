@@ -10,7 +10,6 @@ large for the repository) and ``benchmarks/models/<name>.json`` with the accurac
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 import time
@@ -33,6 +32,8 @@ from cifar import (
     normalise,
     weights_file,
 )
+
+from capruner.files import file_digest
 
 
 def main() -> None:
@@ -90,7 +91,7 @@ def main() -> None:
     record = {
         "val_top1": accuracy(load_model(args.name), val_images, val_labels, args.name),
         "epochs": args.epochs,
-        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "sha256": file_digest(file),
     }
     (MODELS / f"{args.name}.json").write_text(json.dumps(record, indent=2) + "\n")
     print(record)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.v2 import functional as tf
 
+from capruner.files import replacing
 from research.demo.digits import MODEL, MODEL_KWARGS, PREPROCESSING, WEIGHTS, write_folders
 
 
@@ -81,7 +82,8 @@ def main() -> None:
             with torch.no_grad():
                 accuracy = (model(val_images).argmax(dim=1) == val_labels).double().mean()
             print(f"epoch {epoch + 1}: loss {loss:.3f}, val top-1 {100 * accuracy:.2f} %", flush=True)
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, args.output)
+    with replacing(args.output) as partial:
+        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, partial)
 
 
 if __name__ == "__main__":

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
+from capruner.files import remove_leftovers, replacing
 from research.utils.cli import UserError
 
 
 def make_folder(output: str, experiment: str) -> Path:
-    """``output/experiment``, made and tried out.
+    """``output/experiment``, made and tried out. What killed runs left half-written in it is deleted: no process writes there yet.
 
     Raises:
         UserError: the name leads out of ``output``, or nothing can be written there.
@@ -29,6 +27,8 @@ def make_folder(output: str, experiment: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+        remove_leftovers(folder)
+        remove_leftovers(folder / "checkpoints")
     except OSError as error:
         raise UserError(f"nothing can be written to {folder}: {error.strerror}; choose another --output") from error
     return folder
@@ -54,17 +54,13 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         UserError: the disk is full, or the folder is gone.
     """
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        write(partial)
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
+        with replacing(path) as partial:
+            write(partial)
+    except OSError as error:
         raise UserError(
             f"{path} cannot be written: {error}; what was written before is whole: make room there and start again"
         ) from error
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -7,7 +7,6 @@ code. Files are written beside their place and moved there when they are whole a
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -34,21 +33,13 @@ def save_weights(path: Path, model: nn.Module, masks: dict[str, Tensor], metadat
     state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
     path.parent.mkdir(exist_ok=True)
 
-    def write(partial: Path) -> None:
-        save_file(state, partial, {"capruner": json.dumps(metadata)})  # one key: several would come in random order
-        _to_disk(partial)
-
-    write_atomically(path, write)
+    header = {"capruner": json.dumps(metadata)}  # one key: several would come in random order
+    write_atomically(path, lambda partial: save_file(state, partial, header))
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """Everything that :func:`load_state` gives back."""
-
-    def write(partial: Path) -> None:
-        torch.save(state | {"format": FORMAT}, partial)
-        _to_disk(partial)
-
-    write_atomically(path, write)
+    write_atomically(path, lambda partial: torch.save(state | {"format": FORMAT}, partial))
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -78,8 +69,3 @@ def load_state(path: Path) -> dict[str, Any]:
             f"--resume {path}: not a checkpoint of sparse_training.py; to start from weights, use --checkpoint {path}"
         )
     return state
-
-
-def _to_disk(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

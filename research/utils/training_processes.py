@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from capruner.files import digest
 from research.utils.cli import UserError
 from research.utils.training_watch import Watch
 
@@ -119,5 +119,4 @@ def parallel(model: nn.Module, processes: Processes) -> nn.Module:
 
 
 def _digest(tensor: Tensor) -> Tensor:
-    raw = tensor.detach().cpu().contiguous().view(torch.uint8) if tensor.dim() else tensor.detach().cpu().reshape(1)
-    return torch.frombuffer(bytearray(hashlib.sha256(raw.numpy().tobytes()).digest()), dtype=torch.uint8)
+    return torch.frombuffer(bytearray.fromhex(digest([tensor])), dtype=torch.uint8)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import tempfile
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -15,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from capruner.files import replacing
 from capruner.report.architecture import BUILD_ERRORS
 from capruner.selection import prunable_layers
 
@@ -57,9 +56,7 @@ def to_onnx(model: nn.Module, path: str | Path, input_size: Sequence[int], toler
             f"the model does not take images of {tuple(input_size)}: {' '.join(str(error).split())[:200]}; "
             "transformers are built for one size, --model-kwargs img_size=N"
         ) from error
-    handle, partial = tempfile.mkstemp(suffix=".onnx", dir=path.parent)
-    os.close(handle)
-    try:
+    with replacing(path) as partial:
         with warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore"
@@ -67,26 +64,22 @@ def to_onnx(model: nn.Module, path: str | Path, input_size: Sequence[int], toler
             torch.onnx.export(
                 model,
                 (images,),
-                partial,
+                str(partial),
                 dynamo=False,  # the graph of the tracer is the one that sparse runtimes recognise
                 opset_version=OPSET,
                 input_names=["input"],
                 output_names=["output"],
                 dynamic_axes={"input": {0: "batch"}, "output": {0: "batch"}},
             )
-        lost = _lost_zeros(onnx.load(partial), model)
+        lost = _lost_zeros(onnx.load(str(partial)), model)
         if lost:
             raise RuntimeError(f"{path}: zeros of {', '.join(lost[:3])} got lost in the export; please report this")
-        session = onnxruntime.InferenceSession(partial, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(str(partial), providers=["CPUExecutionProvider"])
         difference = max(_difference(session, model, batch, input_size) for batch in (1, 3))
         if not difference <= tolerance:
             raise RuntimeError(
                 f"{path}: onnxruntime and torch differ by {difference:.2g} of the largest output, more than {tolerance:g}; the file was not written"
             )
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    finally:
-        Path(partial).unlink(missing_ok=True)
     zeros = sum(int((p == 0).sum()) for p in model.parameters() if p.dim() > 1)
     return {"zeros": zeros, "difference": difference, "bytes": path.stat().st_size}
 

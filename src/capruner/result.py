@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from capruner.checks import check_model
+from capruner.files import digest, replacing
 from capruner.selection import unwrap
 
 FORMAT = "capruner-result"
@@ -151,16 +151,10 @@ class PruningResult:
             "settings": self.settings,
             "timings": self.timings,
             "levels": [{"sparsity": level.sparsity, "losses": dict(level.losses)} for level in self.levels],
-            "sha256": _digest(tensors),
+            "sha256": digest(part for named in sorted(tensors.items()) for part in named),
         }
-        partial = target.with_name(target.name + ".partial")
-        try:
+        with replacing(target) as partial:
             save_file(tensors, partial, metadata={"capruner": json.dumps(header, default=str)})
-            partial.replace(target)
-        except SafetensorError as error:
-            raise OSError(f"cannot write {target}: {error}") from error
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def load_result(path: str | Path) -> PruningResult:
@@ -188,7 +182,9 @@ def load_result(path: str | Path) -> PruningResult:
                 header["method"], levels, header["total_weights"], header["settings"], header["timings"]
             )
             # Results of earlier versions have none.
-            if "sha256" in header and header["sha256"] != _digest({key: file.get_tensor(key) for key in file.keys()}):  # noqa: SIM118
+            if "sha256" in header and header["sha256"] != digest(
+                part for key in sorted(file.keys()) for part in (key, file.get_tensor(key))
+            ):
                 raise ValueError(f"{path} is damaged: its checksum is wrong")
     except (SafetensorError, json.JSONDecodeError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged or not a pruning result of capruner: {error}") from error
@@ -199,15 +195,6 @@ def load_result(path: str | Path) -> PruningResult:
                     f"{path} is damaged: {name} has weights that are not 0 where its mask removes them, or not finite"
                 )
     return result
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    found = hashlib.sha256()
-    for name in sorted(tensors):
-        found.update(name.encode())
-        content: Any = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        found.update(content)
-    return found.hexdigest()
 
 
 def _check_header(header: Mapping[str, Any]) -> None:

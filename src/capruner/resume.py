@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from capruner.files import digest
 from capruner.gradients import Position
 from capruner.methods import Settings
 from capruner.natural_gradient import Step
@@ -25,14 +25,9 @@ def fingerprint(
     knobs = {
         k: v for k, v in asdict(settings).items() if k not in ("blocks_in_parallel", "fisher_inv_device", "pattern")
     }
-    found = {"weights": hashlib.sha256(), "masks": hashlib.sha256()}
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        found["weights"].update(name.encode())
-        found["weights"].update(tensor_bytes(tensor))
-    for mask in kept.values():
-        found["masks"].update(tensor_bytes(mask))
+    weights = digest(part for named in (*model.named_parameters(), *model.named_buffers()) for part in named)
     shapes = {name: [str(p.dtype), *p.shape] for name, p in parameters.items()}
-    return knobs | {"parameters": shapes} | {key: value.hexdigest() for key, value in found.items()}
+    return knobs | {"parameters": shapes, "weights": weights, "masks": digest(kept.values())}
 
 
 def packed(levels: Sequence[Level]) -> dict[str, Tensor]:
@@ -108,13 +103,4 @@ def _is_count(value: Any) -> bool:
 
 def digest_of(batch: Any) -> str:
     """Of the values of a batch's tensors."""
-    found = hashlib.sha256()
-    for leaf in tree_leaves(batch):
-        if isinstance(leaf, Tensor):
-            found.update(tensor_bytes(leaf))
-    return found.hexdigest()
-
-
-def tensor_bytes(tensor: Tensor) -> Any:
-    """A buffer of a tensor's values."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return digest(leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))

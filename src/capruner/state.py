@@ -12,9 +12,7 @@ Every process has a folder of its own. They write in lockstep, and delete an old
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import shutil
 import time
@@ -28,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from capruner.distributed import Shards, world
+from capruner.files import digest, file_digest, is_leftover, remove, replacing
 
 FORMAT, VERSION = "capruner-state", 1
 SAVE_EVERY = 120.0
@@ -36,7 +35,6 @@ SAVE_EVERY = 120.0
 _FOLDER = re.compile(r"rank-(\d{1,5})-of-(\d{1,5})")
 _MANIFEST = re.compile(r"manifest-(\d{8})\.json")
 _TENSORS = re.compile(r"(feed|step)-\d{8}-\d{5}\.safetensors")
-_PARTIAL = re.compile(r"\..*\.partial")
 
 
 class StateError(ValueError):
@@ -160,7 +158,7 @@ class State:
         for entry in self.folder.iterdir():
             if match := _MANIFEST.fullmatch(entry.name):
                 found[int(match[1])] = self._manifest(entry)
-            elif not _TENSORS.fullmatch(entry.name) and not _PARTIAL.fullmatch(entry.name):
+            elif not _TENSORS.fullmatch(entry.name) and not is_leftover(entry):
                 raise StateError(f"{entry} is no part of a state of capruner; choose an empty or a new folder")
         return found
 
@@ -184,7 +182,7 @@ class State:
         for name, checksum in files.items():
             path = self.folder / name
             try:
-                if sha256_of(path) != checksum:
+                if file_digest(path) != checksum:
                     raise StateError(f"{path} is damaged (its checksum is wrong); {self.remedy}")
                 found.append(load_file(path))
             except (SafetensorError, OSError, KeyError, TypeError) as error:
@@ -196,9 +194,9 @@ class State:
         for index, tensors in enumerate(parts):
             path = self.folder / f"{name}-{index:05d}.safetensors"
             on_cpu = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-            with _replacing(path) as partial:
+            with _saving(path) as partial:
                 save_file(on_cpu, partial)
-            files[path.name] = sha256_of(path)
+            files[path.name] = file_digest(path)
         return files
 
     def _commit(self) -> None:
@@ -213,8 +211,8 @@ class State:
             "feed": self.feed,
             "notes": self.notes,
         }
-        with _replacing(self.folder / f"manifest-{self.generation:08d}.json") as partial:
-            partial.write_text(json.dumps({"sha256": _digest(body), "state": body}, indent=1) + "\n")
+        with _saving(self.folder / f"manifest-{self.generation:08d}.json") as partial:
+            partial.write_text(json.dumps({"sha256": digest([body]), "state": body}, indent=1) + "\n")
         self._shards.any(False)  # all have it: the one before can go
         self._sweep()
 
@@ -225,24 +223,19 @@ class State:
         # Manifests first: one without its files would be a torn state.
         for path in sorted(self.folder.iterdir(), key=lambda path: path.suffix != ".json"):
             if path.name not in named:
-                path.unlink()
+                remove(path)
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """What is written to the path given gets to ``path`` in one step, and to the disk."""
-    partial = path.with_name(f".{path.name}.partial")
+def _saving(path: Path) -> Iterator[Path]:
+    """Write a file of the state in one step, see :func:`capruner.files.replacing`."""
     try:
-        yield partial
-        _flush(partial)
-        os.replace(partial, path)
-        _flush(path.parent)
-    except (OSError, SafetensorError) as error:
+        with replacing(path) as partial:
+            yield partial
+    except OSError as error:
         raise OSError(
             f"the state cannot be saved to {path.parent}: {error}; what was saved before is whole: make room there and start again"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_manifest(path: Path, remedy: str = "choose another folder") -> dict[str, Any]:
@@ -260,7 +253,7 @@ def read_manifest(path: Path, remedy: str = "choose another folder") -> dict[str
             raise StateError(
                 f"{path} is from a newer capruner (format {body['version']}, this one reads {VERSION}); update capruner, or {remedy}"
             )
-        if whole["sha256"] != _digest(body):
+        if whole["sha256"] != digest([body]):
             raise StateError(f"{path} is damaged (its checksum is wrong); {remedy}")
         if body["feed"] is not None and not isinstance(body["feed"]["position"], dict):
             raise StateError(f"{path} is damaged (position is no dict); {remedy}")
@@ -288,31 +281,13 @@ def remove_state(folder: str | Path) -> None:
     own = Path(folder) / f"rank-{rank}-of-{size}"
     if own.is_dir():
         for path in sorted(own.iterdir(), key=lambda path: path.suffix != ".json"):
-            if _MANIFEST.fullmatch(path.name) or _TENSORS.fullmatch(path.name) or _PARTIAL.fullmatch(path.name):
-                path.unlink()
+            if _MANIFEST.fullmatch(path.name) or _TENSORS.fullmatch(path.name) or is_leftover(path):
+                remove(path)
     for empty in (own, Path(folder)):
         with suppress(OSError):  # not empty, or another process was first
             empty.rmdir()
 
 
-def sha256_of(path: Path) -> str:
-    """Of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _digest(body: Any) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
 def _changed(key: str, then: Any, now: Any) -> str:
     values = f" was {then}, is {now}"
     return key + (values if len(values) < 80 else " differs")
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

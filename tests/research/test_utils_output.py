@@ -98,6 +98,17 @@ def test_an_experiment_stays_inside_the_output(tmp_path, name):
         output.make_folder(str(tmp_path), name)
 
 
+def test_what_killed_writers_left_in_an_experiment_goes(tmp_path):
+    checkpoints = tmp_path / "trial" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / ".tmpAbCdEf").write_text("")
+    (checkpoints / "last.safetensors").write_text("")
+    (checkpoints.parent / ".capruner-12345678.partial").mkdir()
+    output.make_folder(str(tmp_path), "trial")
+    assert [path.name for path in checkpoints.iterdir()] == ["last.safetensors"]
+    assert [path.name for path in checkpoints.parent.iterdir()] == ["checkpoints"]
+
+
 def test_rows_of_unequal_columns(tmp_path):
     output.write_csv(tmp_path / "rows.csv", [{"a": 1}, {"a": 2, "b": 0.5}])
     with (tmp_path / "rows.csv").open() as file:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from capruner.cli.arguments import UserError, add_model
 from capruner.cli.tables import text_table
+from capruner.files import replacing
 
 if TYPE_CHECKING:
     from capruner.bench import Subject
@@ -85,7 +86,8 @@ def run(args: argparse.Namespace) -> int:
     found |= {"rounds": args.rounds, "seconds": args.seconds, "threads": args.threads, "machine": _machine()}
     print(_text(found))
     if args.json:
-        args.json.write_text(json.dumps(found, indent=1))
+        with replacing(args.json) as partial:
+            partial.write_text(json.dumps(found, indent=1))
     return 0 if found["rows"] else 1
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from capruner.cli.arguments import UserError, add_model
+from capruner.files import replacing
 
 if TYPE_CHECKING:
     from torch import nn
@@ -101,12 +101,8 @@ def _save(model: nn.Module, output: Path) -> None:
     """All of the file or none of it."""
     from safetensors.torch import save_file
 
-    partial = output.with_name(f".{os.getpid()}.{output.name}")
-    try:
+    with replacing(output) as partial:
         save_file({name: value.contiguous().clone() for name, value in model.state_dict().items()}, partial)
-        partial.replace(output)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _size(output: Path) -> str:

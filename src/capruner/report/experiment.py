@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 from safetensors import SafetensorError, safe_open
 
+from capruner.files import replacing
 from capruner.macs import MultiplyAdds
 from capruner.report.architecture import architecture, architecture_macs
 from capruner.report.checkpoint import layer_rows, read_weights
@@ -55,9 +56,9 @@ def write_report(folder: str | Path) -> Path:
 
 def write_page(contents: Contents, path: Path) -> Path:
     """The page, in one step; ``path``."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(page(contents), encoding="utf-8")
-    partial.replace(path)
+    text = page(contents)
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
     return path
 
 
