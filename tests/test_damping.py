@@ -27,7 +27,7 @@ def matrices(bad: int, blocks: int = 40) -> Tensor:
 
 def inverse(blocks: Tensor, damp: float, rungs: int, dead: Tensor | None = None) -> tuple[Tensor, int]:
     fisher = BlockFisher(len(blocks), blocks.shape[1], 1, damp, solver="accumulate", dtype=torch.float64)
-    fisher.load({"blocks": blocks, "count": torch.tensor(1)})
+    fisher.load({"blocks": blocks, "peak": torch.ones(blocks.shape[:2]), "count": torch.tensor(1)})
     return fisher.inverse(dead, rungs), fisher.damped
 
 
@@ -70,7 +70,7 @@ def test_dead_weights_stay_cut_off_on_the_ladder() -> None:
 
 def test_without_being_asked_there_is_no_ladder() -> None:
     fisher = BlockFisher(40, B, 1, 1e-6, solver="accumulate", dtype=torch.float64)
-    fisher.load({"blocks": matrices(bad=1), "count": torch.tensor(1)})
+    fisher.load({"blocks": matrices(bad=1), "peak": torch.ones(40, B), "count": torch.tensor(1)})
     with pytest.raises(NotPositiveDefiniteError, match="will not factor at damp 1e-06: its rounding"):
         fisher.inverse()
 

@@ -89,6 +89,62 @@ def test_relative_damp_is_a_share_of_the_mean_diagonal_of_the_living(gone: list[
         torch.testing.assert_close(H[block][alive][:, alive], expected)
 
 
+def true_inverse(G: torch.Tensor, damp: float, relative: bool) -> torch.Tensor:
+    F = G.mT @ G / G.shape[1]
+    size = F.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None] if relative else 1.0
+    return torch.linalg.inv(F + damp * size * torch.eye(F.shape[1], dtype=F.dtype))
+
+
+@pytest.mark.parametrize("scale", [1e-36, 1e-28, 1e-19, 1e-10, 1.0, 1e6, 1e15, 1e30])
+@pytest.mark.parametrize("triangular", [False, True])
+def test_gradients_of_any_size(scale: float, triangular: bool) -> None:
+    G = gradients(64, 3, 8)
+    fisher = BlockFisher(3, 8, 64, 1e-2, relative_damp=True, triangular=triangular)
+    for slab in (G * scale).float().split(10):
+        fisher.add(slab)
+    H = fisher.inverse()
+    assert torch.isfinite(H).all()
+    expected = true_inverse(G.transpose(0, 1), 1e-2, relative=True) / scale**2
+    torch.testing.assert_close(H.double() / fisher.units[:, None, None], expected, rtol=1e-4, atol=1e-6 / scale**2)
+
+
+@pytest.mark.parametrize("solver", ["woodbury", "accumulate"])
+@pytest.mark.parametrize("scale", [1e-30, 1e-19, 1e-6, 1.0])
+@pytest.mark.parametrize("damp", [1e-4, 1.0])
+def test_absolute_damping_and_gradients_of_any_size(solver: str, scale: float, damp: float) -> None:
+    """``damp`` times the square of the scale: the same matrices but for a factor."""
+    G, damp = gradients(64, 3, 8), damp * scale**2 if scale > 1e-20 else 1e-40
+    fisher = BlockFisher(3, 8, 64, damp, solver=solver)
+    for slab in (G * scale).float().split(10):
+        fisher.add(slab)
+    H = fisher.inverse().double() / fisher.units[:, None, None]
+    expected = true_inverse(G.transpose(0, 1) * scale, damp, relative=False)
+    assert relative_error(H, expected) < 1e-3
+
+
+@pytest.mark.parametrize("first", [1e-30, 1e-14, 1.0, 1e12])
+def test_gradients_that_grow_and_shrink_by_weight(first: float) -> None:
+    G = gradients(64, 2, 8) * torch.logspace(-24, 3, 8, dtype=torch.float64)
+    G[:20] *= first
+    G = G.float().double()
+    fisher, again = (BlockFisher(2, 8, 64, 1e-2, relative_damp=True) for _ in range(2))
+    fisher.add(G[:20])
+    again.load(fisher.tensors())
+    dead = torch.zeros(2, 8, dtype=torch.bool)
+    dead[:, 5:] = True  # what is left has gradients that are tiny beside those of the dead
+    for one in (fisher, again):
+        one.add(G[20:])
+    H = fisher.inverse(dead).double() / fisher.units[:, None, None]
+    assert relative_error(H[:, :5, :5], true_inverse(G.transpose(0, 1)[:, :, :5], 1e-2, relative=True)) < 1e-3
+    assert torch.equal(H, again.inverse(dead).double() / again.units[:, None, None])
+
+
+def test_an_inverse_without_the_matrix_whose_damping_is_too_small() -> None:
+    fisher = BlockFisher(1, 8, 4, 1e-12, solver="woodbury")
+    with pytest.raises(NotPositiveDefiniteError, match=r"damp=1e-12 is too small beside squared gradients of up to"):
+        fisher.add(torch.ones(4, 1, 8) * 1e10)
+
+
 def test_the_solver_is_chosen_by_the_number_of_gradients() -> None:
     assert [BlockFisher(1, 8, m, 1e-2).solver for m in (7, 8)] == ["woodbury", "accumulate"]
     assert BlockFisher(1, 8, 7, 1e-2, relative_damp=True).solver == "accumulate"
@@ -114,7 +170,8 @@ def test_what_was_added_goes_on_elsewhere_to_the_same_bits(solver: str) -> None:
 def test_relative_damp_of_a_block_without_gradients() -> None:
     fisher = BlockFisher(1, 4, 2, 1e-2, relative_damp=True)
     fisher.add(torch.zeros(2, 1, 4))
-    assert torch.equal(fisher.inverse()[0], torch.eye(4) / NO_GRADIENT)
+    assert torch.equal(fisher.inverse()[0], torch.eye(4))
+    assert fisher.units.tolist() == [NO_GRADIENT]
 
 
 def test_tf32_of_the_caller_changes_nothing() -> None:
@@ -157,8 +214,10 @@ def test_wrong_number_of_gradients() -> None:
 def test_what_is_of_another_matrix_is_not_loaded(blocks: tuple[int, ...], count: int) -> None:
     fisher = BlockFisher(1, 2, 3, 1e-3)
     with pytest.raises(ValueError, match="are not of this Fisher matrix"):
-        fisher.load({"blocks": torch.ones(blocks), "count": torch.tensor(count)})
-    fisher.load({"blocks": torch.eye(2)[None], "count": torch.tensor(3)})
+        fisher.load({"blocks": torch.ones(blocks), "peak": torch.ones(blocks[:2]), "count": torch.tensor(count)})
+    with pytest.raises(ValueError, match="are not of this Fisher matrix"):
+        fisher.load({"blocks": torch.eye(2)[None], "peak": torch.ones(2, 2), "count": torch.tensor(3)})
+    fisher.load({"blocks": torch.eye(2)[None], "peak": torch.ones(1, 2), "count": torch.tensor(3)})
     torch.testing.assert_close(fisher.inverse(), torch.eye(2)[None] / 1.001)
 
 

@@ -42,7 +42,7 @@ def test_groups() -> None:
 def test_dead_weights_of_an_inverse_that_is_none() -> None:
     fisher = BlockFisher(2, 3, 1, 1e-2, solver="woodbury")
     indefinite = torch.tensor([[1.0, 2.0, 0.0], [2.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
-    fisher.load({"blocks": torch.stack([torch.eye(3), indefinite]), "count": torch.tensor(1)})
+    fisher.load({"blocks": torch.stack([torch.eye(3), indefinite]), "peak": torch.ones(2, 3), "count": torch.tensor(1)})
     dead = torch.tensor([True, True, False]).expand(2, -1)
     with pytest.raises(NotPositiveDefiniteError, match="1 inverse Fisher blocks are not positive definite"):
         fisher.inverse(dead)

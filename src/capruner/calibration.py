@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from capruner.distributed import Shards, world
+from capruner.finite import NO_GRADIENT, check_heard
 from capruner.gradients import (
     GradientMode,
     LossFunction,
@@ -50,8 +51,10 @@ class Calibration:
         on_bad_batch: see :func:`capruner.prune`.
         state: where to save what is done, and to find what an earlier run has done.
         clock: seconds by stage, over all calibrations.
-        notes: what the report says of all calibrations: ``skipped_batches``; ``damped_blocks`` by layer, the most of one calibration;
+        notes: what the report says of all calibrations: ``skipped_batches``; ``layers_without_gradient``, by name;
+            ``damped_blocks`` by layer, the most of one calibration;
             ``natural_gradient``, where there are such steps, what each did.
+        whole: these are all layers, and not one of several groups.
         dense: for natural-gradient steps: the parameters as they are at first.
     """
 
@@ -66,8 +69,11 @@ class Calibration:
     on_bad_batch: OnBadBatch = "raise"
     state: State | None = None
     clock: Stopwatch = field(default_factory=Stopwatch)
-    notes: dict[str, Any] = field(default_factory=lambda: {"skipped_batches": 0, "damped_blocks": {}})
+    notes: dict[str, Any] = field(
+        default_factory=lambda: {"skipped_batches": 0, "layers_without_gradient": [], "damped_blocks": {}}
+    )
     dense: Mapping[str, Tensor] | None = None
+    whole: bool = True
     _batches_drawn: int = field(default=0, init=False)
     _first: FirstSamples | None = field(default=None, init=False)
 
@@ -88,6 +94,7 @@ class Calibration:
         if pruner.uses_gradients:
             with shards.together("drawing gradients"):
                 self._feed(pruner)
+            check_heard(pruner.silent(), shards, self.notes["layers_without_gradient"], self.whole)
         dead, weights = {}, {}
         for name, p in self.parameters.items():
             own = shards.own(name)
@@ -111,6 +118,7 @@ class Calibration:
         batches = self.batches
         if self.settings.natural_gradient_steps:
             batches = self._first = FirstSamples(batches, -(-SAMPLES // shards.size))
+        dtypes = {name: working_dtype(p) for name, p in self.parameters.items()}
         mine = self._share(shards)
         position = Position() if self.state is None else self._found(self.state, pruner)
         if mine and position.taken == mine:
@@ -133,7 +141,7 @@ class Calibration:
                 with self.clock("gradients"):
                     gradients = next(slabs, None) if mine else None
                 with self.clock("exchange"):
-                    rows = shards.exchange(None if gradients is None else self._in_blocks(gradients))
+                    rows = shards.exchange(None if gradients is None else self._in_blocks(gradients), dtypes)
                 if rows is None:
                     break
                 pruner.add(rows)
@@ -233,19 +241,30 @@ class Calibration:
         Within the memory budget: layers that do not fit together are calibrated one group after the other.
         """
         parts = self._parts(method)
+        found = self._levels(parts, method, kept, rungs)
+        if set(self.notes["layers_without_gradient"]) >= self.parameters.keys():
+            raise ValueError(NO_GRADIENT)
+        return [merged(levels) for levels in zip(*found)]
+
+    def _levels(
+        self,
+        parts: Sequence[Calibration],
+        method: type[Method],
+        kept: Mapping[str, Tensor],
+        rungs: Sequence[tuple[float, Sequence[Target]]],
+    ) -> list[list[Level]]:
+        """The levels of each part."""
         targets = [targets for _, targets in rungs]
         if all(any(set(t.names) <= part.parameters.keys() for part in parts) for ts in targets for t in ts):
             # No target reaches over two groups: each group is solved on its own.
-            found = [part._solved(method, kept, rungs) for part in parts]
-        else:
-            scores: dict[str, Tensor] = {}
-            for part in parts:
-                scores |= part._scores(method, kept)
-            judge = method(Shards(self.layouts, method.whole_layers), self.settings, self.clock)
-            assert isinstance(judge, RankedMethod)
-            counts = [judge.count(scores, ts) for ts in targets]
-            found = [part._solved(method, kept, rungs, counts) for part in parts]
-        return [merged(levels) for levels in zip(*found)]
+            return [part._solved(method, kept, rungs) for part in parts]
+        scores: dict[str, Tensor] = {}
+        for part in parts:
+            scores |= part._scores(method, kept)
+        judge = method(Shards(self.layouts, method.whole_layers), self.settings, self.clock)
+        assert isinstance(judge, RankedMethod)
+        counts = [judge.count(scores, ts) for ts in targets]
+        return [part._solved(method, kept, rungs, counts) for part in parts]
 
     def _scores(self, method: type[Method], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the steps of this group's layers compete with. The inverses are free again before the next group takes as much."""
@@ -340,7 +359,10 @@ class Calibration:
                 f"Fisher blocks need {total} at once; {len(groups)} groups of layers fit {shown(self.budget)}",
                 file=sys.stderr,
             )
-        return [replace(self, parameters={name: self.parameters[name] for name in group}) for group in groups]
+        whole = len(groups) == 1
+        return [
+            replace(self, parameters={name: self.parameters[name] for name in group}, whole=whole) for group in groups
+        ]
 
     def _bytes(self, layout: BlockLayout) -> int:
         """Fisher blocks, a slab of gradients, and what else is kept per weight (order, losses, weights, masks)."""

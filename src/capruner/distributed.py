@@ -77,8 +77,13 @@ class Shards:
         bounds, rank = self._bounds[name], self.rank if rank is None else rank
         return slice(bounds[rank], bounds[rank + 1])
 
-    def exchange(self, rows: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
+    def exchange(
+        self, rows: Mapping[str, Tensor] | None, dtypes: Mapping[str, torch.dtype]
+    ) -> dict[str, Tensor] | None:
         """Send this process's ``{name: (k, num_blocks, B)}`` gradients to the owners of the blocks; None when it has no more.
+
+        Args:
+            dtypes: of each layer's gradients. A process without rows of its own has to know them too.
 
         Returns:
             ``{name: (K, own blocks, B)}``: everybody's gradients for the blocks owned here, interleaved by process; None when all are done.
@@ -93,7 +98,7 @@ class Shards:
         if not any(counts):
             return None
         device = self._device()
-        dtype = torch.float32 if some is None else some.dtype
+        dtype = torch.float64 if torch.float64 in dtypes.values() else torch.float32
         elements = [
             sum(
                 (own.stop - own.start) * layout.block_size
@@ -105,7 +110,7 @@ class Shards:
         send = torch.empty(0, dtype=dtype, device=device)
         if rows:
             parts = [rows[name][:, self.own(name, r)].flatten(1) for r in range(self.size) for name in self.layouts]
-            send = torch.cat([part.reshape(-1) for part in self._by_receiver(parts)]).to(device)
+            send = torch.cat([part.reshape(-1) for part in self._by_receiver(parts)]).to(device, dtype)
         mine = elements[self.rank]
         received = torch.empty(sum(counts) * mine, dtype=dtype, device=device)
         with _naming_the_dead():
@@ -124,7 +129,8 @@ class Shards:
         for name, layout in self.layouts.items():
             own = self.own(name)
             width = (own.stop - own.start) * layout.block_size
-            result[name] = stacked[:, start : start + width].unflatten(1, (own.stop - own.start, layout.block_size))
+            blocks = stacked[:, start : start + width].unflatten(1, (own.stop - own.start, layout.block_size))
+            result[name] = blocks.to(dtypes[name])
             start += width
         return result
 

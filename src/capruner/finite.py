@@ -1,7 +1,8 @@
-"""NaN and Inf, looked for in data, losses and gradients."""
+"""What gradients cannot be used for: NaN and Inf in data, losses and gradients, and gradients that are all zero."""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+
+from capruner.distributed import Shards
+
+_LOGGER = logging.getLogger(__name__)
+
+NO_GRADIENT = (
+    "every gradient of the calibration is exactly 0, so that it says nothing about any weight. Is the loss constant? cross_entropy of a model with one "
+    "output is always 0 (use mse_loss or binary_cross_entropy_with_logits), a contrastive loss of single samples too (use gradients='batch'), and a "
+    "rounded, clamped or half-precision loss can be"
+)
 
 
 class BadBatchError(ValueError):
@@ -53,3 +64,30 @@ def checked(slab: dict[str, Tensor], batches: Sequence[int]) -> dict[str, Tensor
                 f"the gradient of {name} holds NaN or Inf in batch {batches[int(bad[0])]}: look at the data, or at the model's weights"
             )
     return slab
+
+
+def check_heard(silent: Sequence[str], shards: Shards, noted: list[str], whole: bool) -> None:
+    """Warn of layers whose gradients are all zero, and note them.
+
+    Args:
+        silent: layers of which this process owns blocks, and every gradient of these was zero.
+        noted: names are added to it.
+        whole: the layers of ``shards`` are all there are.
+
+    Raises:
+        ValueError: every gradient of all layers is zero.
+    """
+    if not shards.any(bool(silent)):
+        return
+    own = {name: shards.own(name) for name in shards.layouts}
+    heard = {name for name, blocks in own.items() if blocks.stop > blocks.start and name not in silent}
+    names = [name for name in shards.layouts if not shards.any(name in heard)]
+    noted += [name for name in names if name not in noted]
+    if whole and len(names) == len(shards.layouts):
+        raise ValueError(NO_GRADIENT)
+    if names:
+        _LOGGER.warning(
+            "every gradient of %s is exactly 0, so that these weights are pruned by magnitude alone: they do not influence the loss on the "
+            "calibration data. Look at the loss and the data, or leave them out of `params`",
+            ", ".join(names),
+        )

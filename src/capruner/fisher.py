@@ -7,6 +7,9 @@ Two ways lead to ``H``; both take slabs of ``k`` gradients at a time, so that a 
 ``accumulate``
     ``F += Gᵀ G / m`` (half the flops), then one Cholesky inverse in float64. Directions no gradient has seen are known to the rounding of ``F``.
 
+Gradients may be as small or as large as a float32 can be, while their squares may not. So a weight with such gradients has them scaled, and a block whose
+inverse no float32 can hold is divided by a unit of its own. Scales and units are powers of two, and 1 in all ordinary cases: they change no bits.
+
 A block that will not factor climbs a ladder of damping, alone: tenfold at each rung, counted, and past the last rung an error.
 
 ``auto`` takes ``woodbury`` while there are fewer gradients than weights in a block (the Fisher matrix is then singular but for ``λ``), else ``accumulate``.
@@ -29,8 +32,14 @@ RUNGS = 6
 """Times that the damping of a block may grow tenfold."""
 
 
-NO_GRADIENT = 1e-24
-"""Diagonal of a block whose gradients are all zero, where damping is relative: below any that has some; its inverse still is a float32."""
+NO_GRADIENT = 2.0**-800
+"""Unit of a block whose gradients are all zero, where damping is relative: its weights are the first to leave, by magnitude."""
+
+_PEAKS = (2.0**-96, 2.0**-32, 2.0**32, 2.0**96)
+_SCALES = (2.0**-120, 2.0**-64, 1.0, 2.0**64, 2.0**120)
+"""Gradients of a weight whose largest lies between two of ``_PEAKS`` are divided by the ``_SCALES`` there: a float32 cannot hold the square of 1e-23."""
+_MODERATE = 80
+"""A block is inverted as it is while the mean of its diagonal lies between 2 to the minus and plus this power."""
 
 
 class BlockFisher:
@@ -50,6 +59,8 @@ class BlockFisher:
 
     Attributes:
         damped: blocks that needed more than ``damp``, after :meth:`inverse`.
+        units: ``(num_blocks,)`` float64, after :meth:`inverse`: what it returns is the inverse of ``F / units``, and losses from it are to be multiplied
+            by them. Powers of two; 1 unless the gradients of a block are extremely small or large.
 
     Raises:
         ValueError: an argument out of range.
@@ -89,9 +100,14 @@ class BlockFisher:
         self.relative_damp = relative_damp
         self.count = 0
         self.damped = 0
+        self.units = torch.ones(num_blocks, dtype=torch.float64, device=device)
         self._blocks: Tensor | None = torch.zeros(num_blocks, block_size, block_size, device=device, dtype=dtype)
+        # The largest absolute gradient of each weight so far, and the scale of each weight's gradients; None: 1.
+        self._peak = torch.zeros(num_blocks, block_size, device=device, dtype=dtype)
+        self._scales = self._scales_of(self._peak)
         if solver == "woodbury":
-            self._blocks.diagonal(dim1=1, dim2=2).fill_(1 / damp)
+            scale = 1.0 if self._scales is None else self._scales.double()
+            self._blocks.diagonal(dim1=1, dim2=2).fill_(1).mul_(scale).mul_(scale).div_(damp)
 
     @full_precision()
     def add(self, gradients: Tensor) -> None:
@@ -105,7 +121,11 @@ class BlockFisher:
         self.count += len(gradients)
         if self.count > self.num_grads:
             raise ValueError(f"more gradients ({self.count}) than num_grads ({self.num_grads})")
-        slabs = gradients.to(self._blocks).transpose(0, 1)  # (n, k, B)
+        gradients = gradients.to(self._blocks)
+        self._rescale(torch.linalg.vector_norm(gradients, ord=torch.inf, dim=0))
+        if self._scales is not None:
+            gradients = gradients / self._scales
+        slabs = gradients.transpose(0, 1)  # (n, k, B)
         if self.triangular:
             for F, G in zip(self._blocks, slabs):
                 _add_upper(F, G, 1 / self.num_grads)
@@ -121,17 +141,52 @@ class BlockFisher:
             GH = G @ H
             inner = GH @ G.mT
             inner.diagonal(dim1=1, dim2=2).add_(self.num_grads)
-            # inner is well conditioned (its smallest eigenvalue is m), so this factor always exists for finite gradients.
-            half = torch.linalg.solve_triangular(torch.linalg.cholesky(inner), GH, upper=False)
+            # The smallest eigenvalue of inner is m, so that it has a factor unless m drowns in rounding.
+            factor, info = torch.linalg.cholesky_ex(inner)
+            if info.any():
+                raise NotPositiveDefiniteError(
+                    f"damp={self.damp:g} is too small beside squared gradients of up to {float(self._peak.max()) ** 2:.2g}: raise it, or use "
+                    "relative_damp=True"
+                )
+            half = torch.linalg.solve_triangular(factor, GH, upper=False)
             H.baddbmm_(half.mT, half, alpha=-1)
 
         in_chunks(len(slabs), chunk, work, "adding gradients", self._blocks.device)
+
+    def _scales_of(self, peak: Tensor) -> Tensor | None:
+        """What to divide each weight's gradients by. Absolute damping counts as a gradient, so that neither drowns."""
+        if not self.relative_damp:
+            peak = peak.clamp(min=self.damp**0.5)
+        peak = peak.masked_fill(peak == 0, 1)
+        if not peak.numel() or (peak.min() >= _PEAKS[1] and peak.max() <= _PEAKS[2]):
+            return None
+        scales = peak.new_tensor(_SCALES)[torch.bucketize(peak, peak.new_tensor(_PEAKS))]
+        # An inverse is 1/damp in directions that no gradient has seen: a scale above 1 would make that overflow.
+        return scales.clamp(max=1) if self.solver == "woodbury" else scales
+
+    def _rescale(self, peak: Tensor) -> None:
+        """Bring what was added to the scales that suit the gradients to come."""
+        assert self._blocks is not None
+        self._peak = torch.maximum(self._peak, peak)
+        before, self._scales = self._scales, self._scales_of(self._peak)
+        if before is None and self._scales is None:
+            return
+        ones = torch.ones_like(self._peak)
+        ratio = (ones if before is None else before) / (ones if self._scales is None else self._scales)
+        changed = (ratio != 1).any(dim=1).nonzero()[:, 0]
+        ratio = ratio[changed] if self.solver == "accumulate" else 1 / ratio[changed]
+        self._blocks[changed] = self._blocks[changed] * ratio[:, :, None] * ratio[:, None, :]
+
+    @property
+    def silent(self) -> bool:
+        """Whether every gradient so far was exactly zero."""
+        return not bool(self._peak.any())
 
     def tensors(self) -> dict[str, Tensor]:
         """What was added so far, for :meth:`load`; the blocks themselves, not a copy."""
         if self._blocks is None:
             raise ValueError("the Fisher matrix is inverted already; there is nothing to save")
-        return {"blocks": self._blocks, "count": torch.tensor(self.count)}
+        return {"blocks": self._blocks, "peak": self._peak, "count": torch.tensor(self.count)}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from what :meth:`tensors` gave.
@@ -139,17 +194,21 @@ class BlockFisher:
         Raises:
             ValueError: it is of another matrix.
         """
-        blocks, count = tensors["blocks"], int(tensors["count"])
-        if self._blocks is None or blocks.shape != self._blocks.shape or not 0 <= count <= self.num_grads:
+        blocks, peak, count = tensors["blocks"], tensors["peak"], int(tensors["count"])
+        same = self._blocks is not None and blocks.shape == self._blocks.shape and peak.shape == self._peak.shape
+        if not same or not 0 <= count <= self.num_grads:
             raise ValueError(
                 f"{count} gradients in blocks of shape {tuple(blocks.shape)} are not of this Fisher matrix"
             )
+        assert self._blocks is not None
         self._blocks.copy_(blocks)
+        self._peak.copy_(peak)
+        self._scales = self._scales_of(self._peak)
         self.count = count
 
     @full_precision()
     def inverse(self, dead: Tensor | None = None, rungs: int = 0) -> Tensor:
-        """``H``, ``(num_blocks, B, B)``, symmetric. The Fisher matrix is consumed.
+        """``H``, ``(num_blocks, B, B)``, symmetric, in :attr:`units`. The Fisher matrix is consumed.
 
         Args:
             dead: ``(num_blocks, B)`` bool; padding, or weights removed earlier. They are cut off from the others (as if their gradients had been
@@ -175,6 +234,8 @@ class BlockFisher:
                 return self._invert(blocks[part], gone, part.start, rungs)
             if gone is not None and gone.any():
                 self._decouple_inverse(blocks[part], gone)
+            if self._scales is not None:
+                self._unscale_inverse(blocks[part], gone, part.start)
             return 0
 
         self.damped = sum(in_chunks(len(blocks), chunk, work, "inverting Fisher blocks", blocks.device))
@@ -182,17 +243,25 @@ class BlockFisher:
 
     def _invert(self, F: Tensor, gone: Tensor | None, first_block: int, rungs: int) -> int:
         """Replace ``F`` by its inverse; how many blocks needed more damping."""
+        part = slice(first_block, first_block + len(F))
         A = F.double()
+        if self._scales is not None:
+            scales = self._scales[part].double()
+            A.mul_(scales[:, :, None]).mul_(scales[:, None, :])
         diagonal = A.diagonal(dim1=1, dim2=2)
         if gone is not None:
             A.masked_fill_(gone[:, :, None] | gone[:, None, :], 0)
-        damp = torch.full_like(diagonal[:, 0], self.damp)
+        damp, size = torch.full_like(diagonal[:, 0], self.damp), _mean_diagonal(A, gone)
         if self.relative_damp:
-            alive = F.shape[1] if gone is None else (~gone).sum(dim=1).clamp_(min=1)
-            damp = damp * diagonal.sum(dim=1) / alive
-            # A block without any gradient has no scale of its own. The loss does not feel its weights: they are the first to leave, by magnitude.
-            damp = torch.where(damp > 0, damp, torch.full_like(damp, NO_GRADIENT))
+            damp = damp * size
+        # A block without any gradient has no scale of its own; the loss does not feel its weights.
+        none = damp == 0
+        damp = damp.masked_fill(none, 1)
         diagonal.add_(damp[:, None])
+        units = _unit(_mean_diagonal(A, gone))
+        A /= units[:, None, None]
+        damp /= units
+        self.units[part] = units.masked_fill(none, NO_GRADIENT)
         if gone is not None:
             diagonal.masked_fill_(gone, 1)
         factor, info = torch.linalg.cholesky_ex(A)
@@ -209,7 +278,7 @@ class BlockFisher:
             damped += int(good.sum())
             bad = bad[~good]
         if len(bad):
-            scale = float(F.diagonal(dim1=1, dim2=2).mean())
+            scale = float(size.mean())
             raise NotPositiveDefiniteError(
                 f"Fisher block {first_block + int(bad[0])} ({len(bad)} in all) will not factor at damp {self.damp:g}"
                 f"{f', nor at 10^{rungs} times that' if rungs else ''}: its rounding error is larger. The mean squared gradient is {scale:.2g}; "
@@ -217,6 +286,20 @@ class BlockFisher:
             )
         F.copy_(torch.cholesky_inverse(factor))
         return damped
+
+    def _unscale_inverse(self, H: Tensor, gone: Tensor | None, first_block: int) -> None:
+        assert self._scales is not None
+        part = slice(first_block, first_block + len(H))
+        scales = self._scales[part].double()
+        if gone is not None:
+            scales = scales.masked_fill(gone, 1)
+        A = H.double().div_(scales[:, :, None]).div_(scales[:, None, :])
+        units = 1 / _unit(_mean_diagonal(A, gone))
+        A *= units[:, None, None]
+        if gone is not None:
+            A.diagonal(dim1=1, dim2=2).masked_fill_(gone, 1)
+        self.units[part] = units
+        H.copy_(A)
 
     @staticmethod
     def _decouple_inverse(H: Tensor, gone: Tensor) -> None:
@@ -235,6 +318,20 @@ class BlockFisher:
         A.masked_fill_(gone[:, :, None] | gone[:, None, :], 0)
         A.diagonal(dim1=1, dim2=2).add_(gone.double())
         H.copy_(A)
+
+
+def _mean_diagonal(A: Tensor, gone: Tensor | None) -> Tensor:
+    """``(n,)``, of the weights that are not gone."""
+    diagonal = A.diagonal(dim1=1, dim2=2)
+    if gone is None:
+        return diagonal.mean(dim=1)
+    return diagonal.masked_fill(gone, 0).sum(dim=1) / (~gone).sum(dim=1).clamp_(min=1)
+
+
+def _unit(size: Tensor) -> Tensor:
+    """A power of two near ``size`` (float64) where that is extreme, else 1."""
+    mantissa, exponent = torch.frexp(size)
+    return torch.where((exponent.abs() > _MODERATE) & (size > 0), size / mantissa, torch.ones_like(size))
 
 
 def _add_upper(F: Tensor, G: Tensor, scale: float) -> None:

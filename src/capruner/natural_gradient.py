@@ -201,7 +201,7 @@ class _Descent:
             name: layouts[name].to_blocks(g[None], g.dtype)
             for name, g in self.divergence.gradient(self.parameters).items()
         }
-        rows = self.pruner.shards.exchange(local)
+        rows = self.pruner.shards.exchange(local, {name: g.dtype for name, g in local.items()})
         assert rows is not None  # one from each process
         return {
             name: rows[name].sum(dim=0).to(weight).masked_fill(~self.keep[name], 0)

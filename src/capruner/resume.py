@@ -63,13 +63,15 @@ def recall(state: State, notes: dict[str, Any], seconds: dict[str, float]) -> No
     )
     good = isinstance(took, dict) and all(type(value) in (int, float) for value in took.values())
     good = good and isinstance(damped, dict) and all(_is_count(value) for value in damped.values())
+    silent = found.get("layers_without_gradient", [])
+    good = good and isinstance(silent, list) and all(isinstance(name, str) for name in silent)
     steps = found.get("natural_gradient", [])
     good = good and isinstance(steps, list) and all(map(_is_step, steps))
     if not (good and _is_count(skipped)):
         raise StateError(
-            f"{state.folder} holds counts (skipped_batches, damped_blocks, seconds, natural_gradient) that are none; {state.remedy}"
+            f"{state.folder} holds counts (skipped_batches, layers_without_gradient, damped_blocks, seconds, natural_gradient) that are none; {state.remedy}"
         )
-    notes |= {"skipped_batches": skipped, "damped_blocks": dict(damped)}
+    notes |= {"skipped_batches": skipped, "layers_without_gradient": list(silent), "damped_blocks": dict(damped)}
     if "natural_gradient" in notes:
         notes["natural_gradient"] = list(steps)
     seconds |= took

@@ -145,6 +145,10 @@ class Method(ABC):
         """What the gradients so far have left, by layer, for :meth:`load`; the tensors themselves, not copies."""
         return {}
 
+    def silent(self) -> list[str]:
+        """Layers of which this process has blocks, and every gradient of these was exactly zero. Ask between ``add`` and ``prepare``."""
+        return []
+
     def load(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Go on from what :meth:`state` gave for a layer.
 
@@ -175,13 +179,17 @@ class RankedMethod(Method):
         self._scores: dict[str, Tensor] = {}
         self._unit = 1 if settings.pattern.n_m is not None else settings.pattern.group
 
-    def _rank(self, name: str, elimination: Elimination) -> None:
+    def _rank(self, name: str, elimination: Elimination, units: Tensor | None = None) -> None:
+        """Keep an order. ``units``: ``(n,)``, what the losses of each block are multiples of; None: 1."""
         # Two bytes per weight instead of eight: the order is kept for every weight of the model.
         small = elimination.order.shape[1] <= torch.iinfo(torch.int16).max
         order = elimination.order.to(torch.int16) if small else elimination.order
         self._eliminations[name] = Elimination(order, elimination.losses)
         # Groups that leave together compete as one.
-        scores = step_scores(elimination.losses[:, :: self._unit], self.settings.score)
+        losses = elimination.losses[:, :: self._unit]
+        if units is not None:  # in float64: a float32 cannot hold the losses of tiny gradients
+            losses = losses * units[:, None].to(losses.device)
+        scores = step_scores(losses, self.settings.score)
         self._scores[name] = scores if self.settings.costs is None else scores / self.settings.costs[name]
 
     def solve(self, rungs: Sequence[Sequence[Target]]) -> list[dict[str, LayerSolution]]:
@@ -245,6 +253,7 @@ class SecondOrderMethod(RankedMethod):
         super().__init__(shards, settings, clock)
         self._fishers: dict[str, BlockFisher] = {}
         self._inverses: dict[str, Tensor] = {}
+        self._units: dict[str, Tensor] = {}
         self._weights: dict[str, Tensor] = {}
 
     def add(self, slab: Mapping[str, Tensor]) -> None:
@@ -274,6 +283,9 @@ class SecondOrderMethod(RankedMethod):
     def load(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         self._fisher(name, tensors["blocks"]).load(tensors)
 
+    def silent(self) -> list[str]:
+        return [name for name, fisher in self._fishers.items() if fisher.silent]
+
     def prepare(self, weights: Mapping[str, Tensor], dead: Mapping[str, Tensor]) -> None:
         for name, layout in self.layouts.items():
             fisher = self._fishers.pop(name)
@@ -286,8 +298,8 @@ class SecondOrderMethod(RankedMethod):
                 self._count_damped(name, fisher.damped)
                 with self.clock("eliminate"):
                     weight = weights[name].to(H)
-                    self._rank(name, self._order(weight, H, gone, padding))
-            self._weights[name], self._inverses[name] = weight, H
+                    self._rank(name, self._order(weight, H, gone, padding), fisher.units)
+            self._weights[name], self._inverses[name], self._units[name] = weight, H, fisher.units
 
     def newton(self, name: str, gradient: Tensor, keep: Tensor) -> Tensor:
         """``F⁻¹ g`` of the weights that stay, those that leave being no part of ``F``.
@@ -301,7 +313,8 @@ class SecondOrderMethod(RankedMethod):
         """
         H = self._inverses[name]
         with full_precision(), _naming(name):
-            whole = torch.bmm(H, gradient.to(H)[:, :, None])[:, :, 0]
+            scaled = (gradient.to(H.device) / self._units[name][:, None]).to(H)
+            whole = torch.bmm(H, scaled[:, :, None])[:, :, 0]
             return compensate(whole, H, keep.to(H.device), blocks_in_parallel=self.settings.blocks_in_parallel)
 
     def _count_damped(self, name: str, own: int) -> None:
@@ -331,10 +344,11 @@ class SecondOrderMethod(RankedMethod):
 
     def _compensate(self, name: str, order: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         with _naming(name):
-            return compensate_prefixes(
+            weights, losses = compensate_prefixes(
                 self._weights[name],
                 self._inverses[name],
                 order,
                 counts,
                 blocks_in_parallel=self.settings.blocks_in_parallel,
             )
+        return weights, losses * self._units[name].to(losses.device)

@@ -47,6 +47,7 @@ class FastCAP(Method):
         super().__init__(shards, settings, clock)
         self._fishers: dict[str, BlockFisher] = {}
         self._factors: dict[str, Tensor] = {}
+        self._units: dict[str, float] = {}
         self._scales: dict[str, Tensor] = {}  # (n, 1) per layer
         self._weights: Mapping[str, Tensor] = {}
         self._dead: Mapping[str, Tensor] = {}
@@ -57,7 +58,8 @@ class FastCAP(Method):
                 if not rows.shape[1]:
                     continue  # another process's layer
                 self._fisher(name, rows).add(rows.flatten(0, 1)[:, None])
-                self._scales[name] += rows.square().sum(dim=(0, 2))[:, None]
+                # In float64: a float32 cannot hold the squares of tiny gradients.
+                self._scales[name] += torch.linalg.vector_norm(rows, dim=(0, 2), dtype=torch.float64)[:, None].square()
 
     def _fisher(self, name: str, like: Tensor) -> BlockFisher:
         if name not in self._fishers:
@@ -72,17 +74,20 @@ class FastCAP(Method):
                 device=self.settings.fisher_inv_device or like.device,
                 dtype=like.dtype,
             )
-            self._scales[name] = torch.zeros(blocks, 1, dtype=like.dtype, device=like.device)
+            self._scales[name] = torch.zeros(blocks, 1, dtype=torch.float64, device=like.device)
         return self._fishers[name]
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         return {n: fisher.tensors() | {"scales": self._scales[n]} for n, fisher in self._fishers.items()}
 
     def load(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        self._fisher(name, tensors["scales"]).load(tensors)
+        self._fisher(name, tensors["blocks"]).load(tensors)
         if tensors["scales"].shape != self._scales[name].shape:
             raise ValueError(f"scales of shape {tuple(tensors['scales'].shape)} are not of {name}")
         self._scales[name].copy_(tensors["scales"])
+
+    def silent(self) -> list[str]:
+        return [name for name, fisher in self._fishers.items() if fisher.silent]
 
     def prepare(self, weights: Mapping[str, Tensor], dead: Mapping[str, Tensor]) -> None:
         self._weights, self._dead = weights, dead
@@ -93,11 +98,13 @@ class FastCAP(Method):
                 except NotPositiveDefiniteError as error:
                     raise NotPositiveDefiniteError(f"{name}: {error}") from None
                 self._factors[name] = torch.linalg.cholesky(H, upper=True).to(weights[name])
+                self._units[name] = float(fisher.units)
                 mean = self._scales[name].mean()
                 # A layer without any gradient has no scale; a block without one is damped like the others, so that it still costs something.
-                self._scales[name] = (
+                scales = (
                     self._scales[name] / mean + self.settings.damp if mean > 0 else torch.ones_like(self._scales[name])
                 )
+                self._scales[name] = scales.to(weights[name].dtype)
             self._fishers.clear()
 
     def solve(self, rungs: Sequence[Sequence[Target]]) -> list[dict[str, LayerSolution]]:
@@ -123,6 +130,9 @@ class FastCAP(Method):
                     variance = self._factors[name].square().sum(dim=0)  # diagonal of H = UᵀU
                     saliency = self._scales[name] * self._weights[name].square() / (2 * variance)
                 ranked = rank_once(saliency, self.settings.pattern, self._dead[name], self._padding(name)).losses
+                ranked = (
+                    ranked * torch.tensor(self._units.get(name, 1.0), dtype=torch.float64, device=ranked.device)[None]
+                )
                 scores.append(self.shards.gather(name, ranked).flatten().sort().values[None])
             n_m = self.settings.pattern.n_m is not None
             taken = (
@@ -168,7 +178,7 @@ class FastCAP(Method):
                     W[i:last].addr_(U[i, i:last], errors[i - first], alpha=-1)
                 W[last:].addmm_(U[first:last, last:].mT, errors, alpha=-1)
                 loss += float((self._scales[name][:, 0] * errors.double().square()).sum()) / 2
-        return LayerSolution(W.masked_fill_(gone, 0).T.contiguous(), ~gone.T.contiguous(), loss)
+        return LayerSolution(W.masked_fill_(gone, 0).T.contiguous(), ~gone.T.contiguous(), loss * self._units[name])
 
     def _cheapest(self, name: str, W: Tensor, columns: slice, count: int) -> Tensor:
         """``(n, width)`` bool: the ``count`` cheapest weights of a column-block of ``W`` ``(B, n)``, the dead first, padding never."""
