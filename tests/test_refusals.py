@@ -60,10 +60,10 @@ def test_a_saved_outcome_that_is_of_another_run(tmp_path: Path) -> None:
     (manifest,) = folder.glob("*.json")
     save_file({"0/weight/elsewhere": torch.ones(1)}, tensors)
     whole = json.loads(manifest.read_text())
-    from capruner.state import _digest, sha256_of
+    from capruner.files import digest, file_digest
 
-    whole["state"]["steps"][0]["files"] = {tensors.name: sha256_of(tensors)}
-    manifest.write_text(json.dumps({"sha256": _digest(whole["state"]), "state": whole["state"]}))
+    whole["state"]["steps"][0]["files"] = {tensors.name: file_digest(tensors)}
+    manifest.write_text(json.dumps({"sha256": digest([whole["state"]]), "state": whole["state"]}))
     with pytest.raises(capruner.StateError, match="holds no outcome of this run"):
         prune(conv_net(), images(), state_dir=tmp_path)
 

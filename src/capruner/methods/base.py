@@ -284,7 +284,7 @@ class SecondOrderMethod(RankedMethod):
         self._fisher(name, tensors["blocks"]).load(tensors)
 
     def silent(self) -> list[str]:
-        return [name for name, fisher in self._fishers.items() if fisher.silent]
+        return [name for name, fisher in self._fishers.items() if not fisher.largest]
 
     def prepare(self, weights: Mapping[str, Tensor], dead: Mapping[str, Tensor]) -> None:
         for name, layout in self.layouts.items():

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from capruner.allocation import allocate
 from capruner.distributed import Shards
-from capruner.fisher import BlockFisher
+from capruner.fisher import BlockFisher, moderate
 from capruner.methods.base import LayerSolution, Method, Settings, Stopwatch, Target
 from capruner.numerics import NotPositiveDefiniteError, full_precision
 from capruner.patterns import rank_once
@@ -58,8 +58,9 @@ class FastCAP(Method):
                 if not rows.shape[1]:
                     continue  # another process's layer
                 self._fisher(name, rows).add(rows.flatten(0, 1)[:, None])
-                # In float64: a float32 cannot hold the squares of tiny gradients.
-                self._scales[name] += torch.linalg.vector_norm(rows, dim=(0, 2), dtype=torch.float64)[:, None].square()
+                unit = moderate(self._fishers[name].largest)
+                squares = (rows if unit == 1 else rows / unit).square().sum(dim=(0, 2))
+                self._scales[name] += squares[:, None].double() * unit**2
 
     def _fisher(self, name: str, like: Tensor) -> BlockFisher:
         if name not in self._fishers:
@@ -87,7 +88,7 @@ class FastCAP(Method):
         self._scales[name].copy_(tensors["scales"])
 
     def silent(self) -> list[str]:
-        return [name for name, fisher in self._fishers.items() if fisher.silent]
+        return [name for name, fisher in self._fishers.items() if not fisher.largest]
 
     def prepare(self, weights: Mapping[str, Tensor], dead: Mapping[str, Tensor]) -> None:
         self._weights, self._dead = weights, dead
