@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import capruner
-from capruner.gradients import calibrating, gradient_slabs
+from capruner.gradients import gradient_slabs
 from capruner.layout import BlockLayout
+from capruner.modes import eval_mode
 from capruner.selection import select_parameters
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -39,7 +40,7 @@ def textbook_masks(model: nn.Module, data: list, args: argparse.Namespace) -> di
     B = args.block_size
     layouts = {name: BlockLayout.of(p.shape, B) for name, p in parameters.items()}
     fisher = {n: torch.zeros(layout.num_blocks, B, B, dtype=torch.float64) for n, layout in layouts.items()}
-    with calibrating(model):
+    with eval_mode(model):
         for slab in gradient_slabs(model, data, F.cross_entropy, parameters, args.num_grads, mode="sample", slab=64):
             for name, rows in slab.items():
                 G = layouts[name].to_blocks(rows, torch.float64).transpose(0, 1)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from untouched import same, snapshot
 
-from capruner.gradients import ModelInputs, calibrating, gradient_slabs
+from capruner.gradients import ModelInputs, gradient_slabs
+from capruner.modes import eval_mode
 
 
 class Attention(nn.Module):
@@ -54,7 +55,7 @@ def weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def collect(model: nn.Module, data: Any, num_grads: int, loss: Any = F.cross_entropy, **more: Any) -> dict[str, Tensor]:
     params = more.pop("parameters", None) or weights(model)
-    with calibrating(model):
+    with eval_mode(model):
         slabs = [
             {name: rows.clone() for name, rows in slab.items()}
             for slab in gradient_slabs(model, data, loss, params, num_grads, progress=False, **more)
@@ -107,7 +108,7 @@ def test_slabs_of_any_size_hold_the_same_gradients(mode: str, num_grads: int, sl
     model, data = nn.Linear(5, 3), vectors(12, size)
     expected = collect(model, data, num_grads, mode=mode, slab=1)["weight"]
     sizes = []
-    with calibrating(model):
+    with eval_mode(model):
         got = []
         for s in gradient_slabs(
             model, data, F.cross_entropy, weights(model), num_grads, mode=mode, slab=slab, progress=False
@@ -285,7 +286,7 @@ def test_nothing_changes_after_an_exception(mode: str, where: str) -> None:
         yield from images(9)
 
     def run() -> None:
-        with calibrating(model):
+        with eval_mode(model):
             slabs = gradient_slabs(model, data(), loss, weights(model), 9, mode=mode, slab=2, progress=False)  # type: ignore[arg-type]
             for _ in slabs:
                 if where == "consumer":

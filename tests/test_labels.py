@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import capruner
-from capruner.gradients import calibrating, gradient_slabs
+from capruner.gradients import gradient_slabs
 from capruner.labels import drawn_labels
+from capruner.modes import eval_mode
 
 
 def data(count: int, batch: int = 5, classes: int = 3) -> list[tuple[Tensor, Tensor]]:
@@ -68,7 +69,7 @@ def test_their_outer_products_are_the_fisher_matrix(mode: str) -> None:
     count = 4000
     batches, loss = drawn_labels([(x, torch.zeros(1, dtype=torch.int64))] * count, F.cross_entropy)
     total = torch.zeros(12, 12, dtype=torch.float64)
-    with calibrating(model):
+    with eval_mode(model):
         slabs = gradient_slabs(model, batches, loss, {"weight": model.weight}, count, mode=mode, progress=False)  # type: ignore[arg-type]
         for slab in slabs:
             g = slab["weight"].flatten(1)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from capruner.selection import SelectionError, prunable_layers, select_parameters, unwrap
+from capruner.selection import SelectionError, prunable_layers, select_parameters
+from capruner.wrappers import unwrap
 
 
 class Attention(nn.Module):

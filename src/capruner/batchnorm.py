@@ -12,6 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
 from capruner.gradients import call_model
+from capruner.modes import eval_mode
+from capruner.wrappers import unwrap
 
 
 @torch.no_grad()
@@ -33,32 +35,29 @@ def recalibrate_bn(model: nn.Module, batches: Iterable[tuple[Any, Any]], num_bat
     """
     if num_batches < 1:
         raise ValueError(f"num_batches must be at least 1, got {num_batches}")
+    model = unwrap(model)
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not layers:
         return 0
     device = next(model.parameters()).device
-    modes = {module: module.training for module in model.modules()}
     momenta = [layer.momentum for layer in layers]
-    saved = {name: buffer.clone() for name, buffer in model.named_buffers()}
     drawn = 0
-    try:
-        model.eval()
-        for layer in layers:
-            layer.reset_running_stats()
-            layer.momentum = None  # torch's word for a cumulative average
-            layer.train()
-        for inputs, _ in itertools.islice(batches, num_batches):
-            call_model(model, tree_map_only(Tensor, lambda t: t.to(device), inputs))
-            drawn += 1
+    with eval_mode(model):
+        try:
+            for layer in layers:
+                layer.reset_running_stats()
+                layer.momentum = None  # torch's word for a cumulative average
+                layer.train()
+            for inputs, _ in itertools.islice(batches, num_batches):
+                call_model(model, tree_map_only(Tensor, lambda t: t.to(device), inputs))
+                drawn += 1
+        finally:
+            for layer, momentum in zip(layers, momenta):
+                layer.momentum = momentum
         if not drawn:
             raise ValueError("no batch came out of the data for BatchNorm recalibration")
-    except BaseException:
-        for name, buffer in model.named_buffers():
-            buffer.copy_(saved[name])
-        raise
-    finally:
-        for layer, momentum in zip(layers, momenta):
-            layer.momentum = momentum
-        for module, training in modes.items():
-            module.training = training
+        estimates = [{n: buffer.clone() for n, buffer in layer.named_buffers(recurse=False)} for layer in layers]
+    for layer, estimate in zip(layers, estimates):
+        for name, buffer in layer.named_buffers(recurse=False):
+            buffer.copy_(estimate[name])
     return len(layers)

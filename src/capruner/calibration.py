@@ -19,7 +19,6 @@ from capruner.gradients import (
     LossFunction,
     OnBadBatch,
     Position,
-    calibrating,
     gradient_slabs,
     passing_over,
 )
@@ -27,6 +26,7 @@ from capruner.layout import BlockLayout, largest
 from capruner.memory import shown
 from capruner.methods import LayerSolution, Method, Settings, Stopwatch, Target
 from capruner.methods.base import RankedMethod, SecondOrderMethod
+from capruner.modes import eval_mode
 from capruner.natural_gradient import FIRST_SHARE, SAMPLES, Divergence, FirstSamples, Step, descend
 from capruner.numerics import working_dtype
 from capruner.result import Level
@@ -124,7 +124,7 @@ class Calibration:
         if mine and position.taken == mine:
             # All were drawn by a run that was killed then; the next pass has to come after this one all the same.
             passing_over(batches, position.batches)
-        with calibrating(self.model):
+        with eval_mode(self.model):
             slabs = gradient_slabs(
                 self.model,
                 batches,
@@ -312,7 +312,7 @@ class Calibration:
         assert self.dense is not None
         assert self._first is not None
         found, shards, notes = [], pruner.shards, self.notes["natural_gradient"]
-        with self.clock("natural gradient"), shards.together("taking natural-gradient steps"), calibrating(self.model):
+        with self.clock("natural gradient"), shards.together("taking natural-gradient steps"), eval_mode(self.model):
             divergence = Divergence(self.model, self.dense, self._first.held, shards)
             for sparsity, solution in zip(sparsities, solutions):
                 share = Step(**notes[-1]["step"]).share if notes else FIRST_SHARE

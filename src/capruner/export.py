@@ -16,6 +16,7 @@ from torch import nn
 from capruner.files import replacing
 from capruner.report.architecture import BUILD_ERRORS
 from capruner.selection import prunable_layers
+from capruner.wrappers import unwrap
 
 OPSET = 16
 """The newest that DeepSparse runs well: from 17 on LayerNorm is one operator, and a ViT-Small at 90 % takes it half again as long, on a busy machine longer."""
@@ -45,7 +46,7 @@ def to_onnx(model: nn.Module, path: str | Path, input_size: Sequence[int], toler
     import onnxruntime
 
     path = Path(path)
-    model = copy.deepcopy(model).cpu().float().eval()
+    model = copy.deepcopy(unwrap(model)).cpu().float().eval()
     _unfuse_attention(model)
     images = torch.randn(2, *input_size)
     try:

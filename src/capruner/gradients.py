@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from capruner.finite import BadBatchError, check_loss, checked, floats
 from capruner.memory import halved
 from capruner.numerics import working_dtype
+from capruner.wrappers import own_names
 
 GradientMode = Literal["batch", "sample"]
 OnBadBatch = Literal["raise", "skip"]
@@ -64,23 +65,6 @@ class ModelInputs(NamedTuple):
     kwargs: dict[str, Any]
 
 
-@contextmanager
-def calibrating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards, also after an exception, every module's mode and every buffer (BatchNorm statistics) is as before."""
-    modes = {module: module.training for module in model.modules()}
-    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                if name in buffers and not torch.equal(buffer, buffers[name]):
-                    buffer.copy_(buffers[name])
-
-
 def gradient_slabs(
     model: nn.Module,
     batches: Iterable[tuple[Any, Any]],
@@ -96,7 +80,7 @@ def gradient_slabs(
 ) -> Iterator[dict[str, Tensor]]:
     """Yield ``{name: (k, *shape)}`` slabs, ``k ≤ slab``, ``num_grads`` gradients in all; float32 (float64 for float64 parameters).
 
-    The tensors of a slab are only valid until the next one is asked for. Use inside :func:`calibrating`.
+    The tensors of a slab are only valid until the next one is asked for. Use inside :func:`capruner.modes.eval_mode`.
 
     Args:
         model: called as ``model(inputs)``; a tuple or list of inputs is spread, a dict goes in as keywords.
@@ -324,12 +308,13 @@ class _SampleGradients(_Source):
 
     def _sample_loss(self) -> Callable[[dict[str, Tensor], Any, Any], tuple[Tensor, Tensor]]:
         model = self.model
-        frozen = {n: p.detach() for n, p in model.named_parameters() if n not in self.parameters}
+        pruned = {id(p) for p in self.parameters.values()}
+        frozen = {n: p.detach() for n, p in model.named_parameters() if id(p) not in pruned}
         frozen |= {n: b for n, b in model.named_buffers()}
 
         def sample_loss(wanted: dict[str, Tensor], inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
             def functional(*args: Any, **kwargs: Any) -> Any:
-                return torch.func.functional_call(model, wanted | frozen, args, kwargs)
+                return torch.func.functional_call(model, own_names(model, wanted) | frozen, args, kwargs)
 
             inputs, targets = tree_map_only(Tensor, lambda t: t.unsqueeze(0), (inputs, targets))
             loss = _scalar(self.loss_fn(call_model(functional, inputs), targets))

@@ -6,7 +6,8 @@ activations with each other (attention) are counted apart: no sparsity of weight
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from capruner.modes import eval_mode
+from capruner.wrappers import first_names, unwrap
+
 _aten = torch.ops.aten
-_PRODUCTS = {_aten.mm: 0, _aten.bmm: 0, _aten.addmm: 1, _aten.baddbmm: 1}  # where the first factor stands
+# Where the first factor stands.
+_PRODUCTS = {_aten.mm: 0, _aten.bmm: 0, _aten.addmm: 1, _aten.baddbmm: 1, _aten.mv: 0, _aten.addmv: 1, _aten.linear: 0}
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,9 @@ class MultiplyAdds:
 
     def per_weight(self, model: nn.Module) -> dict[str, float]:
         """``{parameter name: multiply-adds with each of its weights}``, for the ``costs`` of :func:`capruner.prune`."""
-        return {name: self.weights[name] / p.numel() for name, p in model.named_parameters() if self.weights.get(name)}
+        return {
+            name: self.weights[name] / p.numel() for name, p in first_names(model).items() if self.weights.get(name)
+        }
 
     def left(self, sparsity: Mapping[str, float]) -> int:
         """Those that remain when products with zeros are skipped; ``sparsity`` by parameter name, absent means dense."""
@@ -49,9 +56,13 @@ class MultiplyAdds:
 
 
 class _Counter(TorchDispatchMode):
-    def __init__(self, names: Mapping[int, str]) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.names = names
+        # Several parameters can share a storage: those of an LSTM on a GPU do.
+        self.places: dict[int, list[tuple[int, int, str]]] = {}
+        for name, p in parameters.items():
+            start = int(p.storage_offset())
+            self.places.setdefault(_storage(p), []).append((start, start + p.numel(), name))
         self.weights: dict[str, int] = {}
         self.activations = 0
 
@@ -69,14 +80,34 @@ class _Counter(TorchDispatchMode):
 
     def _count(self, factors: Sequence[Tensor], products: int) -> None:
         for factor in factors:
-            if name := self.names.get(_storage(factor)):
-                self.weights[name] = self.weights.get(name, 0) + products
-                return
+            for start, stop, name in self.places.get(_storage(factor), ()):
+                if start <= factor.storage_offset() < stop:
+                    self.weights[name] = self.weights.get(name, 0) + products
+                    return
         self.activations += products
 
 
 def _storage(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)  # an identity that tensors without data, on the meta device, have too
+
+
+@contextmanager
+def plain_products() -> Iterator[None]:
+    """Attention and recurrent layers as products that a dispatch mode sees, and not as one fused kernel each."""
+    flags = [
+        (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled),
+        (torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled),
+        (torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled),
+    ]
+    before = [get() for get, _ in flags]
+    try:
+        for _, put in flags:
+            put(False)
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        for (_, put), value in zip(flags, before):
+            put(value)
 
 
 @torch.no_grad()
@@ -86,15 +117,10 @@ def multiply_adds(model: nn.Module, input_size: Sequence[int]) -> MultiplyAdds:
     Raises:
         RuntimeError: the model does not take such an input.
     """
-    modes = {module: module.training for module in model.modules()}
+    model = unwrap(model)
     some = next(model.parameters())
     sample = torch.zeros(1, *input_size, device=some.device, dtype=some.dtype)
-    counter = _Counter({_storage(p): name for name, p in model.named_parameters()})
-    model.eval()
-    try:
-        with sdpa_kernel(SDPBackend.MATH), counter:  # as products that can be counted, and not as one fused kernel
-            model(sample)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    counter = _Counter(first_names(model))
+    with eval_mode(model), plain_products(), counter:
+        model(sample)
     return MultiplyAdds(tuple(input_size), counter.weights, counter.activations)

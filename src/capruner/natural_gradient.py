@@ -31,6 +31,7 @@ from capruner.gradients import call_model
 from capruner.methods import LayerSolution
 from capruner.methods.base import SecondOrderMethod
 from capruner.numerics import working_dtype
+from capruner.wrappers import own_names
 
 SAMPLES = 2048
 """The first so many of a calibration, of all processes together, give the gradients; they are held in memory meanwhile."""
@@ -88,7 +89,7 @@ class FirstSamples:
 
 
 class Divergence:
-    """``KL(dense ‖ model)``, the mean over samples; use inside :func:`capruner.gradients.calibrating`.
+    """``KL(dense ‖ model)``, the mean over samples; use inside :func:`capruner.modes.eval_mode`.
 
     Args:
         dense: the parameters that ``model`` had when it was dense, as far as it has others now.
@@ -105,7 +106,7 @@ class Divergence:
         self.batches: list[tuple[Any, Tensor]] = []
 
         def functional(*args: Any, **kwargs: Any) -> Any:
-            return torch.func.functional_call(model, dict(dense), args, kwargs)
+            return torch.func.functional_call(model, own_names(model, dense), args, kwargs)
 
         with torch.no_grad():
             for inputs in held:

@@ -24,9 +24,10 @@ from capruner.methods.base import SecondOrderMethod
 from capruner.patterns import parse_mask_type, supporting
 from capruner.result import Level, PruningResult
 from capruner.resume import fingerprint, recall
-from capruner.selection import select_parameters, unwrap
+from capruner.selection import select_parameters
 from capruner.state import State
 from capruner.targets import Sparsity, check_not_below, initial_masks, pruned_share, rungs_of, selected
+from capruner.wrappers import by_first_name, unwrap
 
 Interpolation = Literal["linear", "cubic", "geometric"]
 
@@ -149,6 +150,7 @@ def prune(
     parameters, groups = selected(model, params, sparsity)
     parameters, skipped = supporting(pattern, parameters, skip_unsupported)
     if costs is not None:
+        costs = by_first_name(model, costs, "costs") if isinstance(costs, Mapping) else costs
         costs = checked_costs(costs, parameters)
         if not global_sparsity or groups is not None or pattern.n_m is not None or not METHODS[method].competing:
             raise ValueError(
@@ -170,7 +172,7 @@ def prune(
         pattern=pattern,
     )
     rungs = rungs_of(parameters, groups, sparsity, global_sparsity, pattern)
-    kept = initial_masks(parameters, masks)
+    kept = initial_masks(model, parameters, masks)
     check_not_below(rungs[0][1], kept, pattern)
     state = None
     if state_dir is not None:
@@ -268,7 +270,7 @@ def compensate_masks(
     check_masks(masks)
     model = unwrap(model)
     parameters = select_parameters(model, list(masks))
-    kept = initial_masks(parameters, masks)
+    kept = initial_masks(model, parameters, masks)
     settings = Settings(
         num_grads=num_grads,
         fisher_block_size=fisher_block_size,

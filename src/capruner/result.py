@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from capruner.checks import check_model
 from capruner.files import digest, replacing
-from capruner.selection import unwrap
+from capruner.wrappers import all_parameters, find
 
 FORMAT = "capruner-result"
 VERSION = 1
@@ -88,15 +88,16 @@ class PruningResult:
         """
         level = self.level(sparsity)
         check_model(model)
-        parameters = dict(unwrap(model).named_parameters())
-        for name, weight in level.weights.items():
+        parameters = all_parameters(model)
+        weights = {find(parameters, name): weight for name, weight in level.weights.items()}
+        for name, weight in weights.items():
             if name not in parameters:
                 raise ValueError(f"the model has no parameter {name}: this result belongs to another architecture")
             if parameters[name].shape != weight.shape:
                 raise ValueError(
                     f"{name} has shape {tuple(parameters[name].shape)} in the model, {tuple(weight.shape)} in the result"
                 )
-        for name, weight in level.weights.items():
+        for name, weight in weights.items():
             parameters[name].copy_(weight)
 
     def masks(self, sparsity: float | None = None) -> dict[str, Tensor]:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from capruner.wrappers import all_parameters, find, first_names, unwrap, walk
+
 ALL = "__ALL__"
 ALL_PRUNABLE = "__ALL_PRUNABLE__"
 PRUNABLE_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -25,23 +27,21 @@ class SelectionError(ValueError):
     """``params`` does not say which parameters to prune, or names some that cannot be pruned."""
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside ``DataParallel`` and ``DistributedDataParallel``, whose parameter names have no ``module.`` in front."""
-    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        model = model.module
-    return model
-
-
 def prunable_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers that ``__ALL_PRUNABLE__`` stands for: Linear and Conv1d/2d/3d by name, in the model's order, a shared layer once."""
-    return {name: layer for name, layer in unwrap(model).named_modules() if isinstance(layer, PRUNABLE_LAYERS)}
+    found = {
+        id(m): (plain.removesuffix("."), m)
+        for _, plain, m in reversed([*walk(model)])
+        if isinstance(m, PRUNABLE_LAYERS)
+    }
+    return dict(reversed(found.values()))
 
 
 def select_parameters(model: nn.Module, params: str | Sequence[str]) -> dict[str, nn.Parameter]:
     """The parameters that ``params`` names.
 
     Args:
-        model: any module; a data-parallel wrapper is looked through.
+        model: any module; wrappers are looked through.
         params: one entry or several. An entry is the name of a parameter; the name of a module, for the Linear and convolution weights in it;
             ``re:PATTERN``, matched from the start of full parameter names as ``re.match`` does; ``__ALL__`` for every parameter;
             ``__ALL_PRUNABLE__`` for the weights of all Linear and convolution layers.
@@ -57,9 +57,9 @@ def select_parameters(model: nn.Module, params: str | Sequence[str]) -> dict[str
     entries = [params] if isinstance(params, str) else list(params)
     if not entries:
         raise SelectionError(f"params is empty; name parameters or modules, or use '{ALL_PRUNABLE}'")
-    names = dict(model.named_parameters(remove_duplicate=False))
+    names = all_parameters(model)
     selected = {id(names[name]) for entry in entries for name in _resolve(model, entry, names)}
-    found = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in selected}
+    found = {name: parameter for name, parameter in first_names(model).items() if id(parameter) in selected}
     integer = [name for name, parameter in found.items() if not parameter.is_floating_point()]
     if integer:
         raise SelectionError(f"not floating point, so without a gradient: {_some(integer)}; leave them out of params")
@@ -82,14 +82,15 @@ def _resolve(model: nn.Module, entry: str, names: dict[str, nn.Parameter]) -> li
         raise SelectionError(f"an entry of params must be a string, got {entry!r}")
     if entry.startswith("re:"):
         return _match(entry, names)
-    if entry in names:
-        return [entry]
+    if find(names, entry) in names:
+        return [find(names, entry)]
     if entry == ALL:
         found = list(names)
     elif entry == ALL_PRUNABLE:
         found = _layer_weights("", model, names)
     else:
-        modules = dict(model.named_modules(remove_duplicate=False))
+        modules = {plain.removesuffix("."): module for _, plain, module in walk(model)}
+        entry = find(modules, entry)
         if entry not in modules or not entry:
             near = _nearest(entry, [*names, *filter(None, modules)])
             raise SelectionError(f"params: no parameter or module is called '{entry}'{near}")

@@ -12,6 +12,7 @@ from capruner.allocation import refuse_below
 from capruner.methods import Target
 from capruner.patterns import Pattern
 from capruner.selection import select_parameters
+from capruner.wrappers import by_first_name
 
 Sparsity = float | Mapping[float, Sequence[str]]
 
@@ -76,8 +77,9 @@ def _checked_sparsity(value: Any) -> float:
 
 
 def initial_masks(
-    parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor] | Literal["zeros"] | None
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor] | Literal["zeros"] | None
 ) -> dict[str, Tensor]:
+    """The weights of each parameter that earlier pruning left, True = stays."""
     if masks == "zeros":
         return {name: p.detach() != 0 for name, p in parameters.items()}
     kept = {name: torch.ones_like(p, dtype=torch.bool) for name, p in parameters.items()}
@@ -85,7 +87,7 @@ def initial_masks(
         return kept
     if isinstance(masks, str):
         raise ValueError(f"masks must be a dict of bool tensors, 'zeros' or None, got {masks!r}")
-    for name, mask in masks.items():
+    for name, mask in by_first_name(model, masks, "masks").items():
         if name not in kept:
             raise ValueError(
                 f"masks holds {name}, which is not among the selected parameters; select it too, or drop its mask"

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from capruner.patterns import parse_mask_type, supporting
 from capruner.pruning import prune
 from capruner.result import PruningResult
-from capruner.selection import select_parameters, unwrap
+from capruner.selection import select_parameters
 from capruner.sparseml.sampling import GradSamplerBatches
 from capruner.sparseml.state import load_modifier_state, modifier_state
 from capruner.state import StateError, remove_state
+from capruner.wrappers import owner
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -255,13 +256,12 @@ class CorrelationAwareModifier(BaseGradualPruningModifier):
     # What SparseML asks for
 
     def _create_named_layers_and_params(self, module: nn.Module) -> list[NamedLayerParam]:
-        model = unwrap(module)
         final = self._final_sparsity_orig
         groups = final.items() if isinstance(final, dict) else [(None, self._params)]
         found: dict[str, Any] = {}
         parameters: dict[str, nn.Parameter] = {}
         for sparsity, names in groups:
-            for name, parameter in select_parameters(model, names).items():
+            for name, parameter in select_parameters(module, names).items():
                 found.setdefault(name, sparsity)
                 parameters[name] = parameter
         _, skipped = supporting(parse_mask_type(self._mask_type), parameters, self._skip_unsupported)
@@ -272,9 +272,8 @@ class CorrelationAwareModifier(BaseGradualPruningModifier):
             self._final_sparsity = list(found.values())
         named = []
         for name in found:
-            layer_name, _, param_name = name.rpartition(".")
-            layer = model.get_submodule(layer_name)
-            named.append(NamedLayerParam(layer_name, layer, param_name, getattr(layer, param_name)))
+            layer, param_name = owner(module, name)
+            named.append(NamedLayerParam(name.rpartition(".")[0], layer, param_name, getattr(layer, param_name)))
         return named
 
     def _get_mask_creator(self, param_names: list[str], params: list[nn.Parameter]) -> PruningMaskCreator:

@@ -1,0 +1,66 @@
+"""Eval mode for a while, and the model as it was afterwards."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards, also after an exception, every module's mode and every buffer (BatchNorm statistics) is as before.
+
+    A buffer that ``forward`` replaces (a cache, a rotary table) is put back: the tensor, and its values. Compiled models run eagerly inside, as
+    compiling them again for another mode, or under ``vmap``, takes longer than it saves.
+    """
+    states = [_State.of(module) for module in model.modules()]
+    model.eval()
+    try:
+        # Importing the compiler takes seconds; where it is not, nothing is compiled.
+        with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext():
+            yield
+    finally:
+        for state in states:
+            state.restore()
+
+
+@dataclass
+class _State:
+    """What a forward pass may change about one module."""
+
+    module: nn.Module
+    training: bool
+    buffers: dict[str, Tensor | None]
+    values: dict[str, Tensor]
+    attributes: dict[str, Any]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> _State:
+        buffers = dict(module._buffers)
+        values = {name: buffer.detach().clone() for name, buffer in buffers.items() if buffer is not None}
+        return cls(module, module.training, buffers, values, dict(module.__dict__) if buffers else {})
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        now = self.module._buffers
+        if now.keys() != self.buffers.keys() or any(now[name] is not buffer for name, buffer in self.buffers.items()):
+            now.clear()
+            now.update(self.buffers)
+            # What else the module knows (the length of a cache) describes its buffers, and has to fit them.
+            for name in self.module.__dict__.keys() - self.attributes.keys():
+                del self.module.__dict__[name]
+            self.module.__dict__.update(self.attributes)
+        for name, value in self.values.items():
+            buffer = self.buffers[name]
+            assert buffer is not None
+            if buffer.shape != value.shape or buffer.dtype != value.dtype:
+                buffer.data = value
+            elif not buffer.is_meta and not torch.equal(buffer, value):
+                buffer.copy_(value)
+        self.module.training = self.training
