@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import importlib
+import pickle
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -180,3 +181,111 @@ def _data_parallel(rank: int, folder: str) -> None:
 
 def test_data_parallel(tmp_path: Path) -> None:
     mp.start_processes(_data_parallel, (str(tmp_path),), nprocs=2, start_method="spawn")
+
+
+# What re-binds parameters
+
+
+def rebind_by_loading(model: nn.Sequential, dense: dict[str, Tensor]) -> None:
+    model.load_state_dict(dense, assign=True)
+
+
+def rebind_by_hand(model: nn.Sequential, dense: dict[str, Tensor]) -> None:
+    model[0].weight = nn.Parameter(dense["0.weight"].clone())
+    model[3].register_parameter("weight", nn.Parameter(dense["3.weight"].clone()))
+
+
+def replace_the_layer(model: nn.Sequential, dense: dict[str, Tensor]) -> None:
+    model[0] = nn.Linear(8, 16)
+    model[3] = nn.utils.skip_init(nn.Linear, 16, 3)
+    model.load_state_dict(dense)
+
+
+def move_to_new_parameters(model: nn.Sequential, dense: dict[str, Tensor]) -> None:
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        model.double()
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+    model.float()
+
+
+def swap_tensors(model: nn.Sequential, dense: dict[str, Tensor]) -> None:
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.double().float()
+        model.load_state_dict(dense)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def compile_a_part(model: nn.Sequential, dense: dict[str, Tensor]) -> None:
+    model[0] = torch.compile(model[0], backend="eager")  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["optimizer first", "optimizer last"])
+@pytest.mark.parametrize(
+    "rebind",
+    [rebind_by_loading, rebind_by_hand, replace_the_layer, move_to_new_parameters, swap_tensors, compile_a_part],
+)
+def test_masks_hold_in_parameters_that_are_new(rebind: Callable[..., None], before: bool) -> None:
+    model = pruned()
+    first = zeros(model)
+    dense = {k: torch.randn_like(v) if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    handle = capruner.mask_model(model)
+    stale = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    rebind(model, dense)
+    assert handle.sparsity == sum(int((p == 0).sum()) for p in model.parameters() if p.dim() == 2) / (8 * 16 + 16 * 3)
+    train(model, stale if before else torch.optim.SGD(model.parameters(), 0.1, momentum=0.9))
+    assert all(torch.equal(mask, now) for mask, now in zip(first, zeros(model)))
+    assert handle.sparsity == pytest.approx(float(torch.cat([m.flatten() for m in first]).float().mean()))
+
+
+def test_loading_weights_applies_the_masks_at_once() -> None:
+    model = pruned()
+    first, dense = zeros(model), {k: torch.ones_like(v) for k, v in model.state_dict().items()}
+    with capruner.mask_model(model):
+        nn.DataParallel(model).load_state_dict({f"module.{k}": v for k, v in dense.items()})
+        assert all(torch.equal(mask, now) for mask, now in zip(first, zeros(model)))
+        copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+        copied.load_state_dict(dense)
+        assert not any(mask.any() for mask in zeros(copied))
+    model.load_state_dict(dense)
+    assert not any(mask.any() for mask in zeros(model))
+
+
+def test_the_handle_counts_the_model() -> None:
+    model = pruned()
+    handle = capruner.mask_model(model)
+    with torch.no_grad():
+        model[0].weight.fill_(1)
+        model[3].weight.fill_(1)
+    assert handle.sparsity == 0
+    handle.apply()
+    assert handle.sparsity > 0.5
+    del model
+    gc.collect()
+    with pytest.raises(ValueError, match="no longer exists"):
+        _ = handle.sparsity
+
+
+def test_a_mask_that_cannot_hold_any_more_is_an_error_and_not_forgotten() -> None:
+    model = pruned()
+    handle = capruner.mask_model(model)
+    nn.utils.parametrizations.weight_norm(model[0])
+    with pytest.raises(ValueError, match=r"the mask of 0\.weight cannot be held: the model has no such parameter"):
+        train(model, torch.optim.SGD(model.parameters(), 0.1))
+    handle.remove()
+    other = pruned()
+    with capruner.mask_model(other):
+        other[3] = nn.Linear(16, 5)
+        with pytest.raises(ValueError, match=r"3\.weight cannot be held: its shape is \(3, 16\), .* \(5, 16\) now"):
+            train(other, torch.optim.SGD(other.parameters(), 0.1))
+
+
+def test_another_models_optimizer_leaves_the_graph_alone() -> None:
+    model, other = pruned(), pruned()
+    with capruner.mask_model(model), capruner.mask_model(other):
+        loss = model(torch.ones(4, 8)).square().sum()
+        train(other, torch.optim.SGD(other.parameters(), 0.1))
+        loss.backward()  # an error where a weight has been written since

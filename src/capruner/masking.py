@@ -3,61 +3,135 @@
 The parameters stay plain parameters: nothing is wrapped or renamed, so ``state_dict``, ``deepcopy``, moving averages, ``DistributedDataParallel`` and
 ``torch.compile`` never notice. What holds the zeros is a hook that torch runs after the step of every optimizer. It sees the weights after momentum, weight
 decay and whatever else the optimizer does; a hook on gradients would not, and would run before or after data-parallel averaging as it pleases.
+
+A parameter is looked up by its name at each step, because ``load_state_dict(assign=True)``, ``module.weight = nn.Parameter(...)`` and some moves to another
+device put a new one in its place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
-from weakref import finalize
+from weakref import finalize, ref
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.weak import WeakIdKeyDictionary
 
-from capruner.selection import select_parameters, unwrap
+from capruner.selection import select_parameters
+from capruner.wrappers import by_first_name, owner, unwrap
+
+
+class _Masks:
+    """The masks of one model. Knows the model weakly: one that is no longer used elsewhere is not kept alive by its masks."""
+
+    def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+        self.model = ref(model)
+        self.masks = dict(masks)
+        self.last: dict[str, int] = {}  # which parameter a mask was applied to last
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The masked parameters as they are today; none where the model is gone.
+
+        Raises:
+            ValueError: one of them is no parameter any more, or has another shape.
+        """
+        model = self.model()
+        for name in self.masks if model is not None else ():
+            assert model is not None
+            yield name, self._parameter(model, name)
+
+    def _parameter(self, model: nn.Module, name: str) -> nn.Parameter:
+        try:
+            module, attribute = owner(model, name)
+        except AttributeError:
+            found = None
+        else:
+            found = module._parameters.get(attribute)
+        if found is None:
+            raise ValueError(
+                f"the mask of {name} cannot be held: the model has no such parameter any more (replaced, or computed by a parametrization); "
+                "remove() the handle, and mask the model again as it is now"
+            )
+        if found.shape != self.masks[name].shape:
+            raise ValueError(
+                f"the mask of {name} cannot be held: its shape is {tuple(self.masks[name].shape)}, and the parameter is {tuple(found.shape)} now"
+            )
+        return found
+
+    @torch.no_grad()
+    def hold(self, stepped: Iterable[int] | None = None) -> None:
+        """Zero what is masked: in the parameters with these ids and those that are new; in all of them when None."""
+        ids = None if stepped is None else set(stepped)
+        for name, p in self.parameters():
+            if ids is not None and id(p) not in ids and self.last.get(name) == id(p):
+                continue
+            if self.masks[name].device != p.device:  # the model has moved since
+                self.masks[name] = self.masks[name].to(p.device)
+            p.masked_fill_(~self.masks[name], 0)
+            self.last[name] = id(p)
+
+    def after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """What torch calls after the step of any optimizer."""
+        self.hold(id(p) for group in optimizer.param_groups for p in group["params"])
+
+
+class _AfterLoading:
+    """What torch calls after ``load_state_dict``. Copies of it, in a copy of the model, do nothing."""
+
+    def __init__(self, masks: _Masks | None = None) -> None:
+        self.masks = masks
+
+    def __call__(self, module: nn.Module, incompatible: Any) -> None:
+        if self.masks is not None:
+            self.masks.hold()
+
+    def __reduce__(self) -> tuple[type[_AfterLoading], tuple[()]]:
+        return _AfterLoading, ()
 
 
 class MaskHandle:
     """Masks that are being held; made by :func:`mask_model`. A context manager: they are let go at the end of the block.
 
     They hold as long as the model lives, whether anybody keeps the handle or not.
-
-    Attributes:
-        masks: ``{name: bool tensor}``, True = stays.
     """
 
-    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]) -> None:
-        self.masks = dict(masks)
-        # Weak: a model that is no longer used elsewhere is not kept alive by its masks.
-        self._by_parameter = WeakIdKeyDictionary({p: name for name, p in parameters.items()})
-        by_parameter, own = self._by_parameter, self.masks
+    def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+        self._masks = _Masks(model, masks)
+        hooks = [
+            register_optimizer_step_post_hook(self._masks.after_step),
+            model.register_load_state_dict_post_hook(_AfterLoading(self._masks)),
+        ]
+        self._remove: list[Callable[[], None]] = [hook.remove for hook in hooks]
+        finalize(model, hooks[0].remove)
 
-        def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            for group in optimizer.param_groups:
-                for p in group["params"]:
-                    if p in by_parameter:
-                        _hold(p, by_parameter[p], own)
-
-        self._hook = register_optimizer_step_post_hook(after_step)
-        finalize(model, self._hook.remove)
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """``{name: bool tensor}``, True = stays."""
+        return self._masks.masks
 
     @property
     def sparsity(self) -> float:
-        """Share of zeros in the masked parameters."""
-        return sum(int((~m).sum()) for m in self.masks.values()) / sum(m.numel() for m in self.masks.values())
+        """Share of zeros in the masked parameters, counted in the model as it is now.
+
+        Raises:
+            ValueError: the model is gone.
+        """
+        parameters = [p.detach() for _, p in self._masks.parameters()]
+        if not parameters:
+            raise ValueError("the model of this handle no longer exists, so it has no sparsity")
+        return sum(int((p == 0).sum()) for p in parameters) / sum(p.numel() for p in parameters)
 
     def apply(self) -> None:
-        """Zero now what is masked: for optimizers that are not ``torch.optim.Optimizer``, and after weights were loaded."""
-        for p, name in list(self._by_parameter.items()):
-            _hold(p, name, self.masks)
+        """Zero now what is masked: for optimizers that are not ``torch.optim.Optimizer``, and after weights were written by hand."""
+        self._masks.hold()
 
     def remove(self) -> None:
         """Let the masks go; the weights stay as they are. Doing it twice does no harm."""
-        self._hook.remove()
+        for remove in self._remove:
+            remove()
 
     def __enter__(self) -> MaskHandle:
         return self
@@ -66,13 +140,6 @@ class MaskHandle:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.remove()
-
-
-@torch.no_grad()
-def _hold(parameter: Tensor, name: str, masks: dict[str, Tensor]) -> None:
-    if masks[name].device != parameter.device:  # the model has moved since
-        masks[name] = masks[name].to(parameter.device)
-    parameter.masked_fill_(~masks[name], 0)
 
 
 def mask_model(
@@ -86,10 +153,12 @@ def mask_model(
     >>> ...                                      # any loop; weights that were exactly 0 are 0 after every optimizer.step()
     >>> handle.remove()                          # if ever
 
-    A deep copy of the model is another model: call it again for a copy that is trained.
+    Masks also hold when weights are loaded into the model (``load_state_dict``, with ``assign=True`` too) or parameters are replaced by others of the same
+    name and shape. A deep copy of the model is another model: call ``mask_model`` again for a copy that is trained. A moving average of the weights
+    (an EMA copy) has the zeros where both the copy and the model had them from its start.
 
     Args:
-        model: wrapped in ``DistributedDataParallel`` or not.
+        model: in any wrapper (``torch.compile``, ``DistributedDataParallel``) or none.
         params: as in :func:`capruner.prune`; of these, the ones that hold zeros.
         masks: ``{name: tensor}``, non-zero = stays, instead of the zeros; the weights are zeroed at once.
 
@@ -106,12 +175,13 @@ def mask_model(
         held = {name: p.detach() != 0 for name, p in parameters.items()}
     else:
         parameters = select_parameters(model, list(masks))
+        masks = by_first_name(model, masks, "masks")
         for name, p in parameters.items():
             if masks[name].shape != p.shape:
                 raise ValueError(
                     f"the mask of {name} has shape {tuple(masks[name].shape)}, the parameter {tuple(p.shape)}"
                 )
         held = {name: (masks[name] != 0).to(p.device) for name, p in parameters.items()}
-    handle = MaskHandle(model, parameters, held)
+    handle = MaskHandle(model, held)
     handle.apply()
     return handle
