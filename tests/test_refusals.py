@@ -74,7 +74,7 @@ def test_reports_of_what_is_no_folder_or_no_architecture(tmp_path: Path) -> None
     with pytest.raises(ValueError, match="cannot be built with --model-kwargs"):
         architecture("vit_tiny_patch16_224", {"dept": 2})
     with pytest.raises(RuntimeError, match=r"a forward pass at .* fails"):
-        architecture_macs(architecture("vit_tiny_patch16_224", {"depth": 1}), {}, img_size=7)
+        architecture_macs(architecture("vit_tiny_patch16_224", {"depth": 1}), img_size=7)
 
 
 def test_a_page_about_nothing_yet() -> None:
@@ -182,8 +182,8 @@ def test_a_command_whose_package_is_missing(
     assert main.main(["verify"]) == 2
     assert "capruner verify needs the package timm, which is not installed" in capsys.readouterr().err
     name = "capruner.cli.verify"  # ours: a fault, not the user's
-    with pytest.raises(ModuleNotFoundError):
-        main.main(["verify"])
+    assert main.main(["verify"]) == 2
+    assert "internal error, please report it: ModuleNotFoundError" in capsys.readouterr().err
 
 
 def test_a_recipe_without_pruning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,9 +2,9 @@
 
 import os
 
-from capruner.cli.arguments import KeyValues, Parser, UserError, add_model, run
+from capruner.cli.arguments import KeyValues, Parser, UserError, add_model, describe, run
 
 # Before anything imports SparseML: nobody receives its usage events any more.
 os.environ.setdefault("NM_DISABLE_ANALYTICS", "1")
 
-__all__ = ["KeyValues", "Parser", "UserError", "add_model", "run"]
+__all__ = ["KeyValues", "Parser", "UserError", "add_model", "describe", "run"]

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import create_dataset, create_transform, resolve_data_config
+from timm.data import ImageDataset, create_dataset, create_transform, resolve_data_config
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from capruner.distributed import world
-from research.utils.cli import UserError
+from capruner.report.architecture import input_size
+from research.utils.cli import UserError, describe
+from research.utils.image_folders import Converted, ImageFolder, Images, check_classes
 
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "hamming", "box", "random")
 SOURCES = ("torch", "hfds", "hfids", "tfds", "wds")
@@ -22,71 +24,76 @@ SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid", 
 
 
 def open_splits(data_dir: str, dataset: str, model: nn.Module) -> tuple[Dataset[Any], Dataset[Any]]:
-    """The training and the validation split, see :func:`open_split`.
-
-    Raises:
-        UserError: also where the two number their classes differently.
-    """
-    train, val = (open_split(data_dir, dataset, split, model) for split in ("train", "val"))
-    ours, theirs = _classes(train), _classes(val)
-    if ours != theirs:
-        odd = sorted(set(ours or ()) ^ set(theirs or ()))
-        raise UserError(f"train/ and val/ in {data_dir} differ in their class folders: {', '.join(map(str, odd[:8]))}")
-    return train, val
-
-
-def _classes(data: Dataset[Any]) -> dict[str, int] | None:
-    """``{class name: label}`` of image folders; None where a data set does not say."""
-    return getattr(getattr(data, "reader", None), "class_to_idx", None)
-
-
-def image_mode(model: nn.Module) -> str:
-    """PIL's mode for the model's input: ``L`` for one channel, else ``RGB``."""
-    first = next((layer for layer in model.modules() if isinstance(layer, nn.Conv2d)), None)
-    return "L" if first is not None and first.in_channels == 1 else "RGB"
-
-
-def open_split(data_dir: str, dataset: str, split: str, model: nn.Module) -> Dataset[Any]:
-    """One split of the data.
+    """The training and the validation split.
 
     Args:
         data_dir: folder with ``train/<class>/*`` and ``val/<class>/*``, or the root that a timm data set wants.
         dataset: "" for image folders, else a timm name such as ``torch/cifar10``.
-        split: ``train`` or ``val``.
 
     Raises:
-        UserError: no such folder, no image in it, or another number of classes than the model has.
+        UserError: no such folder, no image in it, other classes in one split than in the other or than the model has outputs, or a model whose input
+            is not an image of one or three channels.
     """
-    root = Path(data_dir)
+    root, mode = Path(data_dir), image_mode(model)
     if not root.is_dir():
         raise UserError(
             f"--data-dir {data_dir} is not a folder; it should hold train/<class>/*.jpg and val/<class>/*.jpg"
         )
-    if dataset and dataset.partition("/")[0] not in SOURCES:
+    if not dataset:
+        folders = {folder.name: ImageFolder(folder) for folder in (_split_folder(root, split) for split in SPLITS)}
+        check_classes(folders, getattr(model, "num_classes", None))
+        train, val = (Images(folder, mode) for folder in folders.values())
+        return train, val
+    if dataset.partition("/")[0] not in SOURCES:
         raise UserError(
             f"--dataset {dataset}: timm's data sets begin with {', '.join(f'{s}/' for s in SOURCES)}; for image folders leave it out"
         )
-    try:
-        if dataset:
-            where = {"root": str(root), "split": "train" if split == "train" else "validation"}
-            found = create_dataset(dataset, input_img_mode=image_mode(model), **where)
-        else:
-            folder = next((root / name for name in SPLITS[split] if (root / name).is_dir()), None)
-            if folder is None:
-                raise UserError(f"--data-dir {data_dir} has no folder {split}/ (looked for {', '.join(SPLITS[split])})")
-            found = create_dataset("", root=str(folder), input_img_mode=image_mode(model))
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise UserError(f"the {split} split of {data_dir} cannot be read: {error}") from error
-    if not len(found):
-        raise UserError(f"the {split} split of {data_dir} holds no image")
-    classes = _classes(found)
-    outputs = getattr(model, "num_classes", None)
-    if classes is not None and outputs is not None and len(classes) != outputs:
+    train, val = (_open_dataset(root, dataset, split, mode) for split in SPLITS)
+    outputs, classes = getattr(model, "num_classes", None), getattr(train, "class_to_idx", None)
+    if classes and outputs is not None and len(classes) != outputs:
         raise UserError(
-            f"{data_dir} has {len(classes)} classes, the model {outputs} outputs; use a checkpoint trained on these classes, with "
+            f"--dataset {dataset} has {len(classes)} classes, the model {outputs} outputs; use a checkpoint trained on these classes, with "
             f"--model-kwargs num_classes={len(classes)}"
         )
-    return found
+    return train, val
+
+
+def _split_folder(root: Path, split: str) -> Path:
+    folder = next((root / name for name in SPLITS[split] if (root / name).is_dir()), None)
+    if folder is None:
+        raise UserError(f"--data-dir {root} has no folder {split}/ (looked for {', '.join(SPLITS[split])})")
+    return folder
+
+
+def _open_dataset(root: Path, dataset: str, split: str, mode: str) -> Any:
+    try:
+        data = create_dataset(
+            dataset, root=str(root), split="train" if split == "train" else "validation", input_img_mode=mode
+        )
+    except Exception as error:  # timm, torchvision and Hugging Face raise what they like
+        raise UserError(
+            f"the {split} split of --dataset {dataset} in {root} cannot be opened: {describe(error)}"
+        ) from error
+    if isinstance(data, IterableDataset):
+        return data
+    if not len(data):
+        raise UserError(f"the {split} split of --dataset {dataset} in {root} holds no image")
+    return Images(data.reader, mode) if isinstance(data, ImageDataset) else Converted(data, mode)
+
+
+def image_mode(model: nn.Module) -> str:
+    """PIL's mode for the model's input: ``L`` for one channel, ``RGB`` for three.
+
+    Raises:
+        UserError: another number of channels.
+    """
+    channels = input_size(model)[0]
+    if channels not in (1, 3):
+        raise UserError(
+            f"the model takes {channels} input channels; images are read with 3 (RGB) or 1 (grey). "
+            "Use --model-kwargs in_chans=3 or in_chans=1, or prune with capruner.prune and a loader of your own"
+        )
+    return "L" if channels == 1 else "RGB"
 
 
 def loader(
@@ -134,15 +141,10 @@ def preprocessing(args: Any, model: nn.Module) -> dict[str, Any]:
             raise UserError(f"{flag} {value}: must be more than 0")
     if args.interpolation and args.interpolation not in INTERPOLATIONS:
         raise UserError(f"--interpolation {args.interpolation}: there are {', '.join(INTERPOLATIONS)}")
-    size = args.img_size or args.model_kwargs.get("img_size")
-    given = {
-        "in_chans": args.model_kwargs.get("in_chans"),
-        "img_size": size,
-        "crop_pct": args.crop_pct,
-        "interpolation": args.interpolation,
-    }
+    size = input_size(model, args.img_size)
+    given = {"input_size": size, "crop_pct": args.crop_pct, "interpolation": args.interpolation}
     config = resolve_data_config({key: value for key, value in given.items() if value is not None}, model=model)
-    channels = config["input_size"][0]
+    channels = size[0]
     per_channel = {"mean": args.mean or config["mean"], "std": args.std or config["std"]}
     found = config | {key: _per_channel(values, channels, f"--{key}") for key, values in per_channel.items()}
     if args.checkpoint and not (args.mean or args.std or args.crop_pct) and world()[0] == 0:

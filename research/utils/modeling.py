@@ -2,46 +2,69 @@
 
 from __future__ import annotations
 
-import difflib
-import pickle
 import random
 import sys
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import timm
 import torch
-from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
-from research.utils.cli import UserError
-
-_BUILD_ERRORS = (RuntimeError, TypeError, KeyError, ValueError, AssertionError, AttributeError, OSError)
+from capruner.report.architecture import build
+from capruner.report.checkpoint import load_weights
+from research.utils.cli import UserError, describe
 
 
 def build_model(name: str, kwargs: dict[str, Any], checkpoint: str, pretrained: bool) -> nn.Module:
-    """A timm model in eval mode.
+    """A timm model in eval mode, with the weights of ``checkpoint`` where one is given.
 
     Raises:
         UserError: unknown model, missing or foreign checkpoint, arguments that it does not take.
     """
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=4)
-        raise UserError(f"--model {name}: timm has no such model{'; near: ' if near else ''}{', '.join(near)}")
-    if checkpoint and not Path(checkpoint).is_file():
-        raise UserError(f"--checkpoint {checkpoint}: no such file")
     try:
-        model = timm.create_model(name, pretrained=pretrained, checkpoint_path=checkpoint, **kwargs)
-    except (*_BUILD_ERRORS, SafetensorError, pickle.UnpicklingError) as error:
-        what = f"--checkpoint {checkpoint}" if checkpoint else "--pretrained" if pretrained else "--model-kwargs"
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{name} cannot be built ({what}): {reason[:300]}{' ...' if len(reason) > 300 else ''}"
-        ) from error
+        model = build(name, kwargs, pretrained and not checkpoint)
+        if checkpoint:
+            load_weights(model, checkpoint)
+    except (ValueError, OSError) as error:
+        flag = f"--checkpoint {checkpoint}: " if checkpoint and checkpoint in str(error) else ""
+        raise UserError(f"{flag}{error}") from error
     if not checkpoint and not pretrained:
         print(f"warning: {name} has random weights; give --checkpoint or --pretrained", file=sys.stderr)
-    return model.eval()
+    return model
+
+
+@torch.no_grad()
+def check_forward(model: nn.Module, input_size: Sequence[int], name: str, training: bool = False) -> None:
+    """Run ``model`` once on blank images before any work, in training mode if asked for; BatchNorm statistics and random states are as before.
+
+    Raises:
+        UserError: it does not take images of that size, or its output is not one tensor of class scores.
+    """
+    some = next(model.parameters())
+    buffers = {key: value.clone() for key, value in model.named_buffers()}
+    modes = {module: module.training for module in model.modules()}
+    images = torch.zeros(2, *input_size, device=some.device, dtype=some.dtype)
+    devices = [some.device] if some.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices):
+            output = model.train(training)(images)
+    except Exception as error:  # whatever the architecture trips over
+        raise UserError(
+            f"{name} does not take images of {tuple(input_size)}: {describe(error)}. "
+            f"--img-size sets the size of the images, --model-kwargs img_size={input_size[1]} that of a model that is built for one size"
+        ) from error
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for key, value in model.named_buffers():
+            if key in buffers and value.shape == buffers[key].shape:
+                value.copy_(buffers[key])
+    if not isinstance(output, Tensor):
+        raise UserError(
+            f"{name} returns a {type(output).__name__} {'in training mode ' * training}where one tensor of class scores is needed; "
+            "switch its other outputs off, --model-kwargs aux_logits=False for an Inception"
+        )
 
 
 def seed_everything(seed: int) -> None:

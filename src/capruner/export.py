@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from capruner.cli.arguments import describe
 from capruner.files import replacing
-from capruner.report.architecture import BUILD_ERRORS
 from capruner.selection import prunable_layers
 from capruner.wrappers import unwrap
 
@@ -52,9 +52,9 @@ def to_onnx(model: nn.Module, path: str | Path, input_size: Sequence[int], toler
     try:
         with torch.no_grad():
             model(images)
-    except BUILD_ERRORS as error:
+    except Exception as error:  # whatever the architecture trips over
         raise ValueError(
-            f"the model does not take images of {tuple(input_size)}: {' '.join(str(error).split())[:200]}; "
+            f"the model does not take images of {tuple(input_size)}: {describe(error)}; "
             "transformers are built for one size, --model-kwargs img_size=N"
         ) from error
     with replacing(path) as partial:
@@ -201,20 +201,9 @@ def load_pruned(model: str, kwargs: Mapping[str, Any], checkpoint: str | Path) -
         ValueError: timm has no such model, or the weights do not fit it.
         FileNotFoundError: no such checkpoint.
     """
-    import timm
-    from timm.data import resolve_data_config
+    from capruner.report.architecture import build, input_size
+    from capruner.report.checkpoint import load_weights
 
-    from capruner.report.architecture import architecture
-    from capruner.report.checkpoint import read_weights
-
-    weights = read_weights(checkpoint)
-    architecture(model, kwargs)  # the errors of a wrong name or argument
-    network = timm.create_model(model, **kwargs).eval()
-    try:
-        network.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{checkpoint} does not fit {model} with --model-kwargs {dict(kwargs)}: {str(error).splitlines()[1].strip()}"
-        ) from error
-    given = {key: kwargs[key] for key in ("img_size", "in_chans") if key in kwargs}
-    return network, resolve_data_config(given, model=network)["input_size"]
+    network = build(model, kwargs)
+    load_weights(network, checkpoint)
+    return network, input_size(network)

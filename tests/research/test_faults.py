@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm.data.dataset
 import torch
 from training_case import Line
 
@@ -22,6 +21,7 @@ pytest.importorskip("sparseml")
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 from research import one_shot_pruning, sparse_training  # noqa: E402
 from research.utils import cli  # noqa: E402
+from research.utils.image_folders import Images  # noqa: E402
 
 NOT_HERE = dict.fromkeys(("sparseml_recipe", "batch_size", "opt", "lr"))
 FLAGS: dict[str, Any] = NOT_HERE | {"num_grads": 12, "fisher_block_size": 48, "damp": 1e-4, "sparsities": [0.5]}
@@ -88,8 +88,8 @@ def test_a_data_folder_that_vanishes(
         one_shot_pruning.Run, "record", lambda self, *a: (record(self, *a), shutil.rmtree(data / "train"))
     )
     said = ends(line(**FLAGS | {"data_dir": data, "workers": workers}), capsys)
-    assert "Failed to load 10 consecutive samples" in said
-    assert "the lines above name the images; is their folder still there" in said
+    assert "10 images in a row cannot be read" in said
+    assert "the lines above name them and say why. Is their folder still there" in said
 
 
 def test_an_unreadable_image_is_passed_over_with_its_name(
@@ -103,7 +103,7 @@ def test_an_unreadable_image_is_passed_over_with_its_name(
 def test_images_that_are_all_unreadable(line: Line, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for path in (data / "train").rglob("*.png"):
         path.write_text("no image")
-    assert "the lines above name the images" in ends(line(**FLAGS | {"data_dir": data}), capsys)
+    assert "10 images in a row cannot be read" in ends(line(**FLAGS | {"data_dir": data}), capsys)
 
 
 def test_a_loader_s_worker_that_dies(
@@ -113,7 +113,7 @@ def test_a_loader_s_worker_that_dies(
         assert torch.utils.data.get_worker_info() is not None
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(timm.data.dataset.ImageDataset, "__getitem__", dies)
+    monkeypatch.setattr(Images, "__getitem__", dies)
     said = ends(line(**FLAGS | {"workers": 1}), capsys)
     assert "DataLoader worker" in said
     assert "Killed" in said or "exited unexpectedly" in said

@@ -113,7 +113,7 @@ def test_classes_that_do_not_match_the_model(folder):
 
 def test_classes_that_differ_between_the_splits(folder):
     (folder / "val" / "dog").rename(folder / "val" / "wolf")
-    with pytest.raises(UserError, match="differ in their class folders: dog, wolf"):
+    with pytest.raises(UserError, match=r"val has no images of 'dog', which train has as class folders"):
         data.open_splits(str(folder), "", model())
 
 
@@ -122,7 +122,7 @@ def test_a_folder_without_a_split_or_without_images(folder):
     with pytest.raises(UserError, match=r"has no folder val/ \(looked for val, validation, valid, test\)"):
         data.open_splits(str(folder), "", model())
     (folder / "test" / "cat").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"the val split of .* (cannot be read|holds no image)"):
+    with pytest.raises(UserError, match=r"test holds no image \(.jpg, .jpeg, .png\) in a class folder"):
         data.open_splits(str(folder), "", model())
 
 

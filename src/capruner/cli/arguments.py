@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import ast
+import errno
+import io
 import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from typing import Any, NoReturn
 
 
@@ -74,42 +78,88 @@ def add_model(parser: argparse._ActionsContainer, required: bool = False, used: 
 
 
 def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> int:
-    """Exit status of ``main``: its own or 0, 2 after one line on stderr for a mistake of the user's, 130 after Ctrl-C, 143 after SIGTERM."""
+    """Exit status of ``main``: its own or 0, 2 after one line on stderr for an error, 130 after Ctrl-C, 143 after SIGTERM.
+
+    Output whose reader has left (``| head``, a closed connection) is dropped and the work continues; characters that the output's encoding lacks become "?".
+    """
     arguments = sys.argv[1:] if argv is None else argv
-    try:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, _terminate)
-        status = main(argv) or 0
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:  # the reader, head say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (UserError, ValueError, RuntimeError, OSError) as error:
-        if "--debug" in arguments:
-            raise
-        print(f"error: {_line(error)}", file=sys.stderr)
-        print("(--debug shows where)", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:
-        if "--debug" in arguments:
-            raise
-        what, status = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
-        print(
-            f"{what}; what was saved before is whole, and the same command goes on from there where it can",
-            file=sys.stderr,
-        )
-        return status
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
+    with redirect_stdout(_Output(sys.stdout)), redirect_stderr(_Output(sys.stderr)):  # type: ignore[type-var]
+        try:
+            return main(argv) or 0
+        except Exception as error:
+            if "--debug" in arguments:
+                raise
+            print(f"error: {_line(error)}", file=sys.stderr)
+            print("(--debug shows where)", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt as stop:
+            if "--debug" in arguments:
+                raise
+            what, status = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
+            print(
+                f"{what}; what was saved before is whole, and the same command goes on from there where it can",
+                file=sys.stderr,
+            )
+            return status
+        finally:
+            sys.stdout.flush()
+
+
+class _Output:
+    """A stream that does not fail: see :func:`run`."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
+
+    def write(self, text: str) -> int:
+        self._attempt(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(lambda: self._stream.flush())
+
+    def _attempt(self, output: Callable[[], object]) -> None:
+        if self._stream is None:  # closed by whoever started this process
+            return
+        try:
+            output()
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def describe(error: BaseException) -> str:
+    """One line for an error of somebody else's code."""
+    text = " ".join(str(error).split())
+    text = text[:300] + " ..." * (len(text) > 300)
+    if isinstance(error, _CLEAR) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+# Errors of these types are written for the user; others were not expected, and their type says what kind they are.
+_CLEAR = (UserError, ValueError, RuntimeError, OSError)
 
 
 def _line(error: BaseException) -> str:
-    """What happened; of the traceback that a loader's worker sends as its message, the error alone."""
-    text = str(error).strip() or type(error).__name__
+    """What happened, in one line; of the traceback that a loader's worker sends as its message, the error alone."""
+    text = str(error).strip()
     if "Traceback (most recent call last)" in text:
-        text = f"{text.splitlines()[-1]} ({text.splitlines()[0].rstrip('.')})"
-    if "consecutive samples" in text:  # timm's loader, which names them only in its log
-        text += ": the lines above name the images; is their folder still there, and are they images?"
-    return text
+        lines = text.splitlines()
+        return f"{lines[-1].removeprefix(f'{UserError.__module__}.{UserError.__name__}: ')} ({lines[0].rstrip('.')})"
+    if isinstance(error, _CLEAR):
+        return text or type(error).__name__
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" at {frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
+    return f"internal error, please report it: {describe(error)}{place}"
 
 
 def _terminate(number: int, frame: Any) -> NoReturn:

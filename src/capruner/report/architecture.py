@@ -3,53 +3,70 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from capruner.cli.arguments import describe
 from capruner.macs import MultiplyAdds, multiply_adds
 
-BUILD_ERRORS = (RuntimeError, TypeError, KeyError, ValueError, AssertionError, AttributeError, NotImplementedError)
 
+def build(name: str, kwargs: Mapping[str, Any], pretrained: bool = False) -> nn.Module:
+    """A timm model in eval mode, on the current default device.
 
-def architecture(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
-    """The model on the meta device: shapes and names, no numbers, in milliseconds.
+    Args:
+        name: anything that ``timm.create_model`` takes: an architecture, ``hf-hub:OWNER/NAME`` or ``local-dir:FOLDER``.
 
     Raises:
-        ValueError: timm has no such model, or it does not take these arguments.
+        ValueError: timm has no such model, does not take these arguments, or cannot get its weights.
         ModuleNotFoundError: timm is not installed.
     """
     import timm
+    from timm.models import parse_model_name
 
-    if not timm.is_model(name):
+    try:
+        source, _ = parse_model_name(name)
+    except ValueError as error:
+        raise ValueError(f"--model {name}: {describe(error)}") from error
+    if source is None and not timm.is_model(name):
         there = timm.list_models()
         # A name cut short is the likelier slip: what it begins comes before what is spelled alike.
         begun = sorted((other for other in there if other.startswith(name)), key=len)
         near = (begun + [other for other in difflib.get_close_matches(name, there, n=4) if other not in begun])[:4]
         raise ValueError(f"--model {name}: timm has no such model{'; near: ' if near else ''}{', '.join(near)}")
     try:
-        with torch.device("meta"):
-            return timm.create_model(name, **kwargs).eval()
-    except BUILD_ERRORS as error:
-        raise ValueError(f"{name} cannot be built with --model-kwargs {dict(kwargs)}: {error}") from error
+        return timm.create_model(name, pretrained=pretrained, **kwargs).eval()
+    except Exception as error:  # whatever the architecture, or the hub, trips over
+        flags = [f"--model-kwargs {dict(kwargs)}"] * bool(kwargs) + ["--pretrained"] * pretrained
+        with_ = f" with {' and '.join(flags)}" if flags else ""
+        raise ValueError(f"{name} cannot be built{with_}: {describe(error)}") from error
 
 
-def architecture_macs(model: nn.Module, kwargs: Mapping[str, Any], img_size: int | None = None) -> MultiplyAdds:
-    """Multiply-adds of :func:`architecture` at the input size of its configuration, or that of ``kwargs`` or ``img_size``.
+def architecture(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
+    """:func:`build` on the meta device: shapes and names, no numbers, in milliseconds."""
+    with torch.device("meta"):
+        return build(name, kwargs)
+
+
+def input_size(model: nn.Module, img_size: int | Sequence[int] | None = None) -> tuple[int, int, int]:
+    """``(channels, height, width)``: ``img_size``, or what a timm model was built for, or its configuration's."""
+    built: Mapping[str, Any] = getattr(model, "_model_args", {})
+    channels, height, width = (getattr(model, "pretrained_cfg", None) or {}).get("input_size") or (3, 224, 224)
+    size = img_size or built.get("img_size") or (height, width)
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(built.get("in_chans") or channels), int(height), int(width)
+
+
+def architecture_macs(model: nn.Module, img_size: int | None = None) -> MultiplyAdds:
+    """Multiply-adds of :func:`architecture` at :func:`input_size`.
 
     Raises:
         RuntimeError: the model does not take such an input, or cannot run without numbers.
     """
-    from timm.data import resolve_data_config
-
-    size = img_size or kwargs.get("img_size")
-    given = {"img_size": size, "in_chans": kwargs.get("in_chans")}
-    config = resolve_data_config({key: value for key, value in given.items() if value is not None}, model=model)
+    size = input_size(model, img_size)
     try:
-        return multiply_adds(model, config["input_size"])
-    except BUILD_ERRORS as error:
-        raise RuntimeError(
-            f"a forward pass at {config['input_size']} fails: {' '.join(str(error).split())[:160]}"
-        ) from error
+        return multiply_adds(model, size)
+    except Exception as error:
+        raise RuntimeError(f"a forward pass at {size} fails: {describe(error)}") from error

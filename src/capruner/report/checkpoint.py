@@ -1,51 +1,109 @@
-"""Weights in a file, read without running any code of the file."""
+"""Weights in a file, read without running any code of the file: the one reader of checkpoints for all commands and scripts."""
 
 from __future__ import annotations
 
+import argparse
+import codecs
+import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-_HOLDERS = (
-    "state_dict_ema",
-    "model_ema",
-    "state_dict",
-    "model",
-)  # where training scripts put them; timm looks in this order too
+from capruner.result import FORMAT as RESULT_FORMAT
+
+_HOLDERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+"""Where training scripts put the weights; timm looks in this order too."""
+_WRAPPERS = ("_orig_mod.", "module.")
+"""What torch.compile and DistributedDataParallel put before names, in either order."""
+_NUMPY: Any = np.core if np.lib.NumpyVersion(np.__version__) < "2.0.0" else np._core
+_HARMLESS = [
+    argparse.Namespace,
+    np.dtype,
+    codecs.encode,
+    *{type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool")},
+    (_NUMPY.multiarray.scalar, "numpy.core.multiarray.scalar"),
+    (_NUMPY.multiarray.scalar, "numpy._core.multiarray.scalar"),
+    (PosixPath, "pathlib.PosixPath"),
+    (PosixPath, "pathlib._local.PosixPath"),
+]
+"""What timm's and others' training checkpoints hold beside tensors: arguments and a metric. Building them runs nothing."""
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """``{name: tensor}`` of a safetensors file, or of a ``torch.save`` file that holds nothing but tensors and plain values.
+    """``{name: tensor}`` of a safetensors file, or of a ``torch.save`` file: a state dict, or a training checkpoint that holds one as timm's do.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: neither of these, damaged, or without weights.
+        ValueError: neither of these, damaged, without weights, or a pruning result.
     """
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give one of the checkpoints in it, checkpoints/*.safetensors say")
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
+    if is_result(path):
+        raise ValueError(
+            f"{path} is a pruning result, not a checkpoint: it holds masks and weights of several sparsities. "
+            "capruner.load_result(path).apply(model, sparsity) puts one into a model; --save-model writes checkpoints"
+        )
+    if path.suffix.lower() in (".npz", ".npy"):
+        raise ValueError(f"{path}: numpy checkpoints are not read; load it with timm and save model.state_dict()")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+            return _unwrap_names(load_file(path))
+        with torch.serialization.safe_globals(_HARMLESS):
+            content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from error
     except Exception as error:  # torch's reader trips over damaged files in a dozen ways
         raise ValueError(
-            f"{path} is damaged, or holds more than tensors; only safetensors, and what torch.load reads with weights_only=True, are opened here"
+            f"{path} is damaged, or holds more than tensors, plain values and arguments; only safetensors, and what torch.load reads with "
+            "weights_only=True, are opened here"
         ) from error
-    if isinstance(found, Mapping):
-        found = next((found[key] for key in _HOLDERS if isinstance(found.get(key), Mapping)), found)
-    if not isinstance(found, Mapping) or not any(isinstance(value, Tensor) for value in found.values()):
+    if isinstance(content, Mapping):
+        content = next((content[key] for key in _HOLDERS if isinstance(content.get(key), Mapping)), content)
+    if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path} holds no weights under any name that timm looks for: {', '.join(_HOLDERS)}")
-    return {str(name).removeprefix("module."): value for name, value in found.items() if isinstance(value, Tensor)}
+    return _unwrap_names({str(name): value for name, value in content.items() if isinstance(value, Tensor)})
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Put the weights of :func:`read_weights` into ``model``, all of them and no others.
+
+    Raises:
+        ValueError: they are of another architecture; also what :func:`read_weights` raises.
+    """
+    try:
+        model.load_state_dict(read_weights(path))
+    except RuntimeError as error:
+        problems = [line.strip() for line in str(error).splitlines()[1:] if line.strip()]
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ValueError(f"{path} does not fit the model: {problems[0][:300] if problems else error}{more}") from error
+
+
+def is_result(path: Path) -> bool:
+    """Whether a file is what :meth:`capruner.PruningResult.save` writes."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("capruner", "{}"))
+    except (SafetensorError, OSError, ValueError):
+        return False
+    return isinstance(header, dict) and header.get("format") == RESULT_FORMAT
+
+
+def _unwrap_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    unwrapped = {}
+    for name, value in weights.items():
+        while name.startswith(_WRAPPERS):
+            name = name.partition(".")[2]
+        unwrapped[name] = value
+    return unwrapped
 
 
 def layer_rows(weights: Mapping[str, Tensor], names: Iterable[str]) -> list[dict[str, Any]]:

@@ -230,7 +230,7 @@ def checkpoint_facts(path: Path) -> dict[str, Any]:
 
 def _count_macs(contents: Contents, kwargs: Mapping[str, Any], img_size: int | None) -> None:
     try:
-        macs = architecture_macs(architecture(contents.model, kwargs), kwargs, img_size)
+        macs = architecture_macs(architecture(contents.model, kwargs), img_size)
     except (ValueError, RuntimeError, ModuleNotFoundError) as error:
         contents.notes.append(f"Multiply-adds are not counted: {error}.")
         return

@@ -12,9 +12,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from capruner.cli.arguments import describe
 from capruner.layout import BlockLayout
 from capruner.patterns import Pattern, parse_mask_type, unsupported
-from capruner.report.architecture import BUILD_ERRORS, architecture
+from capruner.report.architecture import architecture
 from capruner.report.checkpoint import layer_rows, read_weights
 from capruner.result import load_result
 from capruner.selection import select_parameters
@@ -199,7 +200,6 @@ def _loads(path: Path, model: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             timm.create_model(model, checkpoint_path=str(path), **kwargs)
-    except (*BUILD_ERRORS, OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        return _check("loads in timm", False, reason[:200] + (" ..." if len(reason) > 200 else ""))
+    except Exception as error:
+        return _check("loads in timm", False, describe(error))
     return _check("loads in timm", True, f"timm.create_model({model!r}, checkpoint_path=...) takes it, nothing missing")
