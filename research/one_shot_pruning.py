@@ -107,6 +107,7 @@ class Run:
         self.config = images.preprocessing(args, self.model)
         self.val = images.loader(val, self.config, args.val_batch_size, args.workers, limit=args.val_limit)
         recipe.check_sparsities(self.modifier, self.model, args.sparsities, recipe_path)
+        modeling.check_forward(self.model, self.config["input_size"], args.model)
         self.rows: list[dict[str, Any]] = []
         self.layers: dict[float, list[dict[str, Any]]] = {}
         self.wandb = WandbLog(name=args.experiment, dir=str(folder), config=vars(args)) if args.log_wandb else None

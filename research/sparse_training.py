@@ -88,6 +88,8 @@ class Training:
         self._prepare_model()
         train, val = images.open_splits(args.data_dir, args.dataset, self.model)
         config = images.preprocessing(args, self.model)
+        for training in (False, True):
+            modeling.check_forward(self.model, config["input_size"], args.model, training)
         self.val = validation_loader(val, config, args, processes)
         self.train, self.mixup = train_loader(train, config, args, processes, self.model.num_classes)
         self.steps_per_epoch = -(-len(self.train) // args.grad_accum_steps)
@@ -123,7 +125,12 @@ class Training:
         args = self.args
         self.model.to(self.processes.device)
         if args.grad_checkpointing:
-            self.model.set_grad_checkpointing(enable=True)
+            try:
+                self.model.set_grad_checkpointing(enable=True)
+            except Exception as error:  # not every architecture has it
+                raise cli.UserError(
+                    f"--grad-checkpointing: {args.model} does not support it ({cli.describe(error)}); leave it out"
+                ) from error
         if args.channels_last:
             self.model.to(memory_format=torch.channels_last)
         if args.sync_bn and self.processes.size > 1:
@@ -137,9 +144,11 @@ class Training:
             args.lr = args.lr_base * (ratio**0.5 if scale == "sqrt" else ratio)
         try:
             return create_optimizer_v2(self.model, **optimizer_kwargs(cfg=args))
-        except (ValueError, TypeError, KeyError, AssertionError) as error:
+        except Exception as error:  # whatever timm, or the optimizer, trips over
             some = ", ".join(list_optimizers()[:12])
-            raise cli.UserError(f"--opt {args.opt} cannot be built: {error}; timm has {some}, ...") from error
+            raise cli.UserError(
+                f"--opt {args.opt} cannot be built: {cli.describe(error)}; timm has {some}, ..."
+            ) from error
 
     def _scheduler(self) -> Any:
         if self.recipe.sets_learning_rate:

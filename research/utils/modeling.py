@@ -25,7 +25,7 @@ def build_model(name: str, kwargs: dict[str, Any], checkpoint: str, pretrained: 
     try:
         model = build(name, kwargs, pretrained and not checkpoint)
         if checkpoint:
-            load_weights(model, checkpoint)
+            load_weights(model, checkpoint, name)
     except (ValueError, OSError) as error:
         flag = f"--checkpoint {checkpoint}: " if checkpoint and checkpoint in str(error) else ""
         raise UserError(f"{flag}{error}") from error

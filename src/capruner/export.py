@@ -205,5 +205,5 @@ def load_pruned(model: str, kwargs: Mapping[str, Any], checkpoint: str | Path) -
     from capruner.report.checkpoint import load_weights
 
     network = build(model, kwargs)
-    load_weights(network, checkpoint)
+    load_weights(network, checkpoint, model)
     return network, input_size(network)

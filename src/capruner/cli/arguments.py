@@ -85,7 +85,7 @@ def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] 
     arguments = sys.argv[1:] if argv is None else argv
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
-    with redirect_stdout(_Output(sys.stdout)), redirect_stderr(_Output(sys.stderr)):  # type: ignore[type-var]
+    with redirect_stdout(_Output(sys.stdout)), redirect_stderr(_Output(sys.stderr)):
         try:
             return main(argv) or 0
         except Exception as error:
@@ -112,7 +112,7 @@ class _Output:
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="replace")
 
     def write(self, text: str) -> int:

@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the page and say where; 0."""
+    from capruner.report.checkpoint import is_result
     from capruner.report.experiment import checkpoint_contents, write_page, write_report
 
     if not args.path.exists():
@@ -56,6 +57,10 @@ def run(args: argparse.Namespace) -> int:
             )
         written = write_report(args.path)
     else:
+        if is_result(args.path):
+            raise UserError(
+                f"{args.path} is a pruning result, not a checkpoint; give the folder of its experiment, or a checkpoint with --model"
+            )
         if not args.model:
             raise UserError(
                 f"{args.path} is a checkpoint: say which architecture its weights are of, --model deit_small_patch16_224 for instance"

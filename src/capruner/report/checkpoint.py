@@ -21,14 +21,14 @@ _HOLDERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 """Where training scripts put the weights; timm looks in this order too."""
 _WRAPPERS = ("_orig_mod.", "module.")
 """What torch.compile and DistributedDataParallel put before names, in either order."""
-_NUMPY: Any = np.core if np.lib.NumpyVersion(np.__version__) < "2.0.0" else np._core
-_HARMLESS = [
+_SCALAR: Any = np.float64(0).__reduce__()[0]
+_HARMLESS: list[Any] = [
     argparse.Namespace,
     np.dtype,
     codecs.encode,
     *{type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool")},
-    (_NUMPY.multiarray.scalar, "numpy.core.multiarray.scalar"),
-    (_NUMPY.multiarray.scalar, "numpy._core.multiarray.scalar"),
+    (_SCALAR, "numpy.core.multiarray.scalar"),
+    (_SCALAR, "numpy._core.multiarray.scalar"),
     (PosixPath, "pathlib.PosixPath"),
     (PosixPath, "pathlib._local.PosixPath"),
 ]
@@ -73,7 +73,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return _unwrap_names({str(name): value for name, value in content.items() if isinstance(value, Tensor)})
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
+def load_weights(model: nn.Module, path: str | Path, name: str = "the model") -> None:
     """Put the weights of :func:`read_weights` into ``model``, all of them and no others.
 
     Raises:
@@ -84,7 +84,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     except RuntimeError as error:
         problems = [line.strip() for line in str(error).splitlines()[1:] if line.strip()]
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise ValueError(f"{path} does not fit the model: {problems[0][:300] if problems else error}{more}") from error
+        raise ValueError(f"{path} does not fit {name}: {problems[0][:300] if problems else error}{more}") from error
 
 
 def is_result(path: Path) -> bool:
