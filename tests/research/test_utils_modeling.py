@@ -51,7 +51,8 @@ def test_a_checkpoint_of_another_model(tmp_path):
     path = tmp_path / "weights.safetensors"
     save_file(timm.create_model(NAME, **KWARGS | {"embed_dim": 16}).state_dict(), path)
     with pytest.raises(
-        UserError, match=r"--checkpoint .*weights.safetensors: .* does not fit vit_tiny_patch16_224: .*(size mismatch|Missing key)"
+        UserError,
+        match=r"--checkpoint .*weights.safetensors: .* does not fit vit_tiny_patch16_224: .*(size mismatch|Missing key)",
     ):
         modeling.build_model(NAME, KWARGS, str(path), pretrained=False)
 
