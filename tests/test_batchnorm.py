@@ -39,7 +39,7 @@ def test_statistics_are_the_average_over_the_batches_and_dropout_stays_off() -> 
 def test_an_exception_leaves_everything_as_it_was() -> None:
     model = conv_net().eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match=r"the model fails on batch 1 \(inputs: float32 \(2, 5\)\): RuntimeError"):
         capruner.recalibrate_bn(model, [*images(1), (torch.randn(2, 5), None)])
     with pytest.raises(ValueError, match="no batch"):
         capruner.recalibrate_bn(model, [])

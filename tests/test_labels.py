@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import capruner
+from capruner.batches import Batches
 from capruner.gradients import gradient_slabs
-from capruner.labels import drawn_labels
+from capruner.labels import Chances, loss_of_model_labels
 from capruner.modes import eval_mode
 
 
@@ -37,8 +37,9 @@ def labels_of(batches: Any, logits: Tensor, seed: int = 0) -> Tensor:
         seen.append(targets)
         return F.cross_entropy(outputs, targets)
 
-    wrapped, loss = drawn_labels(batches, spy, seed)
-    for x, chances in wrapped:
+    loss, draw = loss_of_model_labels(spy), Chances(seed)
+    for index, (x, _) in enumerate(batches):
+        chances = draw(index, x)
         loss(logits.expand(len(x), -1), chances)
     return torch.cat(seen)
 
@@ -56,18 +57,13 @@ def test_draws_follow_from_the_seed_and_start_anew_with_the_data() -> None:
     assert not torch.equal(labels_of(batches, logits), labels_of(batches, logits, seed=1))
 
 
-def test_an_iterator_stays_one() -> None:
-    assert isinstance(drawn_labels(iter(data(2)), F.cross_entropy)[0], Iterator)
-    assert not isinstance(drawn_labels(data(2), F.cross_entropy)[0], Iterator)
-
-
 @pytest.mark.parametrize("mode", ["batch", "sample"])
 def test_their_outer_products_are_the_fisher_matrix(mode: str) -> None:
     """For softmax regression the Fisher matrix of one input is (diag p − p pᵀ) ⊗ x xᵀ."""
     model = linear().double()
     x = torch.randn(1, 4, dtype=torch.float64)
     count = 4000
-    batches, loss = drawn_labels([(x, torch.zeros(1, dtype=torch.int64))] * count, F.cross_entropy)
+    batches, loss = Batches([(x, None)] * count, draw_targets=Chances()), loss_of_model_labels(F.cross_entropy)
     total = torch.zeros(12, 12, dtype=torch.float64)
     with eval_mode(model):
         slabs = gradient_slabs(model, batches, loss, {"weight": model.weight}, count, mode=mode, progress=False)  # type: ignore[arg-type]
@@ -108,10 +104,10 @@ def test_what_is_no_classifier_is_refused() -> None:
             return self.inner(x)[..., None]
 
     with pytest.raises(
-        ValueError, match=r"labels='model' draws classes from logits .* gave \(5, 3, 1\); use labels='data'"
+        ValueError, match=r"labels='model' draws classes from logits .* gave float32 \(5, 3, 1\); use labels='data'"
     ):
         capruner.prune(Volume(), data(3), num_grads=3, labels="model", progress=False)
     with pytest.raises(ValueError, match="labels must be 'data' or 'model', got 'teacher'"):
         capruner.prune(linear(), data(3), num_grads=3, labels="teacher", progress=False)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="batch 0 is not an"):
-        capruner.prune(linear(), [torch.ones(2, 4)], num_grads=1, labels="model", progress=False)  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="batch 0 is a tuple of 3"):
+        capruner.prune(linear(), [(torch.ones(2, 4),) * 3], num_grads=1, labels="model", progress=False)

@@ -562,6 +562,10 @@ def empty() -> list:
     return []
 
 
+def stream() -> Iterator[tuple[Tensor, Tensor]]:
+    return iter(images())
+
+
 def with_nan() -> list[tuple[Tensor, Tensor]]:
     data = images()
     data[7][0][0, 0, 0, 0] = math.nan
@@ -587,8 +591,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"fisher_block_size": 0}, "fisher_block_size must be a positive integer, got 0"),
     ({"num_grads": 0}, "num_grads must be .*at least 1, got 0"),
     ({"num_grads": 2.5}, "num_grads must be a whole number.*got 2.5"),
-    ({"num_grads": 13}, "ended after 12 batches, but num_grads is 13"),
-    ({"num_grads": 49, "gradients": "sample"}, "ended after 48 samples, but num_grads is 49"),
+    ({"num_grads": 13, "batches": stream}, "ended after 12 batches and cannot be started again, but num_grads is 13"),
+    (
+        {"num_grads": 49, "batches": stream, "gradients": "sample"},
+        "ended after 48 samples and cannot be started again, but num_grads is 49",
+    ),
     ({"gradients": "token"}, "gradients must be one of"),
     ({"damp": 0}, "damp must be a positive number, got 0"),
     ({"damp": "tiny"}, "tiny"),
@@ -604,7 +611,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"masks": {"6.weight": torch.ones(4)}}, r"the mask of 6\.weight has shape \(4,\), the parameter \(3, 16\)"),
     ({"batches": empty}, "calibration data is empty"),
     ({"batches": with_nan}, "the loss of batch 7 is nan"),
-    ({"batches": lambda: [x for x, _ in images()]}, "batch 0 is not an .*pair but Tensor"),
+    ({"batches": lambda: [x for x, _ in images()]}, "the batch has no targets, .* pass labels='model'"),
 ]
 
 

@@ -13,7 +13,6 @@ from test_pruning import conv_net, images, mlp, prune, vectors
 from torch import nn
 
 import capruner
-from capruner import labels
 from capruner.fisher import BlockFisher
 from capruner.numerics import NotPositiveDefiniteError
 from capruner.patterns import Pattern, eliminate_groups, parse_mask_type
@@ -46,11 +45,6 @@ def test_dead_weights_of_an_inverse_that_is_none() -> None:
     dead = torch.tensor([True, True, False]).expand(2, -1)
     with pytest.raises(NotPositiveDefiniteError, match="1 inverse Fisher blocks are not positive definite"):
         fisher.inverse(dead)
-
-
-def test_labels_from_the_model_leave_what_is_no_pair_to_the_caller() -> None:
-    batches, _ = labels.drawn_labels([torch.ones(3, 9)], nn.functional.cross_entropy)
-    assert [type(batch) for batch in batches] == [torch.Tensor]
 
 
 def test_a_saved_outcome_that_is_of_another_run(tmp_path: Path) -> None:

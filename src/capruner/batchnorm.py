@@ -7,31 +7,33 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_map_only
 
-from capruner.gradients import call_model
+from capruner.batches import BatchFunction, as_batch, call_model, failing, own_copy
 from capruner.modes import eval_mode
 from capruner.wrappers import unwrap
 
 
 @torch.no_grad()
-def recalibrate_bn(model: nn.Module, batches: Iterable[tuple[Any, Any]], num_batches: int = 64) -> int:
+def recalibrate_bn(
+    model: nn.Module, batches: Iterable[Any], num_batches: int = 64, *, batch_fn: BatchFunction | None = None
+) -> int:
     """Estimate the running mean and variance of every BatchNorm anew, as the plain average over ``num_batches`` forward passes.
 
     Only BatchNorm layers are in training mode meanwhile (dropout and stochastic depth stay off); weights are not touched, modes and momenta are restored.
     Report the accuracy after it beside the one before: it is a second, cheap repair, and not part of the pruning.
 
     Args:
-        batches: ``(inputs, targets)`` pairs; targets are not looked at.
+        batches: as for :func:`capruner.prune`; targets are not looked at.
         num_batches: at most so many are drawn.
+        batch_fn: as for :func:`capruner.prune`.
 
     Returns:
         Number of BatchNorm layers; 0 means that nothing was done.
 
     Raises:
-        ValueError: ``num_batches`` is not positive, or ``batches`` is empty. The statistics are then as they were.
+        ValueError: ``num_batches`` is not positive, ``batches`` is empty, or the model fails on a batch. The statistics are then as they were.
     """
     if num_batches < 1:
         raise ValueError(f"num_batches must be at least 1, got {num_batches}")
@@ -48,8 +50,10 @@ def recalibrate_bn(model: nn.Module, batches: Iterable[tuple[Any, Any]], num_bat
                 layer.reset_running_stats()
                 layer.momentum = None  # torch's word for a cumulative average
                 layer.train()
-            for inputs, _ in itertools.islice(batches, num_batches):
-                call_model(model, tree_map_only(Tensor, lambda t: t.to(device), inputs))
+            for batch in itertools.islice(batches, num_batches):
+                inputs = as_batch(batch, drawn, batch_fn)[0]
+                with failing("the model", drawn, inputs=inputs):
+                    call_model(model, own_copy(inputs, device))
                 drawn += 1
         finally:
             for layer, momentum in zip(layers, momenta):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from capruner.batches import Batches
 from capruner.distributed import Shards, world
 from capruner.finite import NO_GRADIENT, check_heard
 from capruner.gradients import (
@@ -20,7 +21,6 @@ from capruner.gradients import (
     OnBadBatch,
     Position,
     gradient_slabs,
-    passing_over,
 )
 from capruner.layout import BlockLayout, largest
 from capruner.memory import shown
@@ -59,7 +59,7 @@ class Calibration:
     """
 
     model: nn.Module
-    batches: Iterable[tuple[Any, Any]] | None
+    batches: Batches | None
     loss_fn: LossFunction
     parameters: Mapping[str, nn.Parameter]
     settings: Settings
@@ -117,13 +117,14 @@ class Calibration:
         shards = pruner.shards
         batches = self.batches
         if self.settings.natural_gradient_steps:
-            batches = self._first = FirstSamples(batches, -(-SAMPLES // shards.size))
+            self._first = FirstSamples(batches.source, -(-SAMPLES // shards.size))
+            batches = replace(batches, source=self._first)
         dtypes = {name: working_dtype(p) for name, p in self.parameters.items()}
         mine = self._share(shards)
         position = Position() if self.state is None else self._found(self.state, pruner)
         if mine and position.taken == mine:
             # All were drawn by a run that was killed then; the next pass has to come after this one all the same.
-            passing_over(batches, position.batches)
+            batches.pass_over(position.batches)
         with eval_mode(self.model):
             slabs = gradient_slabs(
                 self.model,
@@ -166,7 +167,7 @@ class Calibration:
         position = Position(keep_last=True)
         assert self.batches is not None
         for count in state.passes_to_skip():
-            passing_over(self.batches, count)
+            self.batches.pass_over(count)
         state.check_space(self._bytes_saved(pruner))
         saved = state.load_feed()
         if saved is None:
@@ -342,7 +343,7 @@ class Calibration:
                 room = self.budget - WORKING_SET
             groups[-1].append(name)
             room -= bytes_
-        if len(groups) > 1 and isinstance(self.batches, Iterator):
+        if len(groups) > 1 and self.batches is not None and self.batches.once:
             raise ValueError(
                 f"memory_budget={shown(self.budget)} needs {len(groups)} groups of layers, each with passes of its own over the data, but "
                 "`batches` is an iterator, which ends after one; give a DataLoader or a list"

@@ -26,6 +26,11 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
         raise ValueError(f"batches must be an iterable of (inputs, targets), a DataLoader say, got {_shown(batches)}")
     if not callable(loss_fn):
         raise ValueError(f"loss_fn must be a function of outputs and targets, got {_shown(loss_fn)}")
+    batch_fn = arguments.get("batch_fn")
+    if batch_fn is not None and not callable(batch_fn):
+        raise ValueError(
+            f"batch_fn must be a function that turns a batch into (inputs, targets), got {_shown(batch_fn)}"
+        )
     for name, value in arguments.items():
         if name in _FLAGS and not isinstance(value, bool):
             raise ValueError(f"{name} must be True or False, got {_shown(value)}")

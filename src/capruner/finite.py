@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from capruner.batches import BatchError
 from capruner.distributed import Shards
 
 _LOGGER = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ NO_GRADIENT = (
 )
 
 
-class BadBatchError(ValueError):
+class BadBatchError(BatchError):
     """Data, loss or gradient of a batch hold NaN or Inf; the message says which, and names the batch."""
 
 

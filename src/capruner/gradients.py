@@ -10,19 +10,18 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import zip_longest
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from tqdm.auto import tqdm
 
+from capruner.batches import BatchError, Batches, batch_size, call_model, describe, failing, is_batched, own_copy
 from capruner.finite import BadBatchError, check_loss, checked, floats
 from capruner.memory import halved
 from capruner.numerics import working_dtype
@@ -32,6 +31,7 @@ GradientMode = Literal["batch", "sample"]
 OnBadBatch = Literal["raise", "skip"]
 LossFunction = Callable[[Any, Any], Tensor]
 
+VMAP = "gradients='sample' needs torch.func.vmap, which not every operation supports; gradients='batch' does not"
 FEW_BATCHES = 16
 """So many batches have to be drawn before a majority of bad ones ends the run: a loader without end would skip for ever."""
 
@@ -58,16 +58,9 @@ class Position:
     checked: Callable[[Any], None] | None = None
 
 
-class ModelInputs(NamedTuple):
-    """Inputs for a model that takes positional arguments and keywords."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
 def gradient_slabs(
     model: nn.Module,
-    batches: Iterable[tuple[Any, Any]],
+    batches: Iterable[Any] | Batches,
     loss_fn: LossFunction,
     parameters: Mapping[str, nn.Parameter],
     num_grads: int,
@@ -83,16 +76,17 @@ def gradient_slabs(
     The tensors of a slab are only valid until the next one is asked for. Use inside :func:`capruner.modes.eval_mode`.
 
     Args:
-        model: called as ``model(inputs)``; a tuple or list of inputs is spread, a dict goes in as keywords.
-        batches: ``(inputs, targets)`` pairs, moved to the model's device.
-        loss_fn: ``loss_fn(outputs, targets)``, a scalar: the mean over the batch.
+        model: called as ``model(inputs)``; a tuple or list of inputs is spread, a mapping goes in as keywords.
+        batches: see :func:`capruner.batches.as_batch`; copied to the model's device. Started again where they end too early and can be.
+        loss_fn: ``loss_fn(outputs, targets)``, a scalar: the mean over the batch. For a batch that is a mapping, ``loss_fn(outputs, batch)``.
         parameters: what to differentiate by.
         num_grads: batches (``mode="batch"``) or samples (``mode="sample"``) to draw.
         on_bad_batch: ``"raise"``, or ``"skip"``: a batch (``mode="sample"``: the sample) with NaN or Inf is left out and another one drawn.
         position: where to begin, if not at the start; tells after each slab how far the drawing has come.
 
     Raises:
-        ValueError: the loader is empty or ends early; a parameter does not take part in the loss.
+        ValueError: the loader is empty, or an iterator that ends early.
+        BatchError: a batch that cannot be used; the model or the loss fails on one; a parameter does not take part in the loss.
         BadBatchError: data, a loss or a gradient is NaN or Inf (with the batch and parameter); with ``on_bad_batch="skip"``: most batches are bad.
     """
     if mode not in get_args(GradientMode):
@@ -101,8 +95,16 @@ def gradient_slabs(
         raise ValueError(f"num_grads must be at least 1, got {num_grads}")
     if on_bad_batch not in get_args(OnBadBatch):
         raise ValueError(f"on_bad_batch must be one of {get_args(OnBadBatch)}, got {on_bad_batch!r}")
+    if born := [name for name, p in parameters.items() if p.is_inference()]:
+        raise ValueError(
+            f"{born[0]} was made in torch.inference_mode(), so it cannot have a gradient: build or load the model outside of it"
+        )
     device = next(iter(parameters.values())).device
     at = Position() if position is None else position
+    if not isinstance(batches, Batches):
+        batches = Batches(batches)
+    if mode == "batch" and not at.batches:
+        batches.check_length(num_grads)
     drawn = _drawn(batches, device, at)
     source = _BatchGradients if mode == "batch" else _SampleGradients
     with tqdm(
@@ -121,22 +123,18 @@ def gradient_slabs(
         hint = "" if mode == "sample" else ", or gradients='sample' to draw one gradient from each sample"
         bad = f" ({len(at.skipped)} bad batches were skipped)" if at.skipped else ""
         raise ValueError(
-            f"the calibration data ended after {at.taken} {unit}{bad}, but num_grads is {num_grads}: give more data, or "
-            f"num_grads={max(at.taken, 1)}{hint}"
+            f"the calibration data ended after {at.taken} {unit}{bad} and cannot be started again, but num_grads is {num_grads}: pass a DataLoader or a "
+            f"list instead of an iterator, more data, or num_grads={max(at.taken, 1)}{hint}"
             if at.batches
             else "the calibration data is empty: not one batch came out of it"
         )
 
 
-def _drawn(batches: Iterable[Any], device: torch.device, at: Position) -> Iterator[tuple[int, Any, Any]]:
-    """``(number, inputs, targets)`` on the device. In the middle of a ``sample`` mode batch that batch comes again."""
-    again, index = at.batches - 1, -1
-    for index, batch in enumerate(passing_over(batches, max(again, 0)), start=max(again, 0)):
-        if not isinstance(batch, Sequence) or len(batch) != 2:
-            raise ValueError(
-                f"batch {index} is not an (inputs, targets) pair but {type(batch).__name__}"
-                f"{f' of length {len(batch)}' if isinstance(batch, Sequence) else ''}"
-            )
+def _drawn(batches: Batches, device: torch.device, at: Position) -> Iterator[tuple[int, Any, Any]]:
+    """``(number, inputs, targets)``, copies on the device. In the middle of a ``sample`` mode batch that batch comes again."""
+    again = at.batches - 1
+    for index, batch in enumerate(batches.stream(max(again, 0)), start=max(again, 0)):
+        inputs, targets = batches.pair(batch, index)
         if index == again and at.checked is not None:
             at.checked(batch)
         at.batches = index + 1
@@ -144,36 +142,7 @@ def _drawn(batches: Iterable[Any], device: torch.device, at: Position) -> Iterat
             at.last = batch
         if index == again and not at.samples:
             continue
-        inputs, targets = tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), tuple(batch))
-        yield index, inputs, targets
-    if again > index:
-        raise ValueError(f"the calibration data ended after {again} batches, where {again + 1} were drawn before")
-
-
-def passing_over(batches: Iterable[Any], count: int) -> Iterator[Any]:
-    """The batches after the first ``count``, which are drawn and dropped; not even loaded where ``batches`` has a method ``pass_over(count)``.
-
-    Raises:
-        ValueError: there are fewer.
-    """
-    spared = getattr(batches, "pass_over", None)
-    stream = iter(batches) if spared is None or not count else spared(count)
-    if spared is None:
-        for index in range(count):
-            if next(stream, stream) is stream:
-                raise ValueError(f"the calibration data ended after {index} batches, where {count} were drawn before")
-    return stream
-
-
-def call_model(model: Callable[..., Any], inputs: Any) -> Any:
-    """``model(inputs)``; tuples and lists are spread, dicts are keywords."""
-    if isinstance(inputs, ModelInputs):
-        return model(*inputs.args, **inputs.kwargs)
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, tuple | list):
-        return model(*inputs)
-    return model(inputs)
+        yield index, own_copy(inputs, device), own_copy(targets, device)
 
 
 @dataclass
@@ -232,6 +201,23 @@ class _BatchGradients(_Source):
             yield checked({name: row[: len(filled)] for name, row in rows.items()}, filled)
 
 
+def _evaluate(
+    model: Callable[..., Any], index: int, inputs: Any, targets: Any, loss_fn: LossFunction, advice: str = ""
+) -> tuple[Any, Tensor]:
+    """Outputs and loss. ``advice``: what to do where either fails."""
+    hint = "pass batch_fn to choose what the model is called with" if isinstance(inputs, Mapping) else ""
+    with failing("the model", index, advice or hint, inputs=inputs):
+        outputs = call_model(model, inputs)
+    hint = ""
+    if targets is None:
+        hint = "the batch has no targets: pass labels='model', or a loss_fn that ignores its second argument"
+    elif not isinstance(outputs, Tensor):
+        hint = "pass a loss_fn that takes such outputs, for example lambda outputs, targets: cross_entropy(outputs[0], targets)"
+    with failing("the loss", index, advice or hint, outputs=outputs, targets=targets):
+        loss = loss_fn(outputs, targets)
+    return outputs, _scalar(loss)
+
+
 def _gradients(
     model: nn.Module,
     index: int,
@@ -240,35 +226,48 @@ def _gradients(
     loss_fn: LossFunction,
     parameters: Mapping[str, nn.Parameter],
 ) -> Sequence[Tensor]:
-    with torch.enable_grad(), _saying_which(index, inputs, targets):
-        loss = _scalar(loss_fn(call_model(model, inputs), targets))
+    with torch.inference_mode(False), torch.enable_grad():
+        outputs, loss = _evaluate(model, index, inputs, targets, loss_fn)
         check_loss(loss, index, inputs, targets)
-        wanted = list(parameters.values())
-        gradients = torch.autograd.grad(loss, wanted, allow_unused=True) if loss.requires_grad else ()
-    for name, gradient in zip_longest(parameters, gradients):
-        if gradient is None:
-            raise ValueError(
-                f"parameter {name} takes no part in the loss, so it has no gradient; leave it out of `params`"
-            )
-    return gradients
+        if not loss.requires_grad:
+            raise BatchError(_detached(index, outputs))
+        with failing("the backward pass", index, inputs=inputs, targets=targets):
+            gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    absent = [name for name, gradient in zip(parameters, gradients) if gradient is None]
+    if absent:
+        one = len(absent) == 1
+        raise BatchError(
+            f"{', '.join(absent)} {'takes' if one else 'take'} no part in the loss of batch {index}, so there is no gradient: leave "
+            f"{'it' if one else 'them'} out of `params`, or use a loss that depends on {'it' if one else 'them'}"
+        )
+    return [g if g.layout == torch.strided else g.to_dense() for g in gradients]
+
+
+def _detached(index: int, outputs: Any) -> str:
+    tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    if tensors and not any(tensor.requires_grad for tensor in tensors):
+        cause = "the model's outputs are detached from its parameters: its forward runs under torch.no_grad() or torch.inference_mode(), or detaches them"
+    else:
+        cause = "loss_fn detaches it, computes it under torch.no_grad(), or uses functions without a derivative (argmax, round, numpy)"
+    return f"the loss of batch {index} does not depend on any parameter, so there are no gradients: {cause}"
 
 
 class _SampleGradients(_Source):
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         at, parameters = self.at, self.parameters
-        per_sample = torch.func.vmap(
-            torch.func.grad(self._sample_loss(), has_aux=True), in_dims=(None, 0, 0), randomness="different"
-        )
         tried = False
         while at.taken < self.num_grads:
             item = next(self.batches, None)
             if item is None:
                 return
             index, inputs, targets = item
-            size = _batch_size(inputs, index)
+            size = batch_size(inputs, index)
+            if not size:
+                self.bad(index, BadBatchError(f"batch {index} is empty: its inputs are {describe(inputs)}"))
+                continue
             if not tried:  # vmap gives zeros, and no error, to a parameter that takes no part
-                x, y = tree_map_only(Tensor, operator.itemgetter(slice(0, 1)), (inputs, targets))
                 try:
+                    x, y = _rows(slice(0, 1), inputs, targets)
                     _gradients(self.model, index, x, y, self.loss_fn, parameters)
                     tried = True
                 except BadBatchError:  # found again below
@@ -276,13 +275,9 @@ class _SampleGradients(_Source):
             start = at.samples  # not 0 in the batch in whose midst an earlier run had stopped
             while start < size and at.taken < self.num_grads:
                 stop = min(start + self.slab, size, start + self.num_grads - at.taken)
-                part = tree_map_only(Tensor, operator.itemgetter(slice(start, stop)), (inputs, targets))
+                part = _rows(slice(start, stop), inputs, targets)
                 try:
-                    with (
-                        sdpa_kernel(SDPBackend.MATH),
-                        _saying_which(index, *part),
-                    ):  # the fused attention kernels have no batching rule
-                        gradients, losses = per_sample({n: p.detach() for n, p in parameters.items()}, *part)
+                    gradients, losses = self._per_sample(index, *part)
                 except torch.OutOfMemoryError:
                     if stop - start == 1:
                         raise
@@ -306,63 +301,74 @@ class _SampleGradients(_Source):
                     yield slab
             at.samples = 0
 
-    def _sample_loss(self) -> Callable[[dict[str, Tensor], Any, Any], tuple[Tensor, Tensor]]:
+    def _per_sample(self, index: int, inputs: Any, targets: Any) -> tuple[dict[str, Tensor], Tensor]:
+        """Gradients and losses ``(k, ...)`` of each sample. What is no tensor, or a scalar, is the same for all."""
         model = self.model
         pruned = {id(p) for p in self.parameters.values()}
         frozen = {n: p.detach() for n, p in model.named_parameters() if id(p) not in pruned}
         frozen |= {n: b for n, b in model.named_buffers()}
+        leaves, structure = tree_flatten((inputs, targets))
+        places = [place for place, leaf in enumerate(leaves) if is_batched(leaf)]
 
-        def sample_loss(wanted: dict[str, Tensor], inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+        def sample_loss(wanted: dict[str, Tensor], rows: list[Tensor]) -> tuple[Tensor, Tensor]:
             def functional(*args: Any, **kwargs: Any) -> Any:
                 return torch.func.functional_call(model, own_names(model, wanted) | frozen, args, kwargs)
 
-            inputs, targets = tree_map_only(Tensor, lambda t: t.unsqueeze(0), (inputs, targets))
-            loss = _scalar(self.loss_fn(call_model(functional, inputs), targets))
+            whole = list(leaves)
+            for place, row in zip(places, rows):
+                whole[place] = row.unsqueeze(0)
+            sample, target = tree_unflatten(whole, structure)
+            loss = _evaluate(functional, index, sample, target, self.loss_fn, VMAP)[1]
             return loss, loss.detach()
 
-        return sample_loss
+        per_sample = torch.func.vmap(
+            torch.func.grad(sample_loss, has_aux=True), in_dims=(None, 0), randomness="different"
+        )
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            _dense_embeddings(model),
+            sdpa_kernel(SDPBackend.MATH),  # the fused attention kernels have no batching rule
+            failing("the gradient of each sample", index, VMAP, inputs=inputs, targets=targets),
+        ):
+            found: tuple[dict[str, Tensor], Tensor] = per_sample(
+                {n: p.detach() for n, p in self.parameters.items()}, [leaves[place] for place in places]
+            )
+        return found
 
 
 @contextmanager
-def _saying_which(index: int, inputs: Any, targets: Any) -> Iterator[None]:
-    """Errors of the model and the loss as ``ValueError``, with the batch and what is in it."""
+def _dense_embeddings(model: nn.Module) -> Iterator[None]:
+    """Embeddings with ``sparse=True`` give dense gradients inside: vmap has no sparse ones. The numbers are the same."""
+    sparse = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse]
     try:
+        for module in sparse:
+            module.sparse = False
         yield
-    except torch.OutOfMemoryError:
-        raise
-    except (TypeError, RuntimeError, IndexError, NotImplementedError) as error:
-        shown = (", ".join(map(_kind, tree_leaves(part)[:4])) or "nothing" for part in (inputs, targets))
-        raise ValueError(
-            "the model or the loss fails on batch {} (inputs: {}; targets: {}): {}".format(index, *shown, error)
-        ) from error
+    finally:
+        for module in sparse:
+            module.sparse = True
 
 
-def _kind(leaf: Any) -> str:
-    return (
-        f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}"
-        if isinstance(leaf, Tensor)
-        else type(leaf).__name__
-    )
+def _rows(rows: slice, *parts: Any) -> tuple[Any, ...]:
+    """Copies of some samples' rows, which a model may change in place."""
+    with torch.inference_mode(False):  # as in own_copy()
+        return tuple(tree_map_only(Tensor, lambda t: t[rows].clone() if t.dim() else t.clone(), part) for part in parts)
 
 
 def _good_samples(slab: Mapping[str, Tensor], losses: Tensor, part: Any) -> Tensor:
     """Bool per sample: everything about it is finite."""
     good = torch.isfinite(losses)
     for rows in (*slab.values(), *floats(part)):
+        if not rows.dim():
+            good &= bool(torch.isfinite(rows))
+            continue
         good &= torch.isfinite(rows).reshape(len(rows), -1).all(dim=1)
     return good
-
-
-def _batch_size(inputs: Any, index: int) -> int:
-    sizes: list[int] = []
-    tree_map_only(Tensor, lambda t: sizes.append(len(t)), inputs)
-    if not sizes:
-        raise ValueError(f"the inputs of batch {index} hold no tensor")
-    return sizes[0]
 
 
 def _scalar(loss: Any) -> Tensor:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"loss_fn must return a scalar tensor, the mean over the batch, got {got}")
+        raise BatchError(f"loss_fn must return a scalar tensor, the mean over the batch, got {got}")
     return loss.reshape(())

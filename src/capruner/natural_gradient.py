@@ -26,8 +26,8 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm.auto import tqdm
 
+from capruner.batches import call_model
 from capruner.distributed import Shards
-from capruner.gradients import call_model
 from capruner.methods import LayerSolution
 from capruner.methods.base import SecondOrderMethod
 from capruner.numerics import working_dtype

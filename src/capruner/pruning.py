@@ -10,14 +10,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from capruner.allocation import Score, checked_costs
+from capruner.batches import Batches, BatchFunction, default_loss
 from capruner.calibration import Calibration
 from capruner.checks import check_arguments, check_finite, check_masks
 from capruner.fisher import Solver
 from capruner.gradients import GradientMode, LossFunction, OnBadBatch
-from capruner.labels import drawn_labels
+from capruner.labels import Chances, loss_of_model_labels
 from capruner.memory import parse_bytes
 from capruner.methods import METHODS, OBS, Settings
 from capruner.methods.base import SecondOrderMethod
@@ -41,8 +41,8 @@ INTERPOLATIONS: dict[str, Callable[[float, float, float], float]] = {
 
 def prune(
     model: nn.Module,
-    batches: Iterable[tuple[Any, Any]] | None,
-    loss_fn: LossFunction = F.cross_entropy,
+    batches: Iterable[Any] | None,
+    loss_fn: LossFunction = default_loss,
     sparsity: Sparsity | Sequence[float] = 0.5,
     *,
     method: str = "cap",
@@ -69,6 +69,7 @@ def prune(
     masks: Mapping[str, Tensor] | Literal["zeros"] | None = None,
     on_bad_batch: OnBadBatch = "raise",
     state_dir: str | Path | None = None,
+    batch_fn: BatchFunction | None = None,
     progress: bool = True,
 ) -> PruningResult:
     """Find out which weights of ``model`` can go, and what the others become.
@@ -77,9 +78,11 @@ def prune(
 
     Args:
         model: any module; its parameters' device is where the work happens.
-        batches: ``(inputs, targets)`` pairs, a ``DataLoader`` say. ``None`` for ``method="magnitude"``. With ``num_recomputations > 1`` an iterable
-            is started anew for every calibration, an iterator goes on.
-        loss_fn: ``loss_fn(outputs, targets)``, the mean over a batch.
+        batches: any iterable of ``(inputs, targets)``, such as a ``DataLoader``. A batch that is a mapping (a dict, Hugging Face's ``BatchEncoding`` or
+            ``BatchFeature``) goes into the model as keywords. An iterable that ends before ``num_grads`` is started again, and it is started again
+            for every calibration; an iterator continues. ``None`` for ``method="magnitude"``.
+        loss_fn: ``loss_fn(outputs, targets)``, the mean over a batch; ``loss_fn(outputs, batch)`` where the batch is a mapping. Default: cross-entropy
+            of the outputs or of their ``logits``; where the batch is a mapping, the output's own ``loss``.
         sparsity: share of the selected weights to remove, in [0, 1); a list of them; or SparseML's dict ``{sparsity: [params]}``, which gives
             layers targets of their own (``params`` is not looked at then); of two entries with the same parameter the first counts.
         method: ``"cap"``, ``"fast_cap"``, and what to compare with: ``"obs"`` (WoodFisher), ``"magnitude"``.
@@ -118,6 +121,7 @@ def prune(
         state_dir: a folder for what is needed to go on after a kill: the same call with the same data in the same order then draws no gradient
             twice, and ends with the same bits (on a CPU). Saved every two minutes or so, and after each calibration. Up to twice the bytes of the
             Fisher blocks. It stays after the end, so that nothing is lost before the result is safe: :func:`capruner.remove_state` deletes it.
+        batch_fn: turns a batch of any other kind into ``(inputs, targets)``.
         progress: show progress bars.
 
     Raises:
@@ -139,9 +143,7 @@ def prune(
         raise ValueError(f"labels must be 'data' or 'model', got {labels!r}")
     if natural_gradient_steps and not issubclass(METHODS[method], SecondOrderMethod):
         raise ValueError(f"natural_gradient_steps need the Fisher blocks of method cap or obs, got method={method!r}")
-    given_loss = loss_fn
-    if labels == "model" and batches is not None:
-        batches, loss_fn = drawn_labels(batches, loss_fn)
+    data = None if batches is None else Batches(batches, batch_fn, Chances() if labels == "model" else None)
     pattern = parse_mask_type(mask_type)
     budget = None if memory_budget is None else parse_bytes(memory_budget)
     for what, size in (("fisher_block_size", fisher_block_size), ("block_size", block_size)):
@@ -185,12 +187,14 @@ def prune(
             "labels": labels,
             "memory_budget": budget,
             "on_bad_batch": on_bad_batch,
-            "loss": getattr(given_loss, "__qualname__", type(given_loss).__name__),
+            "loss": getattr(loss_fn, "__qualname__", type(loss_fn).__name__),
             "targets": [[s, [[*t.names, t.sparsity] for t in targets]] for s, targets in rungs],
         }
         state = State(state_dir, arguments | fingerprint(model, parameters, settings, kept))
+    if labels == "model":
+        loss_fn = loss_of_model_labels(loss_fn)
     calibration = Calibration(
-        model, batches, loss_fn, parameters, settings, gradients, progress, budget, on_bad_batch, state
+        model, data, loss_fn, parameters, settings, gradients, progress, budget, on_bad_batch, state
     )
     if state is not None:
         recall(state, calibration.notes, calibration.clock.seconds)
@@ -240,7 +244,7 @@ def prune(
 
 def compensate_masks(
     model: nn.Module,
-    batches: Iterable[tuple[Any, Any]],
+    batches: Iterable[Any],
     loss_fn: LossFunction,
     masks: Mapping[str, Tensor],
     *,
@@ -252,6 +256,7 @@ def compensate_masks(
     solver: Solver = "auto",
     blocks_in_parallel: int | None = None,
     fisher_inv_device: str | None = None,
+    batch_fn: BatchFunction | None = None,
     progress: bool = True,
 ) -> PruningResult:
     """The exact OBS weights for masks from anywhere: another pruner's, NVIDIA's, hand-made.
@@ -280,7 +285,8 @@ def compensate_masks(
         blocks_in_parallel=blocks_in_parallel,
         fisher_inv_device=fisher_inv_device,
     )
-    calibration = Calibration(model, batches, loss_fn, parameters, settings, gradients, progress)
+    data = Batches(batches, batch_fn)
+    calibration = Calibration(model, data, loss_fn, parameters, settings, gradients, progress)
     # OBS keeps the inverses; the masks come to the solver as an order whose prefix is what leaves.
     nothing_yet = {name: torch.ones_like(mask) for name, mask in kept.items()}
     pruner = calibration.run(OBS, nothing_yet)

@@ -347,7 +347,7 @@ def test_an_exception_during_an_update_leaves_the_model_as_it_was() -> None:
             yield [torch.randn(2, 5)], {}, torch.zeros(2, dtype=torch.long)
 
     next(training.manager.iter_modifiers())._batches._builder = build
-    with pytest.raises(ValueError, match="ended after 3 batches, but num_grads is 8"):
+    with pytest.raises(ValueError, match="ended after 3 batches and cannot be"):
         training.optimizer.step()
     assert same(before[:6], snapshot(model)[:6])  # not the last: SparseML's hooks hold masks of ones by now
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from capruner.gradients import ModelInputs
+from capruner.batches import ModelInputs
 
 LOSS_KEYS = ("loss_function", "loss_fn")  # SparseML 1.8's spelling, and that of the published CAP
 
