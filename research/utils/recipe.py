@@ -15,6 +15,7 @@ from capruner.sparseml.base import CorrelationAwareModifier  # first: importing 
 from research.utils.cli import UserError
 
 # isort: split
+import torch
 from sparseml.pytorch.optim import ScheduledModifierManager
 from sparseml.pytorch.sparsification.pruning import BasePruningModifier, MFACPruningModifier
 from sparseml.pytorch.utils import GradSampler, PythonLogger
@@ -46,7 +47,7 @@ def load_manager(path: str) -> ScheduledModifierManager:
         raise UserError(f"--sparseml-recipe {path}: no such file; ready-made ones are in research/recipes")
     _check_harmless(path)
     try:
-        return ScheduledModifierManager.from_yaml(path)
+        manager = ScheduledModifierManager.from_yaml(path)
     except yaml.constructor.ConstructorError as error:
         raise UserError(
             f"{path}: {error.problem}; pruning modifiers that exist: {', '.join(known_modifiers())}"
@@ -56,6 +57,12 @@ def load_manager(path: str) -> ScheduledModifierManager:
     except Exception as error:  # whatever SparseML trips over, it is the recipe's
         reason = " ".join(str(error).split())[:500] or type(error).__name__
         raise UserError(f"{path} does not load: {reason}") from error
+    quantizing = [type(m).__name__ for m in manager.iter_modifiers() if "Quantization" in type(m).__name__]
+    if quantizing:
+        raise UserError(
+            f"{path}: {quantizing[0]} does not work with torch {torch.__version__}: it fails when its epoch comes; take it out, and quantize the exported model"
+        )
+    return manager
 
 
 def _check_harmless(path: str) -> None:

@@ -129,3 +129,12 @@ def test_a_loss_that_is_not_finite_stops_sparseml_too(written, model):
 def test_yaml_that_is_no_recipe(text, written):
     with pytest.raises(UserError, match=r"recipe\.yaml"):
         found(written(text))
+
+
+def test_quantization_is_refused_when_the_recipe_is_loaded(written):
+    pruning = modifier_text("GlobalMagnitudePruningModifier", "params: __ALL_PRUNABLE__", "final_sparsity: 0.5")
+    path = written("modifiers:\n" + pruning + "  - !QuantizationModifier\n      start_epoch: 1.0\n")
+    with pytest.raises(
+        UserError, match=r"QuantizationModifier does not work with torch .* quantize the exported model"
+    ):
+        recipe.load_manager(path)

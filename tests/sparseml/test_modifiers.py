@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 pytest.importorskip("sparseml")
 from sparseml.pytorch.optim import ScheduledModifierManager
+from sparseml.pytorch.utils import GradSampler
 from untouched import same, snapshot
 
 import capruner
@@ -340,14 +341,15 @@ def test_an_exception_during_an_update_leaves_the_model_as_it_was() -> None:
     before = snapshot(model)
     calls = 0
 
-    def build(kwargs: Any) -> Iterator[Any]:
+    def build() -> Iterator[Any]:
         nonlocal calls
         calls += 1
         for _ in range(8 if calls == 1 else 3):
-            yield [torch.randn(2, 5)], {}, torch.zeros(2, dtype=torch.long)
+            yield [torch.randn(2, 5)], {}, torch.randint(3, (2,))
+        raise ValueError("the disk is gone")
 
     next(training.manager.iter_modifiers())._batches._builder = build
-    with pytest.raises(ValueError, match="ended after 3 batches and cannot be"):
+    with pytest.raises(ValueError, match="the disk is gone"):
         training.optimizer.step()
     assert same(before[:6], snapshot(model)[:6])  # not the last: SparseML's hooks hold masks of ones by now
 
@@ -430,6 +432,65 @@ def test_builders_of_several_kinds(builder: Callable[..., Any]) -> None:
     model = net()
     plan(recipe()).apply(model, grad_sampler={"data_loader_builder": builder, "loss_function": F.cross_entropy})
     assert zeros(model) == round(0.6 * WEIGHTS)
+
+
+def same_data() -> Iterator[Any]:
+    generator = torch.Generator().manual_seed(1)
+    while True:
+        yield [torch.randn(2, 5, generator=generator)], {}, torch.randint(3, (2,), generator=generator)
+
+
+def some(count: int = 8) -> list[Any]:
+    return [item for item, _ in zip(same_data(), range(count))]
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        GradSampler(some(), F.cross_entropy),
+        GradSampler(same_data, F.cross_entropy),
+        some(),
+        [(x[0], y) for x, _, y in some()],
+        [{"input": x[0], "labels": y} for x, _, y in some()],
+        lambda kwargs: same_data(),
+        lambda **kwargs: [(x[0], y) for x, _, y in some()],
+        lambda: some(),
+        {"data_loader_builder": some(), "loss_function": F.cross_entropy},
+        {"data_loader_builder": lambda **kwargs: some(), "loss_function": F.cross_entropy},
+        {"data_loader_builder": lambda kwargs: [(x[0], y) for x, _, y in some()], "loss_function": F.cross_entropy},
+    ],
+    ids=lambda sampler: type(sampler).__name__,
+)
+def test_every_form_of_a_grad_sampler(sampler: Any) -> None:
+    class Keywords(nn.Sequential):
+        def forward(self, input: Tensor, labels: Tensor | None = None) -> Any:  # type: ignore[override]
+            out = super().forward(input)
+            return out if labels is None else {"logits": out, "loss": F.cross_entropy(out, labels)}
+
+    expected, model = (Keywords(*net().children()) for _ in range(2))
+    plan(recipe()).apply(expected, grad_sampler=Sampler())
+    plan(recipe()).apply(model, grad_sampler=sampler)
+    assert same(list(weights(model).values()), list(weights(expected).values()))
+
+
+@pytest.mark.parametrize(
+    ("sampler", "message"),
+    [
+        (3, r"this modifier needs gradients: pass grad_sampler=.* \(got int\)"),
+        ("loader", r"this modifier needs gradients: pass grad_sampler=.* \(got str\)"),
+        ({"data_loader_builder": 3, "loss_function": F.cross_entropy}, r"needs gradients: .* \(got int\)"),
+        ({"data_loader_builder": some, "loss_function": "mse"}, "loss function is str, not a function"),
+        (lambda kwargs: 3, "builder returned int, not an iterable"),
+        (
+            [(torch.zeros(2, 5), torch.zeros(2), torch.zeros(2))],
+            r"the grad_sampler gave a tuple of 3 \(float32 \(2, 5\)",
+        ),
+        ([4], "batch 0 is int"),
+    ],
+)
+def test_a_grad_sampler_that_is_none(sampler: Any, message: str) -> None:
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        plan(recipe()).apply(net(), grad_sampler=sampler)
 
 
 class TwoOutputs(nn.Sequential):
