@@ -42,6 +42,7 @@ from capruner.macs import multiply_adds
 from capruner.report import write_report
 from capruner.sparseml.base import CorrelationAwareModifier
 from capruner.sparseml.modifiers import CAPruningModifier
+from capruner.sparseml.sampling import GradSamplerBatches
 from research.utils import data as images
 from research.utils import evaluate, modeling, one_shot_arguments, output, plots, recipe
 from research.utils.wandb_log import WandbLog
@@ -49,7 +50,6 @@ from research.utils.wandb_log import WandbLog
 KNOBS = {
     "gradients": "gradients",
     "labels": "labels",
-    "natural_gradient_steps": "natural_gradient_steps",
     "on_bad_batch": "on_bad_batch",
     "state_dir": "traces_backup_dir",
     "memory_budget": "memory_budget",
@@ -93,6 +93,8 @@ class Run:
                     shown = flag.replace("_", "-")
                     raise cli.UserError(f"--{shown} means nothing to {type(self.modifier).__name__}; leave it out")
                 setattr(self.modifier, knob, getattr(args, flag))
+        if args.distill_passes is not None and isinstance(self.modifier, CorrelationAwareModifier):
+            self.modifier.distill_passes = args.distill_passes
         if args.allocate_by != "weights" and not isinstance(self.modifier, CAPruningModifier):
             raise cli.UserError(
                 f"--allocate-by {args.allocate_by} means nothing to {type(self.modifier).__name__}; leave it out"
@@ -285,6 +287,9 @@ def prune_anew_at_each(run: Run) -> None:
         modeling.seed_everything(run.args.seed)
         start = time.perf_counter()
         recipe.apply_at(run.recipe_path, model, sparsity, run.grad_sampler(finite_cross_entropy))
+        if run.args.distill_passes:  # of the modifiers here only ours do it themselves
+            batches = GradSamplerBatches(run.grad_sampler(finite_cross_entropy))
+            capruner.distill(model, run.model, batches, passes=run.args.distill_passes)
         run.stage_done(f"prune to {100 * sparsity:g} %")
         run.record(model, sparsity, time.perf_counter() - start, {})
 

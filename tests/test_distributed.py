@@ -76,9 +76,6 @@ def prune_all_ways(rank: int, size: int) -> dict[str, Any]:
                     found[f"{method} {global_} {s} {name}"] = weight
                 found[f"{method} {global_} {s} loss"] = result.predicted_loss(s)
     climbed = capruner.prune(net(), batches(rank, size), sparsity=0.8, num_recomputations=3, **ARGUMENTS)
-    stepped = capruner.prune(net(), batches(rank, size), sparsity=0.8, natural_gradient_steps=2, **ARGUMENTS)
-    found |= {f"stepped {name}": weight for name, weight in stepped.level().weights.items()}
-    found |= {f"step {n}": note["step"]["after"] for n, note in enumerate(stepped.settings["natural_gradient"])}
     drawn = capruner.prune(net(), batches(rank, size), sparsity=0.8, labels="model", **ARGUMENTS)
     found |= {f"drawn {name}": weight for name, weight in drawn.level().weights.items()}
     return found | {f"climbed {name}": weight for name, weight in climbed.level().weights.items()}

@@ -214,6 +214,10 @@ def test_the_format_is_as_written_here(tmp_path: Path) -> None:
     level = capruner.load_result(write(tmp_path / "r", GOOD, TENSORS)).level(0.5)
     assert level.weights["w"].tolist() == [1, 0, 2, 0]
     assert level.masks["w"].tolist() == [True, False, True, False]
+    assert level.others == {}  # version 1
+    levels = [GOOD["levels"][0] | {"others": ["b"]}]
+    path = write(tmp_path / "r", GOOD | {"version": 2, "levels": levels}, TENSORS | {"0/other/b": torch.tensor([3.0])})
+    assert capruner.load_result(path).level().others["b"].tolist() == [3]
 
 
 @pytest.mark.parametrize(
@@ -224,7 +228,13 @@ def test_the_format_is_as_written_here(tmp_path: Path) -> None:
         ("not json", TENSORS),
         (GOOD | {"format": "other"}, TENSORS),
         (GOOD | {"version": "new"}, TENSORS),
-        (GOOD | {"version": 2}, TENSORS),
+        (GOOD | {"version": 3}, TENSORS),
+        (GOOD | {"levels": [GOOD["levels"][0] | {"others": ["b"]}]}, TENSORS),
+        (
+            GOOD | {"levels": [GOOD["levels"][0] | {"others": ["b"]}]},
+            TENSORS | {"0/other/b": torch.tensor([torch.nan])},
+        ),
+        (GOOD | {"levels": [GOOD["levels"][0] | {"others": 3}]}, TENSORS),
         ({k: v for k, v in GOOD.items() if k != "version"}, TENSORS),
         ({k: v for k, v in GOOD.items() if k != "method"}, TENSORS),
         ({k: v for k, v in GOOD.items() if k != "levels"}, TENSORS),
@@ -244,8 +254,8 @@ def test_foreign_newer_and_damaged_files_are_named(header: Any, tensors: dict[st
 
 
 def test_a_newer_version_is_called_newer(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"newer capruner \(format 2, this one reads 1\)"):
-        capruner.load_result(write(tmp_path / "r", GOOD | {"version": 2}, TENSORS))
+    with pytest.raises(ValueError, match=r"newer capruner \(format 3, this one reads 2\)"):
+        capruner.load_result(write(tmp_path / "r", GOOD | {"version": 3}, TENSORS))
 
 
 def test_a_safetensors_file_of_somebody_else(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ class ImageFolder(Reader):
         return os.path.basename(path) if basename else path if absolute else os.path.relpath(path, self.root)
 
 
-class Images(ImageDataset):  # type: ignore[misc]
+class Images(ImageDataset):
     """timm's data set of images, which takes the next image in place of one that cannot be decoded, whatever the decoder raises."""
 
     def __init__(self, reader: Any, mode: str) -> None:

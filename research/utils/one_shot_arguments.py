@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +67,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="CAP, FastCAP: calibrate with the data's labels, or draw labels from the model itself (default: the recipe's)",
     )
     how.add_argument(
-        "--natural-gradient-steps",
-        type=int,
+        "--distill-passes",
+        type=float,
         metavar="N",
-        help="CAP: after pruning bring the outputs back towards the dense network's by N steps on 2,048 of the calibration images, without labels; 8 of them "
-        "won five to fifteen points at 98 %% on small networks (default: the recipe's, or none)",
+        help="after pruning train towards the dense network's outputs, for N passes over 4,096 of the calibration images, without labels; pruned weights stay "
+        "zero (default: the recipe's, or none)",
     )
     how.add_argument(
         "--on-bad-batch",
@@ -173,6 +174,8 @@ def checked(args: argparse.Namespace) -> argparse.Namespace:
         raise cli.UserError(f"--sparsities {' '.join(map(str, wrong))}: must lie in [0, 1); write 0.9 for 90 %")
     if args.val_limit is not None and args.val_limit < 1:
         raise cli.UserError(f"--val-limit {args.val_limit}: must be at least 1")
+    if args.distill_passes is not None and not 0 <= args.distill_passes < math.inf:
+        raise cli.UserError(f"--distill-passes {args.distill_passes:g}: must be at least 0")
     given = [key for key in ("method", *DEFAULTS) if getattr(args, key) is not None]
     if args.sparseml_recipe and given:
         flags = ", ".join(_flag(key) for key in given)

@@ -7,18 +7,21 @@ The method reads top to bottom in ``gradients``, ``fisher``, ``obs``, ``allocati
 the recipe modifiers live in ``capruner.sparseml``.
 """
 
-from capruner.batchnorm import recalibrate_bn
 from capruner.macs import MultiplyAdds, multiply_adds
 from capruner.masking import MaskHandle, mask_model
 from capruner.numerics import NotPositiveDefiniteError
 from capruner.obs import Elimination, compensate, eliminate
 from capruner.pruning import compensate_masks, prune
+from capruner.refine.batchnorm import recalibrate_bn
+from capruner.refine.distill import distill
+from capruner.refine.training import Distillation
 from capruner.result import PruningResult, load_result
 from capruner.state import StateError, remove_state
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Distillation",
     "Elimination",
     "MaskHandle",
     "MultiplyAdds",
@@ -28,6 +31,7 @@ __all__ = [
     "__version__",
     "compensate",
     "compensate_masks",
+    "distill",
     "eliminate",
     "load_result",
     "mask_model",

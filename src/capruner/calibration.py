@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,6 @@ from capruner.memory import shown
 from capruner.methods import LayerSolution, Method, Settings, Stopwatch, Target
 from capruner.methods.base import RankedMethod, SecondOrderMethod
 from capruner.modes import eval_mode
-from capruner.natural_gradient import FIRST_SHARE, SAMPLES, Divergence, FirstSamples, Step, descend
 from capruner.numerics import working_dtype
 from capruner.result import Level
 from capruner.resume import digest_of, packed, position_of, unpacked
@@ -52,10 +51,8 @@ class Calibration:
         state: where to save what is done, and to find what an earlier run has done.
         clock: seconds by stage, over all calibrations.
         notes: what the report says of all calibrations: ``skipped_batches``; ``layers_without_gradient``, by name;
-            ``damped_blocks`` by layer, the most of one calibration;
-            ``natural_gradient``, where there are such steps, what each did.
+            ``damped_blocks`` by layer, the most of one calibration.
         whole: these are all layers, and not one of several groups.
-        dense: for natural-gradient steps: the parameters as they are at first.
     """
 
     model: nn.Module
@@ -72,15 +69,10 @@ class Calibration:
     notes: dict[str, Any] = field(
         default_factory=lambda: {"skipped_batches": 0, "layers_without_gradient": [], "damped_blocks": {}}
     )
-    dense: Mapping[str, Tensor] | None = None
     whole: bool = True
     _batches_drawn: int = field(default=0, init=False)
-    _first: FirstSamples | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        if self.settings.natural_gradient_steps:
-            self.notes.setdefault("natural_gradient", [])
-            self.dense = self.dense or {name: p.detach().clone() for name, p in self.parameters.items()}
         size, group = self.settings.fisher_block_size, self.settings.pattern.group
         limit = largest(sum(p.numel() for p in self.parameters.values()))
         self.layouts = {
@@ -116,9 +108,6 @@ class Calibration:
             raise ValueError(f"method {pruner.name!r} needs calibration data: give `batches`")
         shards = pruner.shards
         batches = self.batches
-        if self.settings.natural_gradient_steps:
-            self._first = FirstSamples(batches.source, -(-SAMPLES // shards.size))
-            batches = replace(batches, source=self._first)
         dtypes = {name: working_dtype(p) for name, p in self.parameters.items()}
         mine = self._share(shards)
         position = Position() if self.state is None else self._found(self.state, pruner)
@@ -291,8 +280,6 @@ class Calibration:
             else:
                 assert isinstance(pruner, RankedMethod)
                 solutions = pruner.solve_counts(counts)
-            if self.settings.natural_gradient_steps:
-                solutions = self._descended(pruner, [s for s, _ in rungs], solutions)
             return [self.level(pruner.shards, s, solution) for (s, _), solution in zip(rungs, solutions)]
 
         if self.state is None:
@@ -304,24 +291,6 @@ class Calibration:
             raise StateError(
                 f"{self.state.folder} holds no outcome of this run ({error}); {self.state.remedy}"
             ) from error
-
-    def _descended(
-        self, pruner: Method, sparsities: Sequence[float], solutions: Sequence[Mapping[str, LayerSolution]]
-    ) -> list[dict[str, LayerSolution]]:
-        """The solutions after natural-gradient steps."""
-        assert isinstance(pruner, SecondOrderMethod)
-        assert self.dense is not None
-        assert self._first is not None
-        found, shards, notes = [], pruner.shards, self.notes["natural_gradient"]
-        with self.clock("natural gradient"), shards.together("taking natural-gradient steps"), eval_mode(self.model):
-            divergence = Divergence(self.model, self.dense, self._first.held, shards)
-            for sparsity, solution in zip(sparsities, solutions):
-                share = Step(**notes[-1]["step"]).share if notes else FIRST_SHARE
-                steps = self.settings.natural_gradient_steps
-                moved, taken = descend(divergence, pruner, self.parameters, solution, steps, share, self.progress)
-                notes += [{"sparsity": sparsity, "step": asdict(step)} for step in taken]
-                found.append(moved)
-        return found
 
     def _parts(self, method: type[Method]) -> list[Calibration]:
         """This calibration cut into groups of layers whose Fisher blocks fit the budget."""
@@ -347,12 +316,6 @@ class Calibration:
             raise ValueError(
                 f"memory_budget={shown(self.budget)} needs {len(groups)} groups of layers, each with passes of its own over the data, but "
                 "`batches` is an iterator, which ends after one; give a DataLoader or a list"
-            )
-        if len(groups) > 1 and self.settings.natural_gradient_steps:
-            raise ValueError(
-                f"memory_budget={shown(self.budget)} makes {len(groups)} groups of layers, calibrated one after the other, and natural-gradient steps "
-                f"move all layers together: give {shown(sum(need.values()) + WORKING_SET, up=True)}, a smaller fisher_block_size, or "
-                "natural_gradient_steps=0"
             )
         if self.progress and world()[0] == 0:
             total = shown(sum(need.values()) + WORKING_SET)

@@ -37,7 +37,7 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
         if name in _WORDS and not isinstance(value, str):
             raise ValueError(f"{name} must be a word, got {_shown(value)}")
     check_count("num_recomputations", arguments.get("num_recomputations", 1))
-    check_count("natural_gradient_steps", arguments.get("natural_gradient_steps", 0), least=0)
+    check_number("distill_passes", arguments.get("distill_passes", 0), least=0)
     damp, sparsity, masks = arguments.get("damp"), arguments.get("sparsity", 0.5), arguments.get("masks")
     if damp is not None and (isinstance(damp, bool) or not isinstance(damp, int | float)):
         raise ValueError(f"damp must be a positive number, got {_shown(damp)}; 1e-8 to 1e-4 are usual")
@@ -65,16 +65,25 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     check_device(arguments.get("fisher_inv_device"))
 
 
-def check_model(model: Any) -> None:
+def check_model(model: Any, name: str = "model") -> None:
     """Raises ``ValueError`` for what is no module."""
     if not isinstance(model, nn.Module):
-        raise ValueError(f"model must be a torch.nn.Module, got {_shown(model)}")
+        raise ValueError(f"{name} must be a torch.nn.Module, got {_shown(model)}")
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
     """Raises ``ValueError`` for what is not a whole number, at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be a whole number, at least {least}, got {_shown(value)}")
+
+
+def check_number(name: str, value: Any, least: float | None = None) -> None:
+    """Raises ``ValueError`` for what is not a finite number, at least ``least`` or, where that is None, positive."""
+    good = _is_number(value) and math.isfinite(value) and (value > 0 if least is None else value >= least)
+    if not good:
+        raise ValueError(
+            f"{name} must be {'a positive number' if least is None else f'a number, at least {least:g}'}, got {_shown(value)}"
+        )
 
 
 def check_masks(masks: Any) -> None:

@@ -13,7 +13,7 @@ import socket
 import time
 import weakref
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from capruner.layout import BlockLayout
+
+if dist.is_available():
+    # Default arguments in it hold the group that exists when it is imported. Optimizers import it, later: the group would never end.
+    import torch.distributed.nn.functional
 
 
 class PeerError(RuntimeError):
@@ -158,6 +162,16 @@ class Shards:
     def sum(self, value: float) -> float:
         """The sum over all processes, added in the order of ranks: the same bits everywhere."""
         return value if self.size == 1 else sum(self._report(value))
+
+    def add(self, tensors: Sequence[Tensor], share: float) -> None:
+        """Replace each tensor by the sum of ``share · tensor`` over all processes; shapes are the same everywhere."""
+        if self.size == 1:
+            return
+        flat = torch.cat([tensor.reshape(-1).to(self._device(), torch.float64) for tensor in tensors]) * share
+        with _naming_the_dead():
+            dist.all_reduce(flat)
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(part.view(tensor.shape))
 
     def total(self, count: int, what: str) -> int:
         """The sum of everybody's counts, at least 0 each.

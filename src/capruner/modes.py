@@ -30,6 +30,18 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             state.restore()
 
 
+@contextmanager
+def weights_restored(model: nn.Module) -> Iterator[None]:
+    """Afterwards, also after an exception, every parameter has the values from before."""
+    saved = [p.detach().clone() for p in model.parameters()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for p, value in zip(model.parameters(), saved):
+                p.copy_(value)
+
+
 @dataclass
 class _State:
     """What a forward pass may change about one module."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,8 +19,10 @@ from capruner.gradients import GradientMode, LossFunction, OnBadBatch
 from capruner.labels import Chances, loss_of_model_labels
 from capruner.memory import parse_bytes
 from capruner.methods import METHODS, OBS, Settings
-from capruner.methods.base import SecondOrderMethod
+from capruner.modes import weights_restored
 from capruner.patterns import parse_mask_type, supporting
+from capruner.refine.distill import of_logits
+from capruner.refine.levels import Distiller, Replay
 from capruner.result import Level, PruningResult
 from capruner.resume import fingerprint, recall
 from capruner.selection import select_parameters
@@ -54,7 +55,7 @@ def prune(
     damp: float | None = None,
     num_recomputations: int = 1,
     recomputation_inter_func: str = "linear",
-    natural_gradient_steps: int = 0,
+    distill_passes: float = 0,
     gradients: GradientMode = "batch",
     labels: Literal["data", "model"] = "data",
     score: Score = "marginal",
@@ -96,9 +97,9 @@ def prune(
             relative to the mean diagonal for ``fast_cap``. None: the method's default, relative, 0.01, and 0.5 for ``fast_cap``.
         num_recomputations: climb to each sparsity in that many steps, each with a fresh calibration at the weights reached.
         recomputation_inter_func: how sparsity climbs over them: ``"linear"``, ``"cubic"``, ``"geometric"``.
-        natural_gradient_steps: after each pruning bring the outputs back towards the dense network's by so many steps ``−αF⁻¹g``, on the first 2,048
-            samples of the calibration (held in memory) and without labels; see :mod:`capruner.natural_gradient`. For ``cap`` and ``obs``, and models
-            that give logits. ``result.settings["natural_gradient"]`` says what each step did; predicted losses are those before.
+        distill_passes: train each level towards the outputs of the dense network, for so many passes (a fraction is fine) over the first 4,096 samples of
+            ``batches``, which are held in memory; see :func:`capruner.distill`. Masks do not change. For every method, and models that return logits.
+            ``result.settings["distill"]`` has the divergence before and after; predicted losses are those before it. 0: off.
         gradients: ``"batch"`` (one gradient from each batch) or ``"sample"``.
         labels: ``"data"`` takes the targets of the batches; ``"model"`` draws labels from the model's own softmax, see :mod:`capruner.labels`; then the
             data needs no labels (anything may stand in their place).
@@ -141,8 +142,10 @@ def prune(
         raise ValueError(f"method {method!r} needs calibration data: give `batches`")
     if labels not in ("data", "model"):
         raise ValueError(f"labels must be 'data' or 'model', got {labels!r}")
-    if natural_gradient_steps and not issubclass(METHODS[method], SecondOrderMethod):
-        raise ValueError(f"natural_gradient_steps need the Fisher blocks of method cap or obs, got method={method!r}")
+    if batches is None and distill_passes:
+        raise ValueError(f"distill_passes={distill_passes:g} needs data: give `batches`")
+    if distill_passes and isinstance(batches, Iterator):
+        batches = Replay(batches, batch_fn)
     data = None if batches is None else Batches(batches, batch_fn, Chances() if labels == "model" else None)
     pattern = parse_mask_type(mask_type)
     budget = None if memory_budget is None else parse_bytes(memory_budget)
@@ -170,7 +173,6 @@ def prune(
         fisher_inv_device=fisher_inv_device,
         block_size=block_size,
         costs=costs,
-        natural_gradient_steps=natural_gradient_steps,
         pattern=pattern,
     )
     rungs = rungs_of(parameters, groups, sparsity, global_sparsity, pattern)
@@ -187,12 +189,15 @@ def prune(
             "labels": labels,
             "memory_budget": budget,
             "on_bad_batch": on_bad_batch,
+            "distill_passes": distill_passes,
             "loss": getattr(loss_fn, "__qualname__", type(loss_fn).__name__),
             "targets": [[s, [[*t.names, t.sparsity] for t in targets]] for s, targets in rungs],
         }
         state = State(state_dir, arguments | fingerprint(model, parameters, settings, kept))
     if labels == "model":
         loss_fn = loss_of_model_labels(loss_fn)
+    if distill_passes:
+        loss_fn = of_logits(loss_fn)  # refused at the first batch, and not after the calibration
     calibration = Calibration(
         model, data, loss_fn, parameters, settings, gradients, progress, budget, on_bad_batch, state
     )
@@ -207,7 +212,7 @@ def prune(
                 f"mask_type {pattern} is reached in one step; num_recomputations must be 1, got {num_recomputations}"
             )
         climb = INTERPOLATIONS[recomputation_inter_func]
-        with _weights_restored(parameters), torch.no_grad():
+        with weights_restored(model), torch.no_grad():
             for s, targets in rungs:
                 starts = [pruned_share(target.names, kept) for target in targets]
                 for step in range(1, num_recomputations + 1):
@@ -223,6 +228,10 @@ def prune(
                     for name, p in parameters.items():
                         p.copy_(level.weights[name])
                 levels.append(level)
+    notes: list[dict[str, Any]] = []
+    if distill_passes and data is not None:
+        distiller = Distiller(model, data, distill_passes, on_bad_batch == "skip", state, calibration.clock, progress)
+        levels, notes = [distiller(level) for level in levels], distiller.notes
     return PruningResult(
         method=method,
         levels=levels,
@@ -236,6 +245,8 @@ def prune(
             "labels": labels,
             "global_sparsity": global_sparsity,
             "skipped": skipped,
+            "distill_passes": distill_passes,
+            "distill": notes,
             **calibration.notes,
         },
         timings=calibration.clock.seconds,
@@ -300,15 +311,3 @@ def compensate_masks(
         settings=asdict(settings) | {"pattern": "given", "gradients": gradients, **calibration.notes},
         timings=calibration.clock.seconds,
     )
-
-
-@contextmanager
-def _weights_restored(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """What is written into the parameters inside is undone at the end, also after an exception."""
-    saved = {name: p.detach().clone() for name, p in parameters.items()}
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, p in parameters.items():
-                p.copy_(saved[name])

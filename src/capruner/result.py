@@ -19,7 +19,7 @@ from capruner.files import digest, replacing
 from capruner.wrappers import all_parameters, find
 
 FORMAT = "capruner-result"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,14 @@ class Level:
         weights: ``{name: tensor}`` in the parameter's shape and dtype, exactly 0 where the mask is False.
         masks: ``{name: bool tensor}``, True = stays.
         losses: ``{name: predicted increase of the loss}``.
+        others: parameters beside the pruned ones that a refinement after the pruning has changed.
     """
 
     sparsity: float
     weights: Mapping[str, Tensor]
     masks: Mapping[str, Tensor]
     losses: Mapping[str, float]
+    others: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -89,15 +91,15 @@ class PruningResult:
         level = self.level(sparsity)
         check_model(model)
         parameters = all_parameters(model)
-        weights = {find(parameters, name): weight for name, weight in level.weights.items()}
-        for name, weight in weights.items():
+        values = {find(parameters, name): value for name, value in {**level.weights, **level.others}.items()}
+        for name, weight in values.items():
             if name not in parameters:
                 raise ValueError(f"the model has no parameter {name}: this result belongs to another architecture")
             if parameters[name].shape != weight.shape:
                 raise ValueError(
                     f"{name} has shape {tuple(parameters[name].shape)} in the model, {tuple(weight.shape)} in the result"
                 )
-        for name, weight in weights.items():
+        for name, weight in values.items():
             parameters[name].copy_(weight)
 
     def masks(self, sparsity: float | None = None) -> dict[str, Tensor]:
@@ -144,6 +146,8 @@ class PruningResult:
                 tensors[f"{index}/weight/{name}"] = weight.detach().cpu().contiguous()
                 bits = np.packbits(level.masks[name].cpu().numpy().reshape(-1))
                 tensors[f"{index}/mask/{name}"] = torch.from_numpy(bits)
+            for name, value in level.others.items():
+                tensors[f"{index}/other/{name}"] = value.detach().cpu().contiguous()
         header = {
             "format": FORMAT,
             "version": VERSION,
@@ -151,7 +155,10 @@ class PruningResult:
             "total_weights": self.total_weights,
             "settings": self.settings,
             "timings": self.timings,
-            "levels": [{"sparsity": level.sparsity, "losses": dict(level.losses)} for level in self.levels],
+            "levels": [
+                {"sparsity": level.sparsity, "losses": dict(level.losses), "others": list(level.others)}
+                for level in self.levels
+            ],
             "sha256": digest(part for named in sorted(tensors.items()) for part in named),
         }
         with replacing(target) as partial:
@@ -195,6 +202,9 @@ def load_result(path: str | Path) -> PruningResult:
                 raise ValueError(
                     f"{path} is damaged: {name} has weights that are not 0 where its mask removes them, or not finite"
                 )
+        for name, value in level.others.items():
+            if not value.is_floating_point() or not torch.isfinite(value).all() or name in level.weights:
+                raise ValueError(f"{path} is damaged: {name} is not finite, or there twice")
     return result
 
 
@@ -227,4 +237,5 @@ def _read_level(file: Any, index: int, entry: Mapping[str, Any]) -> Level:
             raise TypeError(f"the mask of {name} holds {packed.size} bytes for {weight.numel()} weights")
         bits = np.unpackbits(packed, count=weight.numel())
         masks[name] = torch.from_numpy(bits).bool().view(weight.shape)
-    return Level(entry["sparsity"], weights, masks, entry["losses"])
+    others = {name: file.get_tensor(f"{index}/other/{name}") for name in entry.get("others", [])}  # version 1 has none
+    return Level(entry["sparsity"], weights, masks, entry["losses"], others)

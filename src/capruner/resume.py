@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_leaves
 from capruner.files import digest
 from capruner.gradients import Position
 from capruner.methods import Settings
-from capruner.natural_gradient import Step
 from capruner.result import Level
 from capruner.state import State, StateError
 
@@ -65,15 +64,11 @@ def recall(state: State, notes: dict[str, Any], seconds: dict[str, float]) -> No
     good = good and isinstance(damped, dict) and all(_is_count(value) for value in damped.values())
     silent = found.get("layers_without_gradient", [])
     good = good and isinstance(silent, list) and all(isinstance(name, str) for name in silent)
-    steps = found.get("natural_gradient", [])
-    good = good and isinstance(steps, list) and all(map(_is_step, steps))
     if not (good and _is_count(skipped)):
         raise StateError(
-            f"{state.folder} holds counts (skipped_batches, layers_without_gradient, damped_blocks, seconds, natural_gradient) that are none; {state.remedy}"
+            f"{state.folder} holds counts (skipped_batches, layers_without_gradient, damped_blocks, seconds) that are none; {state.remedy}"
         )
     notes |= {"skipped_batches": skipped, "layers_without_gradient": list(silent), "damped_blocks": dict(damped)}
-    if "natural_gradient" in notes:
-        notes["natural_gradient"] = list(steps)
     seconds |= took
 
 
@@ -90,13 +85,6 @@ def position_of(place: Mapping[str, Any], num_grads: int) -> Position:
     if numbers["taken"] > num_grads or any(number >= numbers["batches"] for number in skipped):
         raise ValueError(f"{numbers} and skipped {skipped} are not of {num_grads} gradients")
     return Position(**numbers, skipped=skipped, keep_last=True)
-
-
-def _is_step(value: Any) -> bool:
-    names = {field.name for field in fields(Step)}
-    good = isinstance(value, dict) and value.keys() == {"sparsity", "step"} and isinstance(value["step"], dict)
-    good = good and type(value["sparsity"]) is float
-    return good and value["step"].keys() == names and all(type(number) is float for number in value["step"].values())
 
 
 def _is_count(value: Any) -> bool:

@@ -109,7 +109,7 @@ def test_a_run_from_flags_writes_recipe_report_and_what_it_measured(place: Path,
 
 
 def test_recomputations_climb_geometrically(place: Path) -> None:
-    flags = {"num_recomputations": 2, "labels": "model", "natural_gradient_steps": 2}
+    flags = {"num_recomputations": 2, "labels": "model", "distill_passes": 2}
     assert main(words(place, experiment="steps", sparsities=[0.75], **flags)) == 0
     folder = place / "output" / "steps"
     assert 'recomputation_inter_func: "geometric"' in (folder / "recipe.yaml").read_text()
@@ -117,7 +117,10 @@ def test_recomputations_climb_geometrically(place: Path) -> None:
     assert result.settings["num_recomputations"] == 2
     assert result.settings["recomputation_inter_func"] == "geometric"
     assert result.settings["labels"] == "model"
-    assert len(result.settings["natural_gradient"]) == 4
+    (distilled,) = result.settings["distill"]
+    assert distilled["after"] < distilled["before"]
+    model = timm.create_model(MODEL, **KWARGS)
+    assert set(result.level().others) == set(dict(model.named_parameters())) - set(result.masks())
 
 
 def test_overview_and_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,8 +151,7 @@ BAD = {
     "mask type": ({"mask_type": "4:2"}, "mask_type must be"),
     "no match": ({"params": ["blocks.7"]}, "no parameter or module is called 'blocks.7'"),
     "no steps": ({"num_recomputations": 0}, "num_recomputations must be a whole number, at least 1, got 0"),
-    "steps back": ({"natural_gradient_steps": -1}, "natural_gradient_steps must be a whole number, at least 0, got -1"),
-    "no natural gradient": ({"method": "fast_cap", "natural_gradient_steps": 1}, "--natural-gradient-steps means nothing to FastCAPruningModifier"),
+    "passes back": ({"distill_passes": -1}, "--distill-passes -1: must be at least 0"),
     "pattern and sparsity": ({"mask_type": "2:4", "sparsities": [0.9]}, "a sparsity of 0.5; got"),
 }  # fmt: skip
 

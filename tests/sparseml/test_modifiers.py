@@ -526,7 +526,7 @@ EVERY: dict[str, dict[str, Any]] = {
         "grad_sampler_kwargs": {"size": 4, "name": "x"},
         "num_recomputations": 3,
         "recomputation_inter_func": "cubic",
-        "natural_gradient_steps": 2,
+        "distill_passes": 0.5,
         "blocks_in_parallel": 5,
         "fisher_inv_device": "cpu",
         "traces_backup_dir": "traces",
@@ -542,7 +542,7 @@ EVERY: dict[str, dict[str, Any]] = {
 EVERY["FastCAPruningModifier"] = {
     key: value
     for key, value in EVERY["CAPruningModifier"].items()
-    if key not in ("blocks_in_parallel", "score", "relative_damp", "memory_budget", "natural_gradient_steps")
+    if key not in ("blocks_in_parallel", "score", "relative_damp", "memory_budget")
 } | {"global_sparsity": True, "block_size": 12}
 CLASSES = {"CAPruningModifier": CAPruningModifier, "FastCAPruningModifier": FastCAPruningModifier}
 
@@ -656,8 +656,8 @@ def test_numbers_as_people_write_them(given: dict[str, Any], attribute: str, val
         ({"gradients": "token"}, "gradients must be one of .*'token'"),
         ({"score": "mean"}, "score must be one of .*'mean'"),
         ({"recomputation_inter_func": "square"}, "recomputation_inter_func must be one of .*'square'"),
-        ({"natural_gradient_steps": -1}, "natural_gradient_steps must be a whole number, at least 0, got -1"),
-        ({"natural_gradient_steps": "many"}, "natural_gradient_steps cannot be 'many'"),
+        ({"distill_passes": -1}, "distill_passes must be a number, at least 0, got -1"),
+        ({"distill_passes": "many"}, "distill_passes cannot be 'many'"),
         ({"final_sparsity": 1.0}, r"sparsity must lie in \[0, 1\), got 1"),
         ({"final_sparsity": 1}, r"sparsity must lie in \[0, 1\), got 1"),
         ({"params": ["0.wieght"]}, r"'0\.wieght'; the nearest names are 0\.weight"),

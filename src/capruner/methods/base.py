@@ -15,8 +15,8 @@ from torch import Tensor
 from capruner.allocation import Score, allocate, step_scores
 from capruner.distributed import Shards
 from capruner.fisher import RUNGS, BlockFisher, Solver
-from capruner.numerics import NotPositiveDefiniteError, full_precision
-from capruner.obs import Elimination, compensate, compensate_prefixes
+from capruner.numerics import NotPositiveDefiniteError
+from capruner.obs import Elimination, compensate_prefixes
 from capruner.patterns import Pattern
 
 MOST_DAMPED = 0.05
@@ -37,7 +37,6 @@ class Settings:
     fisher_inv_device: str | None = None
     block_size: int | None = None
     costs: Mapping[str, float] | None = None
-    natural_gradient_steps: int = 0
     pattern: Pattern = field(default_factory=Pattern)
 
     def __post_init__(self) -> None:
@@ -300,22 +299,6 @@ class SecondOrderMethod(RankedMethod):
                     weight = weights[name].to(H)
                     self._rank(name, self._order(weight, H, gone, padding), fisher.units)
             self._weights[name], self._inverses[name], self._units[name] = weight, H, fisher.units
-
-    def newton(self, name: str, gradient: Tensor, keep: Tensor) -> Tensor:
-        """``F⁻¹ g`` of the weights that stay, those that leave being no part of ``F``.
-
-        Args:
-            gradient: ``(n, B)``, 0 where not kept.
-            keep: ``(n, B)`` bool, True = stays.
-
-        Returns:
-            ``(n, B)``, 0 where not kept: the re-fit of ``H g`` after the others have left, by the inverse of a partitioned matrix.
-        """
-        H = self._inverses[name]
-        with full_precision(), _naming(name):
-            scaled = (gradient.to(H.device) / self._units[name][:, None]).to(H)
-            whole = torch.bmm(H, scaled[:, :, None])[:, :, 0]
-            return compensate(whole, H, keep.to(H.device), blocks_in_parallel=self.settings.blocks_in_parallel)
 
     def _count_damped(self, name: str, own: int) -> None:
         damped, blocks = self.shards.total(own, "inverting Fisher blocks"), self.layouts[name].num_blocks

@@ -128,6 +128,7 @@ class CorrelationAwareModifier(BaseGradualPruningModifier):
     grad_sampler_kwargs = recipe_parameter("grad_sampler_kwargs", "Handed to the data_loader_builder.")
     num_recomputations = recipe_parameter("num_recomputations", "Fresh calibrations within one update.")
     recomputation_inter_func = recipe_parameter("recomputation_inter_func", "How sparsity climbs over recomputations.")
+    distill_passes = recipe_parameter("distill_passes", "Passes of distillation after each pruning.")
     fisher_inv_device = recipe_parameter("fisher_inv_device", "Where inverse Fisher blocks live.")
     traces_backup_dir = recipe_parameter("traces_backup_dir", "Folder from which a killed calibration goes on.")
     gradients = recipe_parameter("gradients", "One gradient per batch or per sample.")
@@ -389,6 +390,13 @@ def flag(value: Any) -> bool:
     if not isinstance(value, bool):
         raise ValueError("expected true or false")
     return value
+
+
+def number(value: Any) -> float:
+    """A number; true and false are not."""
+    if isinstance(value, bool):
+        raise ValueError("expected a number")
+    return float(value)
 
 
 def whole(value: Any) -> int:

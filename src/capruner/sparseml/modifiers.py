@@ -7,7 +7,7 @@ from typing import Any
 from sparseml.pytorch.sparsification.modifier import PyTorchModifierYAML
 
 from capruner.patterns import parse_mask_type
-from capruner.sparseml.base import CorrelationAwareModifier, flag, none_or, recipe_parameter, whole
+from capruner.sparseml.base import CorrelationAwareModifier, flag, none_or, number, recipe_parameter, whole
 
 
 def _blocks(value: Any) -> int | None:
@@ -46,7 +46,8 @@ class CAPruningModifier(CorrelationAwareModifier):
             cuts its rows evenly, up to 192, or up to 512 as long as 4 GiB hold all blocks.
         num_recomputations: fresh calibrations within one update.
         recomputation_inter_func: how sparsity climbs over them: linear, cubic, geometric.
-        natural_gradient_steps: after each pruning bring the outputs back towards those of the network before the update, by so many steps.
+        distill_passes: after each pruning train the network towards its outputs before the update, for so many passes over the first 4,096 samples; see
+            ``distill_passes`` of :func:`capruner.prune`.
         grad_sampler_kwargs: handed to the ``data_loader_builder``.
         blocks_in_parallel: blocks worked on at once; -1: chosen. No influence on the result.
         fisher_inv_device: where inverse Fisher blocks live, ``cpu`` say.
@@ -69,7 +70,7 @@ class CAPruningModifier(CorrelationAwareModifier):
         "fisher_block_size": none_or(whole),
         "num_recomputations": whole,
         "recomputation_inter_func": str,
-        "natural_gradient_steps": whole,
+        "distill_passes": number,
         "blocks_in_parallel": _blocks,
         "fisher_inv_device": none_or(str),
         "gradients": str,
@@ -99,7 +100,7 @@ class CAPruningModifier(CorrelationAwareModifier):
         grad_sampler_kwargs: dict[str, Any] | None = None,
         num_recomputations: int = 1,
         recomputation_inter_func: str = "linear",
-        natural_gradient_steps: int = 0,
+        distill_passes: float = 0.0,
         blocks_in_parallel: int | None = None,
         fisher_inv_device: str | None = None,
         traces_backup_dir: str | None = None,
@@ -131,7 +132,7 @@ class CAPruningModifier(CorrelationAwareModifier):
             fisher_block_size=fisher_block_size,
             num_recomputations=num_recomputations,
             recomputation_inter_func=recomputation_inter_func,
-            natural_gradient_steps=natural_gradient_steps,
+            distill_passes=distill_passes,
             blocks_in_parallel=blocks_in_parallel,
             fisher_inv_device=fisher_inv_device,
             gradients=gradients,
@@ -143,9 +144,6 @@ class CAPruningModifier(CorrelationAwareModifier):
             memory_budget=memory_budget,
         )
 
-    natural_gradient_steps = recipe_parameter(
-        "natural_gradient_steps", "Steps towards the dense outputs after pruning."
-    )
     blocks_in_parallel = recipe_parameter("blocks_in_parallel", "Blocks worked on at once; null: chosen.")
     score = recipe_parameter("score", "Marginal or cumulative losses compete.")
     relative_damp = recipe_parameter("relative_damp", "damp is a fraction of each block's mean diagonal.")
@@ -185,6 +183,7 @@ class FastCAPruningModifier(CorrelationAwareModifier):
         "block_size": none_or(whole),
         "num_recomputations": whole,
         "recomputation_inter_func": str,
+        "distill_passes": number,
         "fisher_inv_device": none_or(str),
         "gradients": str,
         "labels": str,
@@ -211,6 +210,7 @@ class FastCAPruningModifier(CorrelationAwareModifier):
         grad_sampler_kwargs: dict[str, Any] | None = None,
         num_recomputations: int = 1,
         recomputation_inter_func: str = "linear",
+        distill_passes: float = 0.0,
         fisher_inv_device: str | None = None,
         traces_backup_dir: str | None = None,
         gradients: str = "batch",
@@ -239,6 +239,7 @@ class FastCAPruningModifier(CorrelationAwareModifier):
             block_size=block_size,
             num_recomputations=num_recomputations,
             recomputation_inter_func=recomputation_inter_func,
+            distill_passes=distill_passes,
             fisher_inv_device=fisher_inv_device,
             gradients=gradients,
             labels=labels,

@@ -32,7 +32,7 @@ class GradSamplerBatches:
         RuntimeError: anything else; a key is missing.
     """
 
-    def __init__(self, grad_sampler: Any, kwargs: Mapping[str, Any] | None) -> None:
+    def __init__(self, grad_sampler: Any, kwargs: Mapping[str, Any] | None = None) -> None:
         self._kwargs = dict(kwargs or {})
         self._builder, self._loss = _builder_and_loss(grad_sampler, self._kwargs)
 

@@ -1,0 +1,1 @@
+"""What a network that has been pruned can win back without labels."""
