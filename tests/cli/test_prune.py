@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from training_case import KWARGS, MODEL
 
 import capruner
@@ -121,6 +121,21 @@ def test_recomputations_climb_geometrically(place: Path) -> None:
     assert distilled["after"] < distilled["before"]
     model = timm.create_model(MODEL, **KWARGS)
     assert set(result.level().others) == set(dict(model.named_parameters())) - set(result.masks())
+
+
+def test_modifiers_of_sparseml_are_distilled_too(place: Path) -> None:
+    flags = {"method": "magnitude", "num_grads": None, "damp": None, "fisher_block_size": None, "save_model": True}
+    weights = {}
+    for passes in (0, 1):
+        name = f"magnitude-{passes}"
+        assert main(words(place, experiment=name, sparsities=[0.75], distill_passes=passes, **flags)) == 0
+        weights[passes] = load_file(place / "output" / name / "checkpoints" / "sparsity_0.75.safetensors")
+    changed = [key for key, value in weights[0].items() if not torch.equal(value, weights[1][key])]
+    assert "blocks.0.mlp.fc1.weight" in changed
+    assert "head.bias" in changed
+    for key in changed:
+        if ".mlp.fc" in key and "weight" in key:
+            assert torch.equal(weights[0][key] == 0, weights[1][key] == 0)
 
 
 def test_overview_and_help(capsys: pytest.CaptureFixture[str]) -> None:
