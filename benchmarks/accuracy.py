@@ -115,6 +115,8 @@ def pruned_models(
             settings = {k: v for k, v in given(case).items() if k in ("damp", "fisher_block_size", "mask_type")}
             params = PRUNED[case["model"]]
             by_sparseml(case["method"], pruned, batches, sparsity, params, num_grads(case), **settings)
+            if passes := case["settings"].get("distill_passes"):
+                capruner.distill(pruned, model, batches, passes=passes, progress=False)
             yield sparsity, pruned, {"total": time.perf_counter() - start}, None
         return
     result = capruner.prune(
@@ -129,6 +131,8 @@ def pruned_models(
         progress=False,
         **given(case),
     )
+    for note in result.settings["distill"]:
+        print(note, flush=True)
     for sparsity in result.sparsities:
         pruned = copy.deepcopy(model)
         result.apply(pruned, sparsity)

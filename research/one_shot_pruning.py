@@ -121,9 +121,11 @@ class Run:
     @property
     def method(self) -> str:
         ours = {"cap": "CAP", "fast_cap": "FastCAP"}
-        return ours.get(
+        name = ours.get(
             getattr(self.modifier, "method", ""), type(self.modifier).__name__.removesuffix("PruningModifier")
         )
+        passes = getattr(self.modifier, "distill_passes", self.args.distill_passes)
+        return f"{name} + distillation" if passes else name
 
     def grad_sampler(self, loss: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Any]:
         args = self.args

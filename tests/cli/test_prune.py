@@ -119,6 +119,7 @@ def test_recomputations_climb_geometrically(place: Path) -> None:
     assert result.settings["labels"] == "model"
     (distilled,) = result.settings["distill"]
     assert distilled["after"] < distilled["before"]
+    assert json.loads((folder / "summary.json").read_text())["rows"][1]["method"] == "CAP + distillation"
     model = timm.create_model(MODEL, **KWARGS)
     assert set(result.level().others) == set(dict(model.named_parameters())) - set(result.masks())
 
@@ -133,6 +134,7 @@ def test_modifiers_of_sparseml_are_distilled_too(place: Path) -> None:
     changed = [key for key, value in weights[0].items() if not torch.equal(value, weights[1][key])]
     assert "blocks.0.mlp.fc1.weight" in changed
     assert "head.bias" in changed
+    assert '"GlobalMagnitude + distillation"' in (place / "output" / "magnitude-1" / "summary.json").read_text()
     for key in changed:
         if ".mlp.fc" in key and "weight" in key:
             assert torch.equal(weights[0][key] == 0, weights[1][key] == 0)
