@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from test_memory_budget import TWO_GROUPS
+from test_memory_budget import net as three_layers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -234,6 +236,16 @@ def test_a_short_loader_is_started_again_and_says_so_once(mode: str, caplog: pyt
     ]
 
 
+def test_a_short_loader_and_a_memory_budget() -> None:
+    data = [(torch.randn(4, 40), torch.randint(5, (4,))) for _ in range(5)]
+    torch.manual_seed(0)
+    model = three_layers()
+    whole, parts = (
+        prune(model, data, num_grads=12, fisher_block_size=60, memory_budget=budget) for budget in (None, TWO_GROUPS)
+    )
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
+
+
 def test_its_length_is_looked_at_first(caplog: pytest.LogCaptureFixture) -> None:
     def batch_fn(batch: Any) -> Any:
         assert "ends after 3 batches" in caplog.text
@@ -346,6 +358,28 @@ def test_a_killed_run_resumes_in_a_later_pass(
         at, stop = stop, 10**9
         found = run(state_dir=tmp_path / str(at))
         assert all(torch.equal(found[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("labels", ["data", "model"])
+def test_changed_data_inside_a_mapping_is_noticed(labels: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("capruner.state.SAVE_EVERY", 0.0)
+    seen: list[Any] = []
+
+    def loss(outputs: Any, targets: Any) -> Tensor:
+        seen.append(targets)
+        if len(seen) == 20:
+            raise KeyboardInterrupt
+        return (outputs if isinstance(outputs, Tensor) else outputs.logits).square().mean()
+
+    def run(shift: float) -> None:
+        batches = [UserDict({"x": x + shift}) for x, _ in pairs()]
+        prune(Classifier(), batches, loss, num_grads=32, labels=labels, state_dir=tmp_path)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(0.0)
+    with pytest.raises(capruner.StateError, match=r"batch \d+ of the calibration data is not what it was"):
+        run(1.0)
+    run(0.0)
 
 
 def test_streams() -> None:
@@ -468,6 +502,13 @@ def test_outputs_that_are_tuples() -> None:
     for loss in ((), (F.cross_entropy,)):
         with pytest.raises(ValueError, match=message):
             prune(Aux(), pairs(), *loss)
+
+    class Segmenter(Aux):
+        def forward(self, x: Tensor) -> Any:
+            return {"out": self.linear(x)}
+
+    with pytest.raises(ValueError, match=r"a dict of 1 \(out: float32 .*cross_entropy\(outputs\['out'\], targets\)"):
+        prune(Segmenter(), pairs())
     taken = prune(Aux(), pairs(), lambda outputs, y: F.cross_entropy(outputs[0], y))
     assert same(taken, prune(linear(), pairs()))
 
@@ -513,10 +554,16 @@ class Wrapped(nn.Module):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_a_forward_without_gradients(context: Callable[[], Any], mode: str) -> None:
-    with pytest.raises(
-        ValueError, match=r"the model's outputs are detached .*torch.no_grad\(\) or torch.inference_mode\(\)"
-    ):
+    message = r"the model's outputs are detached .*torch.no_grad\(\) or torch.inference_mode\(\)"
+    with pytest.raises(ValueError, match=message):
         prune(Wrapped(context), pairs(), gradients=mode)
+
+    class Keywords(Wrapped):
+        def forward(self, x: Tensor) -> Any:
+            return Outputs(logits=super().forward(x))
+
+    with pytest.raises(ValueError, match=message):
+        prune(Keywords(context), pairs(), gradients=mode)
 
 
 @pytest.mark.parametrize("mode", MODES)

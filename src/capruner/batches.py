@@ -61,29 +61,29 @@ def as_batch(batch: Any, index: int, batch_fn: BatchFunction | None = None) -> t
             raise BatchError(
                 f"batch_fn must return (inputs, targets); it returned {describe(pair)} for batch {index}, {describe(batch)}"
             )
-        return _plain(pair[0]), _plain(pair[1])
+        return plain(pair[0]), plain(pair[1])
     if isinstance(batch, Mapping):
-        inputs = _plain(batch)
+        inputs = plain(batch)
         return inputs, inputs
     if isinstance(batch, Tensor | ModelInputs):
         return batch, None
     if isinstance(batch, Sequence) and not isinstance(batch, str | bytes) and len(batch) in (1, 2):
         inputs, targets = (batch[0], None) if len(batch) == 1 else batch
-        return _plain(inputs), _plain(targets)
+        return plain(inputs), plain(targets)
     raise BatchError(
         f"batch {index} is {describe(batch)}, which is neither (inputs, targets) nor a mapping of keyword inputs: pass batch_fn, a function that turns a batch "
         "into (inputs, targets), such as lambda batch: (batch[0], batch[1])"
     )
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Mappings inside as dicts, so that tensors in them can be moved and sliced."""
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(_plain, value))
+        return type(value)(*map(plain, value))
     if isinstance(value, tuple | list):
-        return [*map(_plain, value)] if isinstance(value, list) else tuple(map(_plain, value))
+        return [*map(plain, value)] if isinstance(value, list) else tuple(map(plain, value))
     return value
 
 
@@ -204,10 +204,15 @@ def default_loss(outputs: Any, targets: Any) -> Tensor:
     logits = logits_of(outputs)
     if logits is None:
         raise BatchError(
-            f"the model's output is {describe(outputs)}, and the default loss, cross_entropy, needs logits: pass a loss_fn that takes it, such as "
-            "lambda outputs, targets: cross_entropy(outputs[0], targets)"
+            f"the model's output is {describe(outputs)}, and the default loss, cross_entropy, needs logits: {take(outputs)}"
         )
     return F.cross_entropy(logits, targets)
+
+
+def take(outputs: Any) -> str:
+    """Advice on a loss for outputs that are no tensor."""
+    first = repr(next(iter(outputs), "logits")) if isinstance(outputs, Mapping) else 0
+    return f"pass a loss_fn that takes such outputs, for example lambda outputs, targets: cross_entropy(outputs[{first}], targets)"
 
 
 def logits_of(outputs: Any) -> Tensor | None:

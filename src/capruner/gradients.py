@@ -21,7 +21,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from tqdm.auto import tqdm
 
-from capruner.batches import BatchError, Batches, batch_size, call_model, describe, failing, is_batched, own_copy
+from capruner.batches import (
+    BatchError,
+    Batches,
+    batch_size,
+    call_model,
+    describe,
+    failing,
+    is_batched,
+    logits_of,
+    own_copy,
+    plain,
+    take,
+)
 from capruner.finite import BadBatchError, check_loss, checked, floats
 from capruner.memory import halved
 from capruner.numerics import working_dtype
@@ -136,10 +148,10 @@ def _drawn(batches: Batches, device: torch.device, at: Position) -> Iterator[tup
     for index, batch in enumerate(batches.stream(max(again, 0)), start=max(again, 0)):
         inputs, targets = batches.pair(batch, index)
         if index == again and at.checked is not None:
-            at.checked(batch)
+            at.checked((inputs, targets))
         at.batches = index + 1
         if at.keep_last:
-            at.last = batch
+            at.last = (inputs, targets)
         if index == again and not at.samples:
             continue
         yield index, own_copy(inputs, device), own_copy(targets, device)
@@ -212,7 +224,7 @@ def _evaluate(
     if targets is None:
         hint = "the batch has no targets: pass labels='model', or a loss_fn that ignores its second argument"
     elif not isinstance(outputs, Tensor):
-        hint = "pass a loss_fn that takes such outputs, for example lambda outputs, targets: cross_entropy(outputs[0], targets)"
+        hint = take(outputs)
     with failing("the loss", index, advice or hint, outputs=outputs, targets=targets):
         loss = loss_fn(outputs, targets)
     return outputs, _scalar(loss)
@@ -244,7 +256,7 @@ def _gradients(
 
 
 def _detached(index: int, outputs: Any) -> str:
-    tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    tensors = [leaf for leaf in (*tree_leaves(plain(outputs)), logits_of(outputs)) if isinstance(leaf, Tensor)]
     if tensors and not any(tensor.requires_grad for tensor in tensors):
         cause = "the model's outputs are detached from its parameters: its forward runs under torch.no_grad() or torch.inference_mode(), or detaches them"
     else:
