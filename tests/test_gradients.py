@@ -436,6 +436,7 @@ def test_a_parameter_without_part_in_the_loss(mode: str) -> None:
     [
         (lambda o, t: o, r"loss_fn must return a scalar.*got shape \("),
         (lambda o, t: 0.5, "loss_fn must return a scalar.*got float"),
+        (lambda o, t: o.sum() + 0j, r"loss_fn must return a scalar.*got complex64 \(\)"),
         (
             lambda o, t: o.detach().sum(),
             "the loss of batch 0 does not depend on any parameter, .*: loss_fn detaches it",

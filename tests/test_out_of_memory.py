@@ -101,11 +101,11 @@ def test_per_sample_gradients_take_fewer_at_once(
     def limited(function: Any, **options: Any) -> Any:
         original = vmap(function, **options)
 
-        def call(parameters: Any, x: Tensor, y: Tensor) -> Any:
-            tried.append(len(x))
-            if len(x) > 3:
+        def call(parameters: Any, rows: list[Tensor]) -> Any:
+            tried.append(len(rows[0]))
+            if tried[-1] > 3:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
-            return original(parameters, x, y)
+            return original(parameters, rows)
 
         return call
 

@@ -380,7 +380,9 @@ def _good_samples(slab: Mapping[str, Tensor], losses: Tensor, part: Any) -> Tens
 
 
 def _scalar(loss: Any) -> Tensor:
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex():
+        got = type(loss).__name__ if not isinstance(loss, Tensor) else f"shape {tuple(loss.shape)}"
+        if isinstance(loss, Tensor) and loss.is_complex():
+            got = describe(loss)
         raise BatchError(f"loss_fn must return a scalar tensor, the mean over the batch, got {got}")
     return loss.reshape(())
