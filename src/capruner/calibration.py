@@ -67,7 +67,12 @@ class Calibration:
     state: State | None = None
     clock: Stopwatch = field(default_factory=Stopwatch)
     notes: dict[str, Any] = field(
-        default_factory=lambda: {"skipped_batches": 0, "layers_without_gradient": [], "damped_blocks": {}}
+        default_factory=lambda: {
+            "skipped_batches": 0,
+            "layers_without_gradient": [],
+            "damped_blocks": {},
+            "shrinkage_by_layer": {},
+        }
     )
     whole: bool = True
     _batches_drawn: int = field(default=0, init=False)
@@ -94,6 +99,7 @@ class Calibration:
             weights[name] = self.layouts[name].to_blocks(p.detach(), working_dtype(p))[own].masked_fill(dead[name], 0)
         with shards.together("inverting Fisher blocks"):
             pruner.prepare(weights, dead)
+        self.notes["shrinkage_by_layer"] |= pruner.shares
         damped = self.notes["damped_blocks"]
         for name, count in pruner.damped.items():
             damped[name] = max(damped.get(name, 0), count)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from capruner.chunks import chunk_size, in_chunks
 from capruner.numerics import NotPositiveDefiniteError, full_precision
+from capruner.shrinkage import shrink
 
 Solver = Literal["auto", "woodbury", "accumulate"]
 
@@ -60,11 +61,14 @@ class BlockFisher:
         damp: ``λ > 0``, absolute, in units of a squared gradient.
         relative_damp: ``λ`` is instead this fraction of the mean diagonal of each block (needs the ``accumulate`` solver).
         solver: see the module's docstring.
+        shrinkage: share of the layer's common Fisher matrix in each block, in [0, 1]; None: estimated for each block. Needs the ``accumulate``
+            solver and :meth:`set_common`; see :mod:`capruner.shrinkage`.
         triangular: accumulate the upper triangle alone; pays for few blocks that are fed with many rows at a time.
         dtype: float32, or float64 for reference computations.
 
     Attributes:
         damped: blocks that needed more than ``damp``, after :meth:`inverse`.
+        shares: ``(num_blocks,)`` float64, the share of the common Fisher matrix in each block, after :meth:`inverse`.
         units: ``(num_blocks,)`` float64, after :meth:`inverse`: what it returns is the inverse of ``F / units``, and losses from it are to be multiplied
             by them. Powers of two; 1 unless the gradients of a block are extremely small or large.
 
@@ -81,6 +85,7 @@ class BlockFisher:
         *,
         relative_damp: bool = False,
         solver: Solver = "auto",
+        shrinkage: float | None = 0.0,
         triangular: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
@@ -97,8 +102,11 @@ class BlockFisher:
             raise ValueError("triangular means accumulating: use solver='accumulate'")
         if relative_damp and solver == "woodbury":
             raise ValueError("relative_damp needs the mean diagonal before the inverse: use solver='accumulate'")
+        if shrinkage != 0 and solver == "woodbury":
+            raise ValueError("shrinkage needs the Fisher matrix before the inverse: use solver='accumulate'")
         if solver == "auto":
-            solver = "woodbury" if num_grads < block_size and not relative_damp else "accumulate"
+            exact = not relative_damp and shrinkage == 0
+            solver = "woodbury" if num_grads < block_size and exact else "accumulate"
         self.solver = solver
         self.triangular = triangular
         self.num_grads = num_grads
@@ -106,6 +114,10 @@ class BlockFisher:
         self.relative_damp = relative_damp
         self.count = 0
         self.damped = 0
+        self.shrinkage = shrinkage
+        self.shares = torch.zeros(num_blocks, dtype=torch.float64, device=device)
+        self._fourth = torch.zeros(num_blocks, dtype=torch.float64, device=device)  # sum of the fourth powers of norms
+        self._common: tuple[Tensor, Tensor] | None = None  # and the phase of each block
         self.units = torch.ones(num_blocks, dtype=torch.float64, device=device)
         self._blocks: Tensor | None = torch.zeros(num_blocks, block_size, block_size, device=device, dtype=dtype)
         # The largest absolute gradient of each weight so far, and the scale of each weight's gradients; None: 1.
@@ -128,6 +140,9 @@ class BlockFisher:
         if self.count > self.num_grads:
             raise ValueError(f"more gradients ({self.count}) than num_grads ({self.num_grads})")
         gradients = gradients.to(self._blocks)
+        if self.shrinkage is None:
+            for row in gradients:
+                self._fourth += torch.linalg.vector_norm(row, dim=1, dtype=torch.float64) ** 4
         self._rescale(_largest(gradients))
         if self._scales is not None:
             gradients = gradients / self._scales
@@ -193,7 +208,8 @@ class BlockFisher:
         """What was added so far, for :meth:`load`; the blocks themselves, not a copy."""
         if self._blocks is None:
             raise ValueError("the Fisher matrix is inverted already; there is nothing to save")
-        return {"blocks": self._blocks, "peak": self._peak, "count": torch.tensor(self.count)}
+        found = {"blocks": self._blocks, "peak": self._peak, "count": torch.tensor(self.count)}
+        return found | ({"fourth": self._fourth} if self.shrinkage is None else {})
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from what :meth:`tensors` gave.
@@ -202,7 +218,9 @@ class BlockFisher:
             ValueError: it is of another matrix.
         """
         blocks, peak, count = tensors["blocks"], tensors["peak"], int(tensors["count"])
+        fourth = tensors["fourth"] if self.shrinkage is None else self._fourth
         same = self._blocks is not None and blocks.shape == self._blocks.shape and peak.shape == self._peak.shape
+        same = same and fourth.shape == self._fourth.shape
         if not same or not 0 <= count <= self.num_grads:
             raise ValueError(
                 f"{count} gradients in blocks of shape {tuple(blocks.shape)} are not of this Fisher matrix"
@@ -210,8 +228,38 @@ class BlockFisher:
         assert self._blocks is not None
         self._blocks.copy_(blocks)
         self._peak.copy_(peak)
+        self._fourth.copy_(fourth)
         self._scales = self._scales_of(self._peak)
         self.count = count
+
+    @full_precision()
+    def sums(self, phase_of: Tensor, phases: int, whole: int) -> Tensor:
+        """Sum of the blocks of each phase, ``(phases, B, B)`` float64; see :func:`capruner.shrinkage.phases`.
+
+        Args:
+            phase_of: ``(num_blocks,)`` int64.
+            whole: the first ``whole`` blocks count; those after them are padded.
+        """
+        assert self._blocks is not None
+        size = self._blocks.shape[1]
+        total = self.shares.new_zeros(phases, size, size)
+        chunk = max(1, 2**22 // size**2)
+        for start in range(0, whole, chunk):
+            part = slice(start, min(start + chunk, whole))
+            total.index_add_(0, phase_of[part], self._doubled(self._blocks[part], part))
+        return total
+
+    def set_common(self, common: Tensor, phase_of: Tensor) -> None:
+        """Set what :meth:`inverse` shrinks the blocks towards: ``(phases, B, B)`` of any scale, and the phase of each block."""
+        self._common = common, phase_of
+
+    def _doubled(self, F: Tensor, part: slice) -> Tensor:
+        """A float64 copy of some blocks, their gradients' scales undone."""
+        A = F.to(torch.float64, copy=True)
+        if self._scales is not None:
+            scales = self._scales[part].double()
+            A.mul_(scales[:, :, None]).mul_(scales[:, None, :])
+        return A
 
     @full_precision()
     def inverse(self, dead: Tensor | None = None, rungs: int = 0) -> Tensor:
@@ -251,13 +299,15 @@ class BlockFisher:
     def _invert(self, F: Tensor, gone: Tensor | None, first_block: int, rungs: int) -> int:
         """Replace ``F`` by its inverse; how many blocks needed more damping."""
         part = slice(first_block, first_block + len(F))
-        A = F.double()
-        if self._scales is not None:
-            scales = self._scales[part].double()
-            A.mul_(scales[:, :, None]).mul_(scales[:, None, :])
+        A = self._doubled(F, part)
         diagonal = A.diagonal(dim1=1, dim2=2)
+        trace = diagonal.sum(dim=1)
         if gone is not None:
             A.masked_fill_(gone[:, :, None] | gone[:, None, :], 0)
+        if self._common is not None:
+            common, phase_of = self._common
+            fourth = self._fourth[part] / self.num_grads
+            self.shares[part] = shrink(A, common, phase_of[part], gone, self.shrinkage, fourth, trace, self.num_grads)
         damp, size = torch.full_like(diagonal[:, 0], self.damp), _mean_diagonal(A, gone)
         if self.relative_damp:
             damp = damp * size

@@ -53,6 +53,7 @@ def prune(
     num_grads: int = 4096,
     fisher_block_size: int | None = None,
     damp: float | None = None,
+    shrinkage: float | None = None,
     num_recomputations: int = 1,
     recomputation_inter_func: str = "linear",
     distill_passes: float = 0,
@@ -95,6 +96,9 @@ def prune(
             evenly, up to 192, or up to 512 as long as 4 GiB hold all blocks; see :func:`capruner.layout.fitting`.
         damp: ``λ`` added to the diagonal of the Fisher matrix, absolute (a squared gradient) unless ``relative_damp``; always
             relative to the mean diagonal for ``fast_cap``. None: the method's default, relative, 0.01, and 0.5 for ``fast_cap``.
+        shrinkage: share of the layer's common Fisher matrix in each block, from 0 (the empirical Fisher matrix as it is) to 1. None: for ``cap`` with
+            ``damp=None`` estimated from the noise of the gradients, near 1 for few gradients and near 0 for many, see :mod:`capruner.shrinkage`;
+            0 for ``obs`` and where ``damp`` is given. ``result.settings["shrinkage_by_layer"]`` has the shares.
         num_recomputations: climb to each sparsity in that many steps, each with a fresh calibration at the weights reached.
         recomputation_inter_func: how sparsity climbs over them: ``"linear"``, ``"cubic"``, ``"geometric"``.
         distill_passes: train each level towards the outputs of the dense network, for so many passes (a fraction is fine) over the first 4,096 samples of
@@ -140,6 +144,8 @@ def prune(
         )
     if batches is None and METHODS[method].uses_gradients:
         raise ValueError(f"method {method!r} needs calibration data: give `batches`")
+    if shrinkage is not None and not METHODS[method].competing:
+        raise ValueError(f"shrinkage is for the Fisher blocks of method cap or obs, got method={method!r}")
     if labels not in ("data", "model"):
         raise ValueError(f"labels must be 'data' or 'model', got {labels!r}")
     if batches is None and distill_passes:
@@ -167,6 +173,7 @@ def prune(
         fisher_block_size=fisher_block_size,
         damp=METHODS[method].default_damp if damp is None else float(damp),
         relative_damp=relative_damp or damp is None,
+        shrinkage=0.0 if shrinkage is None and not (METHODS[method].shrinks and damp is None) else shrinkage,
         solver=solver,
         score=score,
         blocks_in_parallel=blocks_in_parallel,
@@ -262,6 +269,7 @@ def compensate_masks(
     num_grads: int = 4096,
     fisher_block_size: int | None = None,
     damp: float | None = None,
+    shrinkage: float | None = None,
     gradients: GradientMode = "batch",
     relative_damp: bool = False,
     solver: Solver = "auto",
@@ -292,6 +300,7 @@ def compensate_masks(
         fisher_block_size=fisher_block_size,
         damp=OBS.default_damp if damp is None else float(damp),
         relative_damp=relative_damp or damp is None,
+        shrinkage=0.0 if shrinkage is None and damp is not None else shrinkage,
         solver=solver,
         blocks_in_parallel=blocks_in_parallel,
         fisher_inv_device=fisher_inv_device,

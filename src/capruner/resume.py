@@ -64,11 +64,18 @@ def recall(state: State, notes: dict[str, Any], seconds: dict[str, float]) -> No
     good = good and isinstance(damped, dict) and all(_is_count(value) for value in damped.values())
     silent = found.get("layers_without_gradient", [])
     good = good and isinstance(silent, list) and all(isinstance(name, str) for name in silent)
+    shares = found.get("shrinkage_by_layer", {})
+    good = good and isinstance(shares, dict) and all(type(share) is float for share in shares.values())
     if not (good and _is_count(skipped)):
         raise StateError(
-            f"{state.folder} holds counts (skipped_batches, layers_without_gradient, damped_blocks, seconds) that are none; {state.remedy}"
+            f"{state.folder} holds counts (skipped_batches, layers_without_gradient, damped_blocks, shrinkage_by_layer, seconds) that are none; {state.remedy}"
         )
-    notes |= {"skipped_batches": skipped, "layers_without_gradient": list(silent), "damped_blocks": dict(damped)}
+    notes |= {
+        "skipped_batches": skipped,
+        "layers_without_gradient": list(silent),
+        "damped_blocks": dict(damped),
+        "shrinkage_by_layer": dict(shares),
+    }
     seconds |= took
 
 

@@ -18,6 +18,7 @@ from capruner.fisher import RUNGS, BlockFisher, Solver
 from capruner.numerics import NotPositiveDefiniteError
 from capruner.obs import Elimination, compensate_prefixes
 from capruner.patterns import Pattern
+from capruner.shrinkage import phases
 
 MOST_DAMPED = 0.05
 """Share of a layer's blocks that may need more damping than was asked for; past it ``damp`` itself is wrong."""
@@ -31,6 +32,7 @@ class Settings:
     fisher_block_size: int | None = None
     damp: float = 1e-8
     relative_damp: bool = False
+    shrinkage: float | None = 0.0
     solver: Solver = "auto"
     score: Score = "marginal"
     blocks_in_parallel: int | None = None
@@ -49,6 +51,9 @@ class Settings:
                 raise ValueError(
                     f"{what} must be a whole number, at least 1{', or None to have it chosen' if optional else ''}, got {value!r}"
                 )
+        share = self.shrinkage
+        if share is not None and (isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1):
+            raise ValueError(f"shrinkage must be a number from 0 to 1, or None to have it estimated, got {share!r}")
         if self.score not in get_args(Score):  # found here, and not after the calibration
             raise ValueError(f"score must be one of {get_args(Score)}, got {self.score!r}")
 
@@ -119,6 +124,8 @@ class Method(ABC):
     uses_gradients: ClassVar[bool] = True
     default_damp: ClassVar[float] = 1e-2
     """Relative to the mean diagonal: the same share whatever the scale of the loss, the size of the batches and the layer. See docs/studies/damping.md."""
+    shrinks: ClassVar[bool] = False
+    """True where Fisher blocks are shrunk by default."""
     competing: ClassVar[bool] = False
     """True where the blocks of all layers compete by losses, which costs can divide."""
     whole_layers: ClassVar[bool] = False
@@ -129,6 +136,8 @@ class Method(ABC):
         self.layouts = shards.layouts
         self.settings = settings
         self.clock = clock
+        self.shares: dict[str, float] = {}
+        """Mean share of the common Fisher matrix in the blocks of each layer, other processes' too; see :mod:`capruner.shrinkage`."""
         self.damped: dict[str, int] = {}
         """Blocks of each layer, other processes' too, that needed more damping than asked for."""
 
@@ -271,6 +280,7 @@ class SecondOrderMethod(RankedMethod):
                 self.settings.damp,
                 relative_damp=self.settings.relative_damp,
                 solver=self.settings.solver,
+                shrinkage=self.settings.shrinkage,
                 device=self.settings.fisher_inv_device or like.device,
                 dtype=like.dtype,
             )
@@ -293,12 +303,25 @@ class SecondOrderMethod(RankedMethod):
                     device = torch.device(self.settings.fisher_inv_device or weights[name].device)
                     padding = layout.is_padding(device)[self.shards.own(name)]
                     gone = dead[name].to(device)
+                    if self.settings.shrinkage != 0:
+                        self._set_common(name, fisher)
                     H = fisher.inverse(gone | padding, RUNGS)
+                if self.settings.shrinkage != 0:
+                    self.shares[name] = self.shards.sum(float(fisher.shares.sum())) / layout.num_blocks
                 self._count_damped(name, fisher.damped)
                 with self.clock("eliminate"):
                     weight = weights[name].to(H)
                     self._rank(name, self._order(weight, H, gone, padding), fisher.units)
             self._weights[name], self._inverses[name], self._units[name] = weight, H, fisher.units
+
+    def _set_common(self, name: str, fisher: BlockFisher) -> None:
+        """Average the layer's blocks over all processes."""
+        layout, own, repeat = self.layouts[name], self.shards.own(name), phases(self.layouts[name])
+        phase_of = torch.arange(own.start, own.stop, device=fisher.shares.device) % repeat
+        whole = layout.num_blocks - bool(layout.padding) if layout.num_blocks > 1 else 1
+        common = fisher.sums(phase_of, repeat, max(0, min(own.stop, whole) - own.start))
+        self.shards.add([common], 1.0)
+        fisher.set_common(common, phase_of)
 
     def _count_damped(self, name: str, own: int) -> None:
         damped, blocks = self.shards.total(own, "inverting Fisher blocks"), self.layouts[name].num_blocks

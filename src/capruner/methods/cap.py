@@ -13,6 +13,7 @@ class CAP(SecondOrderMethod):
     """Each weight is scored with all cheaper ones of its block already gone, so correlated weights do not leave together."""
 
     name = "cap"
+    shrinks = True
 
     def _order(self, weight: Tensor, fisher_inv: Tensor, dead: Tensor, padding: Tensor) -> Elimination:
         pattern, parallel = self.settings.pattern, self.settings.blocks_in_parallel

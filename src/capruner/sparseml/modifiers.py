@@ -42,6 +42,8 @@ class CAPruningModifier(CorrelationAwareModifier):
         n, m: for ``mask_type: N:M``; saved as part of ``mask_type``.
         num_grads: gradients per calibration.
         damp: ``λ`` on the diagonal of the Fisher matrix; absolute unless ``relative_damp``. null: relative, 0.01, which suits any scale of gradients.
+        shrinkage: share of the layer's common Fisher matrix in each block; null: estimated where ``damp`` is null, else 0. See ``shrinkage`` of
+            :func:`capruner.prune`.
         fisher_block_size: weights per Fisher block. Any size: blocks are padded, never snapped to a divisor. null: in each layer the largest that
             cuts its rows evenly, up to 192, or up to 512 as long as 4 GiB hold all blocks.
         num_recomputations: fresh calibrations within one update.
@@ -67,6 +69,7 @@ class CAPruningModifier(CorrelationAwareModifier):
         "mask_type": str,
         "num_grads": whole,
         "damp": none_or(float),
+        "shrinkage": none_or(float),
         "fisher_block_size": none_or(whole),
         "num_recomputations": whole,
         "recomputation_inter_func": str,
@@ -96,6 +99,7 @@ class CAPruningModifier(CorrelationAwareModifier):
         mask_type: str | int = "unstructured",
         num_grads: int = 1024,
         damp: float | None = None,
+        shrinkage: float | None = None,
         fisher_block_size: int | None = None,
         grad_sampler_kwargs: dict[str, Any] | None = None,
         num_recomputations: int = 1,
@@ -129,6 +133,7 @@ class CAPruningModifier(CorrelationAwareModifier):
             mask_type=parse_mask_type(mask_type, n, m),
             num_grads=num_grads,
             damp=damp,
+            shrinkage=shrinkage,
             fisher_block_size=fisher_block_size,
             num_recomputations=num_recomputations,
             recomputation_inter_func=recomputation_inter_func,
@@ -145,6 +150,7 @@ class CAPruningModifier(CorrelationAwareModifier):
         )
 
     blocks_in_parallel = recipe_parameter("blocks_in_parallel", "Blocks worked on at once; null: chosen.")
+    shrinkage = recipe_parameter("shrinkage", "Share of the layer's common Fisher matrix in each block.")
     score = recipe_parameter("score", "Marginal or cumulative losses compete.")
     relative_damp = recipe_parameter("relative_damp", "damp is a fraction of each block's mean diagonal.")
     memory_budget = recipe_parameter(
