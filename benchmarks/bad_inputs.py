@@ -248,7 +248,7 @@ def files(folder: Path) -> Iterator[Case]:
         "empty": b"", "a word": b"hello", "zeros": bytes(4096), "ones": b"\xff" * 4096, "half": content[: len(content) // 2], "no header": content[8:], "its head": content[:40],
         "a long header": (2**62).to_bytes(8, "little") + content[8:], "one bit": content[:-9] + bytes([content[-9] ^ 1]) + content[-8:], "one byte more": content + b"\0",
         "a pickle": (folder / "weights.pth").read_bytes(), "foreign tensors": (folder / "foreign").read_bytes(), "json": b"{}", "yaml": b"a: 1\n", "a png": b"\x89PNG\r\n\x1a\n",
-        "a newer version": content.replace(b'\\"version\\": 1', b'\\"version\\": 7'), "another format": content.replace(b"capruner-result", b"capruner-resulT"),
+        "a newer version": content.replace(b'\\"version\\": 2', b'\\"version\\": 7'), "another format": content.replace(b"capruner-result", b"capruner-resulT"),
         "no levels": content.replace(b'\\"levels\\"', b'\\"levelx\\"'), "a renamed tensor": content.replace(b'"0/mask/3.weight"', b'"0/mask/3.weighX"'),
     }  # fmt: skip
     readers: dict[str, Callable[[Path], object]] = {"load_result": capruner.load_result, "read_weights": read_weights}

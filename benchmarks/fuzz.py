@@ -183,6 +183,19 @@ class Result(Target):
             assert all(torch.isfinite(p).all() for p in model.parameters()), "weights that are not finite were applied"
 
 
+class Loss:
+    """Interrupts a run."""
+
+    def __init__(self, stop: int | None) -> None:
+        self.stop, self.seen = stop, 0
+
+    def __call__(self, outputs: Any, targets: Any) -> Any:
+        self.seen += 1
+        if self.seen == self.stop:
+            raise KeyboardInterrupt
+        return nn.functional.cross_entropy(outputs, targets)
+
+
 class State(Target):
     """The state of a calibration: manifests, and the run that goes on from them."""
 
@@ -202,16 +215,7 @@ class State(Target):
         self.place.mkdir(parents=True)
 
     def run(self, stop: int | None = None) -> None:
-        seen = 0
-
-        def loss(outputs: Any, targets: Any) -> Any:
-            nonlocal seen
-            seen += 1
-            if seen == stop:
-                raise KeyboardInterrupt
-            return nn.functional.cross_entropy(outputs, targets)
-
-        capruner.prune(net(), DATA, loss, 0.5, state_dir=self.folder / "state", **ARGUMENTS)
+        capruner.prune(net(), DATA, Loss(stop), 0.5, state_dir=self.folder / "state", **ARGUMENTS)
 
     def one(self) -> None:
         if random.random() < 0.02:  # all of it: a run that goes on from there
@@ -278,7 +282,57 @@ class Checkpoint(Target):
         self.load(path)
 
 
-TARGETS: dict[str, type[Target]] = {"result": Result, "state": State, "recipe": Recipe, "checkpoint": Checkpoint}
+class Report(Target):
+    """``capruner report`` of a folder whose summary.json was edited."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        from capruner.report import write_report
+
+        self.write: Callable[[Path], Any] = write_report
+        names = ("0.weight", "2.weight")
+        fixed = {
+            "method": "CAP",
+            "top1": 90.0,
+            "top5": 99.0,
+            "loss": 0.5,
+            "images": 50,
+            "seconds": 1.0,
+            "macs_left": 100,
+        }
+        rows = [
+            fixed | {"requested": s, "reached_prunable": s or 0.0, "reached_all": s or 0.0, "predicted_loss": s}
+            for s in (None, 0.5, 0.75)
+        ]
+        layers = [
+            {"requested": s, "layers": [{"name": n, "numel": 8, "zeros": int(8 * s), "sparsity": s} for n in names]}
+            for s in (0.5, 0.75)
+        ]
+        self.summary = {
+            "arguments": {"model": "resnet18", "checkpoint": "a.pth"},
+            "recipe": "modifiers: []",
+            "versions": {"torch": "2"},
+            "device": "cpu",
+            "rows": rows,
+            "stages": [{"stage": "calibrate", "seconds": 3.0, "peak_memory_gib": 1.5, "parts": {"gradients": 2.0}}],
+            "macs": {"input_size": [3, 16, 16], "weights": dict.fromkeys(names, 125), "activations": 200},
+            "layers": layers,
+        }
+        self.good.append(json.dumps(self.summary, indent=1).encode())
+
+    def one(self) -> None:
+        edited = mutated(self.good) if random.random() < 0.3 else json.dumps(spoiled(self.summary)).encode()
+        (self.folder / "summary.json").write_bytes(edited)
+        self.write(self.folder)
+
+
+TARGETS: dict[str, type[Target]] = {
+    "report": Report,
+    "result": Result,
+    "state": State,
+    "recipe": Recipe,
+    "checkpoint": Checkpoint,
+}
 
 
 @contextlib.contextmanager

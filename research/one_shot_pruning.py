@@ -104,6 +104,7 @@ class Run:
         self.model = modeling.build_model(args.model, args.model_kwargs, args.checkpoint, args.pretrained).to(
             self.device
         )
+        recipe.check_patterns(self.manager, self.model)
         self.names = recipe.selected_names(self.modifier, self.model)
         self.train, val = images.open_splits(args.data_dir, args.dataset, self.model)
         self.config = images.preprocessing(args, self.model)

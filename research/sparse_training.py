@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 # Read when tqdm is imported: one process shows progress, and a log file gets a line of it now and then.
 if os.environ.get("RANK", "0") != "0":
     os.environ["TQDM_DISABLE"] = "1"
-elif not sys.stderr.isatty():
+elif sys.stderr is None or not sys.stderr.isatty():
     os.environ.setdefault("TQDM_MININTERVAL", "30")
 
 from research.utils import cli  # first: it sets what SparseML reads when it is imported
@@ -46,9 +46,9 @@ from capruner.report import write_report
 from capruner.sparseml.state import load_manager_state, manager_state
 from research.utils import data as images
 from research.utils import modeling, output
-from research.utils.recipe import keep_inside, quiet_loggers
+from research.utils.recipe import check_patterns, keep_inside, quiet_loggers
 from research.utils.training_arguments import parse
-from research.utils.training_checkpoint import load_state, save_state, save_weights
+from research.utils.training_checkpoint import load_training, save_state, save_weights
 from research.utils.training_data import GradientSamples, seed_everything, train_loader, validation_loader
 from research.utils.training_log import Log, learning_rate
 from research.utils.training_loop import Stepper, measure, precision, train_one_epoch, training_loss
@@ -85,6 +85,7 @@ class Training:
         args.epochs = self.epochs  # timm's schedulers read it
         seed_everything(args.seed, 0, 0)  # the same new layers on every process
         self.model = modeling.build_model(args.model, args.model_kwargs, args.checkpoint, args.pretrained)
+        check_patterns(self.recipe.manager, self.model)
         self._prepare_model()
         train, val = images.open_splits(args.data_dir, args.dataset, self.model)
         config = images.preprocessing(args, self.model)
@@ -176,8 +177,8 @@ class Training:
             if not last.exists():
                 self.processes.say(f"nothing to resume in {self.folder} yet: starting")
                 return None
-            return load_state(last)
-        return load_state(Path(resume))
+            return load_training(last)
+        return load_training(Path(resume))
 
     def _restore(self, saved: dict[str, Any]) -> None:
         then, now = saved["arguments"], _plain(self.args)

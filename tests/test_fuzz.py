@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 from training_case import ROOT
 
 import capruner
 from capruner import state
+from capruner.files import digest
 
 pytest.importorskip("sparseml")
 assert ROOT  # it puts the repository on the path
@@ -22,7 +24,7 @@ from research.utils import recipe  # noqa: E402
 from research.utils.cli import UserError  # noqa: E402
 
 
-@pytest.mark.parametrize(("name", "executions"), [("result", 300), ("state", 300), ("recipe", 100)])
+@pytest.mark.parametrize(("name", "executions"), [("result", 300), ("state", 300), ("recipe", 100), ("report", 150)])
 def test_spoiled_files_are_refused(name: str, executions: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state, "SAVE_EVERY", 0.0)
     found = fuzz.fuzz(name, executions, minutes=1)
@@ -82,7 +84,31 @@ def test_one_bit_of_a_weight_is_found_by_the_checksum(result: Path) -> None:
         capruner.load_result(result)
 
 
-def test_a_result_of_an_earlier_version_has_no_checksum(result: Path) -> None:
+def test_a_changed_header_is_found_by_the_checksum(result: Path) -> None:
+    for change in (
+        lambda h: h["settings"].update(damp=0.5),
+        lambda h: h["timings"].update(fisher=0.5),
+        lambda h: h.update(total_weights=h["total_weights"] + 1),
+        lambda h: h["levels"][0]["losses"].update({"0.weight": 0.25}),
+        lambda h: h.update(method="obs"),
+        lambda h: h.pop("sha256"),
+    ):
+        content = result.read_bytes()
+        rewrite(result, change)
+        with pytest.raises(ValueError, match="is damaged"):
+            capruner.load_result(result)
+        result.write_bytes(content)
+    assert capruner.load_result(result).sparsities == [0.5, 0.8]
+
+
+def test_results_of_the_first_version_are_read(result: Path) -> None:
+    with safe_open(result, framework="pt") as file:
+        checksum = digest(part for key in sorted(file.keys()) for part in (key, file.get_tensor(key)))
+    rewrite(result, lambda header: header.update(version=1, sha256=checksum))
+    assert capruner.load_result(result).sparsities == [0.5, 0.8]
+    rewrite(result, lambda header: header.update(sha256=checksum[::-1]))
+    with pytest.raises(ValueError, match="its checksum is wrong"):
+        capruner.load_result(result)
     rewrite(result, lambda header: header.pop("sha256"))
     assert capruner.load_result(result).sparsities == [0.5, 0.8]
 
@@ -113,6 +139,24 @@ HEAD = "modifiers:\n  - !EpochRangeModifier\n      start_epoch: 0.0\n      end_e
 LAUGHS = "a0: &a0 [0, 0]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))
 RECIPES: dict[str, tuple[bytes, str]] = {
     "a power without end": (f"{HEAD}eval(9**9**9**9)\n".encode(), r"\*\* is not calculated here"),
+    "a power hidden in escapes": (f'{HEAD}"eval(9\\x2a\\x2a9\\x2a\\x2a9)"\n'.encode(), r"\*\* is not calculated here"),
+    "squares of squares": (
+        (
+            "x0: 1000000\nx1: eval(x0 * x0)\n"
+            + "".join(f"x{i}: eval(x{i - 1} * x{i - 1})\n" for i in range(2, 30))
+            + f"{HEAD}3.0\n"
+        ).encode(),
+        "larger than 1e\\+18",
+    ),
+    "brackets in brackets": (b"a: " + b"[" * 400_000, "nests more than 30 levels"),
+    "brackets in brackets, over lines": (b"a: " + b"[\n" * 400_000, "nests more than 30 levels"),
+    "lists in lists": (b"- " * 400_000, "nests more than 30 levels"),
+    "maps in maps": (b"? " * 400_000, "nests more than 30 levels"),
+    "60,000 keys": ("".join(f"k{i}: {i}\n" for i in range(60_000)).encode(), "more than 1,000 keys"),
+    "a list of 100,000 values": (
+        f"a: [{'1, ' * 100_000}]\n{HEAD}3.0\n".encode(),
+        "more than 1,000 keys or 20,000 YAML tokens",
+    ),
     "references to references": (f"{LAUGHS}{HEAD}3.0\n".encode(), "78 references"),
     "no text": (b"\xff\xfe\x00modifiers", "it is no text"),
     "very long": (b"#" * 1_000_001, "more than 1,000,000 bytes"),
@@ -130,6 +174,34 @@ def test_recipes_that_mean_harm(case: str, tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(UserError, match=message):
         recipe.load_manager(str(tmp_path / "recipe.yaml"))
     assert not (tmp_path / "PWNED").exists()
+
+
+@pytest.mark.parametrize("pattern", ["re:(.*)*x$", r"re:(\w|\w\w)+!$", "re:" + ".*" * 12 + "!$", "re:(.{0,50}){50}!$"])
+def test_patterns_that_take_for_ever(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from capruner import selection
+
+    monkeypatch.setattr(selection, "PATIENCE", 1.0)
+    model = nn.ModuleDict({"a_layer_with_a_name_that_is_as_long_as_some_are": nn.Linear(2, 2)})
+    with pytest.raises(selection.SelectionError, match=r"takes longer than 1 s; write it without repetitions"):
+        selection.select_parameters(model, pattern)
+
+
+def test_repeated_groups_that_are_quick_are_matched() -> None:
+    from capruner.selection import select_parameters
+
+    model = nn.ModuleDict({"a": nn.ModuleDict({"b": nn.Linear(2, 2)})})
+    assert list(select_parameters(model, r"re:(\w+\.)+weight$")) == ["a.b.weight"]
+
+
+def test_more_updates_than_any_training_has(tmp_path: Path) -> None:
+    from research.utils.training_recipe import Recipe
+
+    text = "modifiers:\n  - !CAPruningModifier\n      params: __ALL_PRUNABLE__\n      init_sparsity: 0.1\n      final_sparsity: 0.5\n"
+    text += "      start_epoch: 0.0\n      end_epoch: 10.0\n      update_frequency: {}\n      num_grads: 8\n"
+    for frequency in ("0.00001", "1.0e-300"):
+        (tmp_path / "recipe.yaml").write_text(text.format(frequency))
+        with pytest.raises(UserError, match=r"more than 10,000 updates; raise it"):
+            Recipe(str(tmp_path / "recipe.yaml"), [0.3, 0.5])
 
 
 def test_what_sparseml_calculates_is_still_calculated(tmp_path: Path) -> None:

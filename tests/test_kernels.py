@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -11,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import capruner
 from capruner import obs
 from capruner.kernels import kernel_for
 
@@ -109,3 +114,41 @@ def test_cpus_use_the_compiled_one_where_numba_is_installed() -> None:
 
 def test_a_device_without_a_kernel_of_its_own_uses_torch() -> None:
     assert kernel_for(torch.device("meta")) is None
+
+
+NO_CACHE = """
+import sys, pathlib
+import numba.core.caching as caching
+import torch
+if sys.argv[1] == "no place":
+    caching.CacheImpl._locator_classes = []
+else:
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+    caching.Cache.save_overload = caching.IndexDataCacheFile.save = full
+from capruner.methods import CAP
+from capruner.obs import eliminate
+found = eliminate(torch.tensor([[3.0, 1.0, 2.0]]), torch.eye(3)[None])
+print(found.order.tolist(), "capruner.kernels.cpu" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("case", ["no place", "full"])
+def test_without_a_place_for_compiled_code_it_is_compiled_all_the_same(case: str, tmp_path: Path) -> None:
+    pytest.importorskip("numba")
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", NO_CACHE, case], capture_output=True, text=True, env=environment)
+    assert done.stdout.split("\n")[0] == "[[1, 2, 0]] True", done.stderr
+
+
+def test_compiled_before_the_first_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(device: torch.device) -> None:
+        raise RuntimeError("no compiler")
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        raise AssertionError("a gradient was drawn")
+
+    monkeypatch.setattr(obs, "kernel_for", broken)
+    data = [(torch.ones(2, 3), torch.tensor([0, 1]))]
+    with pytest.raises(RuntimeError, match="no compiler"):
+        capruner.prune(torch.nn.Linear(3, 2), data, loss, 0.5, num_grads=1, progress=False)

@@ -90,6 +90,27 @@ def test_pruning_and_recalibration_with_a_changing_buffer(change: Any) -> None:
     torch.testing.assert_close(model[1].running_mean, mean)
 
 
+class Interrupted(nn.Linear):
+    """Interrupted as its mode changes, so many times."""
+
+    times = 0
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "training" and self.times > 0:
+            self.times -= 1
+            raise KeyboardInterrupt
+        super().__setattr__(name, value)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_interrupted_as_modes_change(times: int) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), Interrupted(2, 2), nn.Linear(2, 2))
+    model[1].times = times
+    with pytest.raises(KeyboardInterrupt), eval_mode(model):
+        raise AssertionError("not reached")
+    assert [module.training for module in model.modules()] == [True] * 4
+
+
 def test_an_exception_restores_too() -> None:
     model = Cache(grow)
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from test_state import ARGUMENTS, Data, Killed, net
-from torch import Tensor
+from torch import Tensor, nn
 from untouched import same, snapshot
 
 import capruner
@@ -70,6 +72,7 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "a changed manifest": (lambda f: manifest(f).write_text(manifest(f).read_text().replace('"taken": 18', '"taken": 12')), r"manifest-\d+.json is damaged"),
     "another program's": (lambda f: rewrite(f, lambda b: b.update(format="other")), r"is no state of capruner"),
     "a newer version": (lambda f: rewrite(f, lambda b: b.update(version=state.VERSION + 1)), r"is from a newer capruner .* update capruner"),
+    "an older version": (lambda f: rewrite(f, lambda b: b.update(version=1)), r"is from an older capruner .* finish the run with that version"),
     "a path in place of a file": (lambda f: rewrite(f, lambda b: b["feed"].update(files={"../../up.safetensors": "0"})), "names '../../up"),
     "another rank's": (lambda f: rewrite(f, lambda b: b.update(rank=1)), r"is of process 1 of 1, this one is 0 of 1"),
     "a damaged tensor file": (lambda f: flip(feed(f)), r"feed-\d+-00000.safetensors is damaged"),
@@ -113,7 +116,7 @@ def test_a_spoiled_state_is_refused_by_name(case: str, half: Path) -> None:
     [
         ({"damp": 1e-2}, "damp was 0.001, is 0.01"),
         ({"num_grads": 41}, "num_grads was 40, is 41"),
-        ({"sparsity": 0.6}, "targets"),
+        ({"sparsity": 0.6}, r"sparsity was \[0.5\], is \[0.6\]"),
         ({"method": "fast_cap", "num_grads": 40}, "method was cap, is fast_cap"),
         ({"params": ["0.weight"]}, "parameters"),
         ({"masks": "zeros", "sparsity": 0.5}, "masks"),
@@ -136,17 +139,79 @@ def test_other_weights_are_another_run(half: Path) -> None:
         capruner.prune(model, data, data.loss, 0.5, state_dir=half, **ARGUMENTS)
 
 
-def test_other_data_are_found_by_the_last_batch(half: Path) -> None:
+def test_other_data_are_found_by_the_first_batch_that_differs(half: Path) -> None:
     data = Data()
     data.generator.manual_seed(4)
-    with pytest.raises(StateError, match=r"batch 17 of the calibration data is not what it was .*seed what shuffles"):
+    with pytest.raises(StateError, match=r"batch 0 of the calibration data differs .*seed what shuffles .*or delete"):
         run(half, data)
+
+
+class Changed(Data):
+    """One value of one batch is another; which pass over the data it is does not matter."""
+
+    def __init__(self, at: int, part: int) -> None:
+        super().__init__()
+        self.at, self.part = at, part
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for index, batch in enumerate(super().__iter__()):
+            if index == self.at:
+                batch[self.part][0] += 1
+            yield batch
+
+
+@pytest.mark.parametrize(("at", "part"), [(5, 0), (5, 1), (17, 0)])
+def test_any_batch_that_was_drawn_is_compared(at: int, part: int, half: Path) -> None:
+    with pytest.raises(StateError, match=f"batch {at} of the calibration data differs from the one recorded"):
+        run(half, Changed(at, part))
+    run(half, Changed(99, part))
+
+
+@pytest.mark.parametrize("more", [{}, {"num_recomputations": 2, "num_grads": 20}])
+def test_data_replaced_after_the_calibration_are_found(more: dict[str, Any], tmp_path: Path) -> None:
+    run(tmp_path / "state", **more)
+    with pytest.raises(StateError, match="batch 5 of the calibration data differs from the one recorded"):
+        run(tmp_path / "state", Changed(5, 0), **more)
+    few = [batch for batch, _ in zip(Data(), range(7))]
+    with pytest.raises(StateError, match="batch 7 of the calibration data differs"):  # started again
+        capruner.prune(net(), few, Data().loss, 0.5, state_dir=tmp_path / "state", **ARGUMENTS | more)
+
+
+def half_of(loss: Callable[[Any, Any], Tensor], folder: Path) -> None:
+    """A state of a run with this loss, killed in the midst."""
+
+    class Stops(Data):
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            for index, batch in enumerate(super().__iter__()):
+                if index == 20:
+                    raise Killed
+                yield batch
+
+    with pytest.raises(Killed):
+        capruner.prune(net(), Stops(), loss, 0.5, state_dir=folder, **ARGUMENTS)
+
+
+def test_another_loss_is_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state, "SAVE_EVERY", 0.0)
+    half_of(lambda o, y: nn.functional.cross_entropy(o, y), tmp_path)
+    with pytest.raises(StateError, match=r"is of another run \(loss"):
+        capruner.prune(
+            net(), Data(), lambda o, y: 2 * nn.functional.cross_entropy(o, y), 0.5, state_dir=tmp_path, **ARGUMENTS
+        )
+    capruner.prune(net(), Data(), lambda o, y: nn.functional.cross_entropy(o, y), 0.5, state_dir=tmp_path, **ARGUMENTS)
+
+
+def test_another_architecture_with_the_same_weights_is_another_run(half: Path) -> None:
+    model, data = net(), Data()
+    model[1] = nn.ReLU()
+    with pytest.raises(StateError, match=r"is of another run \(model"):
+        capruner.prune(model, data, data.loss, 0.5, state_dir=half, **ARGUMENTS)
 
 
 def test_data_that_have_become_fewer(half: Path) -> None:
     stream = iter(Data())
     few = [next(stream) for _ in range(9)]
-    with pytest.raises(StateError, match="batch 17 of the calibration data is not what it was"):
+    with pytest.raises(StateError, match="batch 9 of the calibration data differs"):
         capruner.prune(net(), few, Data().loss, 0.5, state_dir=half, **ARGUMENTS)
 
 
@@ -157,6 +222,67 @@ def test_too_little_room_is_found_before_the_work(tmp_path: Path, monkeypatch: p
     with pytest.raises(OSError, match="choose a folder on another disk, or a smaller fisher_block_size"):
         run(tmp_path / "state", data)
     assert data.seen == 0
+
+
+def test_what_the_state_takes_already_is_no_reason_to_refuse_it(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage, there = state.shutil.disk_usage(half), sum(path.stat().st_size for path in rank(half).glob("feed-*"))
+    monkeypatch.setattr(state.shutil, "disk_usage", lambda path: usage._replace(free=there))
+    run(half)
+    monkeypatch.setattr(state.shutil, "disk_usage", lambda path: usage._replace(free=there // 2))
+    with pytest.raises(OSError, match="are free or in use by this state already"):
+        run(half.with_name("another"))
+
+
+def test_another_capruner_is_refused_and_another_torch_is_noted(half: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rewrite(half, lambda body: body["versions"].update(torch="1.0"))
+    run(half)
+    assert "torch 1.0 then" in caplog.text
+    assert "may differ in its last bits" in caplog.text
+    rewrite(half, lambda body: body["versions"].update(capruner="0.0.1"))
+    with pytest.raises(StateError, match=r"was saved by capruner 0.0.1, this is .* finish the run with that version"):
+        run(half)
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from capruner.lock import FolderLock
+lock = FolderLock(Path(sys.argv[1]))
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_two_processes_do_not_write_one_state(half: Path) -> None:
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(rank(half))], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout is not None
+    assert other.stdout.readline() == "locked\n"
+    before = {path: path.read_bytes() for path in rank(half).iterdir() if path.name != "lock"}
+    for call in (lambda: run(half), lambda: capruner.remove_state(half)):
+        with pytest.raises(
+            OSError, match=f"rank-0-of-1 is in use by process {other.pid} on .*; wait until that run has"
+        ):
+            call()
+    assert {path: path.read_bytes() for path in rank(half).iterdir() if path.name != "lock"} == before
+    other.kill()  # however it ends
+    other.communicate()
+    run(half)
+    capruner.remove_state(half)
+    assert not half.exists()
+
+
+def test_of_two_runs_in_one_process_the_earlier_one_stops(half: Path) -> None:
+    class Twice(Data):
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            for index, batch in enumerate(super().__iter__()):
+                if index == 20:
+                    run(half)
+                yield batch
+
+    with pytest.raises(OSError, match="was taken over by another run in this process"):
+        run(half, Twice())
 
 
 def test_a_disk_that_fills_up_leaves_the_state_before_whole(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:

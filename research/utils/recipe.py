@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from capruner.selection import check_time
 from capruner.sparseml.base import CorrelationAwareModifier  # first: importing it registers our modifiers
 from research.utils.cli import UserError
 
@@ -21,6 +24,8 @@ from sparseml.pytorch.sparsification.pruning import BasePruningModifier, MFACPru
 from sparseml.pytorch.utils import GradSampler, PythonLogger
 from torch import nn
 
+restricted_eval = importlib.import_module("sparseml.utils.restricted_eval")  # a function of the package has its name
+
 # Without a logger of ours SparseML writes sparse_logs/<date>.log into the current folder.
 _QUIET = logging.getLogger("research.sparseml")
 _QUIET.addHandler(logging.NullHandler())
@@ -28,6 +33,7 @@ _QUIET.propagate = False
 logging.getLogger("sparseml").setLevel(os.environ.get("SPARSEML_LOG_LEVEL", "WARNING"))
 
 LARGEST = 1_000_000
+DEEPEST, MOST_KEYS, LARGEST_NUMBER = 30, 1_000, 1e18
 MOST_REFERENCES = 16
 """Bytes of a recipe, and its references: 16, each to a pair of the one before, are 65,536 values."""
 
@@ -77,13 +83,59 @@ def _check_harmless(path: str) -> None:
         text = Path(path).read_text()
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not YAML: it is no text ({error.reason} at byte {error.start})") from error
-    if "**" in text:
-        raise UserError(
-            f"{path}: ** is not calculated here, since its result can be too large for any machine; write the number"
-        )
+    _check_size(path, text)
     references = sum(isinstance(token, yaml.AliasToken) for token in _tokens(text))
     if references > MOST_REFERENCES:
         raise UserError(f"{path} has {references} references (*name); more than {MOST_REFERENCES} are not followed")
+
+
+def _check_size(path: str, text: str) -> None:
+    """YAML readers take quadratic time or more for these.
+
+    Raises:
+        UserError: the recipe is nested too deeply, or has too many keys or values.
+    """
+    depth = keys = 0
+    for count, token in enumerate(_tokens(text)):
+        depth += isinstance(token, _OPENING) - isinstance(token, _CLOSING)
+        keys += isinstance(token, yaml.KeyToken)
+        if depth > DEEPEST:
+            raise UserError(f"{path} nests more than {DEEPEST} levels deep; that is no recipe")
+        if keys > MOST_KEYS or count > 20 * MOST_KEYS:
+            raise UserError(
+                f"{path} has more than {MOST_KEYS:,} keys or {20 * MOST_KEYS:,} YAML tokens; that is no recipe"
+            )
+
+
+_OPENING = (
+    yaml.BlockSequenceStartToken,
+    yaml.BlockMappingStartToken,
+    yaml.FlowSequenceStartToken,
+    yaml.FlowMappingStartToken,
+)
+_CLOSING = (yaml.BlockEndToken, yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken)
+
+
+def _bounded(calculate: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """An operation whose result has to be small: a few products of products would fill any memory."""
+
+    def bounded(a: Any, b: Any) -> Any:
+        result = calculate(a, b)
+        if abs(result) > LARGEST_NUMBER:
+            raise ValueError(f"a result is larger than {LARGEST_NUMBER:g}")
+        return result
+
+    return bounded
+
+
+def _power(a: Any, b: Any) -> Any:
+    raise ValueError("** is not calculated here, since its result can be too large for any machine; write the number")
+
+
+# What SparseML calculates in eval(...), however the recipe spells it.
+_OPERATIONS = restricted_eval._VALID_BINOPS_TO_EVAL
+_OPERATIONS.update({operator: _bounded(calculate) for operator, calculate in _OPERATIONS.items()})
+_OPERATIONS[ast.Pow] = _power
 
 
 def _tokens(text: str) -> Iterator[Any]:
@@ -164,6 +216,19 @@ def apply_at(path: str, model: nn.Module, sparsity: float, grad_sampler: dict[st
         batches = grad_sampler["data_loader_builder"](modifier.grad_sampler_kwargs)
         modifier._grad_sampler = GradSampler(batches, grad_sampler["loss_function"])
     manager.apply(model, loggers=quiet_loggers(), finalize=True, grad_sampler=grad_sampler)
+
+
+def check_patterns(manager: ScheduledModifierManager, model: nn.Module) -> None:
+    """Can the names of this model be matched with the patterns of a recipe? SparseML's own modifiers do so without a limit of time.
+
+    Raises:
+        SelectionError: a pattern takes for ever.
+    """
+    for modifier in manager.iter_modifiers():
+        params = getattr(modifier, "params", None)
+        for entry in [params] if isinstance(params, str) else params or ():
+            if isinstance(entry, str) and entry.startswith("re:"):
+                check_time(entry, [name for name, _ in model.named_parameters()])
 
 
 def selected_names(modifier: Any, model: nn.Module) -> list[str]:

@@ -21,6 +21,13 @@ from research.utils.output import write_atomically
 from research.utils.training_recipe import check_masks
 
 FORMAT = "capruner-training-1"
+_SOME_DICT = (dict, type(None))
+CONTENT: dict[str, Any] = {
+    **{"epoch": int, "steps": int, "model": dict, "optimizer": dict, "scaler": dict, "manager": dict, "best": dict},
+    **{"rows": list, "updates": list, "arguments": dict, "ema": _SOME_DICT, "scheduler": _SOME_DICT},
+    "wandb_id": (str, type(None)),
+}
+"""What a checkpoint of training holds, and of which kind."""
 
 
 def save_weights(path: Path, model: nn.Module, masks: dict[str, Tensor], metadata: dict[str, Any]) -> None:
@@ -39,7 +46,14 @@ def save_weights(path: Path, model: nn.Module, masks: dict[str, Tensor], metadat
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """Everything that :func:`load_state` gives back."""
-    write_atomically(path, lambda partial: torch.save(state | {"format": FORMAT}, partial))
+
+    def write(partial: Path) -> None:
+        try:
+            torch.save(state | {"format": FORMAT}, partial)
+        except RuntimeError as error:  # what torch makes of a disk that is full
+            raise OSError(f"{str(error).splitlines()[0]}; is there room on the disk?") from error
+
+    write_atomically(path, write)
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -67,5 +81,21 @@ def load_state(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(
             f"--resume {path}: not a checkpoint of sparse_training.py; to start from weights, use --checkpoint {path}"
+        )
+    return state
+
+
+def load_training(path: Path) -> dict[str, Any]:
+    """:func:`load_state`, of a whole training.
+
+    Raises:
+        UserError: as there, or something is missing.
+    """
+    state = load_state(path)
+    wrong = [key for key, kind in CONTENT.items() if key not in state or not isinstance(state[key], kind)]
+    if wrong:
+        raise UserError(
+            f"--resume {path}: {', '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} missing or of another kind, so it was not written by this "
+            "version of sparse_training.py; resume with the version that wrote it, or start anew"
         )
     return state

@@ -17,6 +17,7 @@ from research.utils import recipe
 from research.utils.cli import UserError
 
 _SAME_EPOCH = 1e-6
+MOST_UPDATES = 10_000
 
 
 class Recipe:
@@ -54,6 +55,8 @@ class Recipe:
         Raises:
             UserError: neither says.
         """
+        if not math.isfinite(self.manager.max_epochs):
+            raise UserError(f"{self.path} ends at epoch {self.manager.max_epochs:g}; give its modifiers an end_epoch")
         end = math.ceil(self.manager.max_epochs - _SAME_EPOCH)
         if args.epochs is None and end < 1:
             raise UserError(f"{self.path} has no end; say --epochs, or add an EpochRangeModifier")
@@ -114,7 +117,12 @@ class Recipe:
 
 def _update_epochs(modifier: Any) -> list[float]:
     start, end, frequency = max(modifier.start_epoch, 0.0), modifier.end_epoch, modifier.update_frequency
-    count = math.ceil((end - start) / frequency - _SAME_EPOCH) if frequency > 0 else 1
+    updates = (end - start) / frequency if frequency > 0 else 1
+    if not updates <= MOST_UPDATES:
+        raise UserError(
+            f"update_frequency: {frequency:g} from epoch {start:g} to {end:g} is more than {MOST_UPDATES:,} updates; raise it (an epoch is 1)"
+        )
+    count = math.ceil(updates - _SAME_EPOCH)
     return [start + k * frequency for k in range(count)] + [end]
 
 

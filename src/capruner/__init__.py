@@ -7,6 +7,9 @@ The method reads top to bottom in ``gradients``, ``fisher``, ``obs``, ``allocati
 the recipe modifiers live in ``capruner.sparseml``.
 """
 
+from capruner import startup  # noqa: F401 - first: what it does has to happen before torch is imported, which takes seconds
+
+# isort: split
 from capruner.macs import MultiplyAdds, multiply_adds
 from capruner.masking import MaskHandle, mask_model
 from capruner.numerics import NotPositiveDefiniteError

@@ -106,11 +106,13 @@ class Batches:
         source: any iterable. Started again where it ends too early; an iterator cannot be.
         batch_fn: see :func:`as_batch`.
         draw_targets: makes targets from a batch's number and inputs, in the place of the data's.
+        seen: called with the number of each batch that is drawn, skipped ones too, and the batch.
     """
 
     source: Iterable[Any]
     batch_fn: BatchFunction | None = None
     draw_targets: Callable[[int, Any], Any] | None = None
+    seen: Callable[[int, Any], None] | None = None
     _said: bool = False
 
     @property
@@ -153,6 +155,8 @@ class Batches:
             for batch in self.source:
                 if drawn == before > 0:
                     self._say(drawn)
+                if self.seen is not None:
+                    self.seen(drawn, batch)
                 drawn += 1
                 if drawn > skip:
                     yield batch

@@ -117,7 +117,7 @@ class Shards:
             send = torch.cat([part.reshape(-1) for part in self._by_receiver(parts)]).to(device, dtype)
         mine = elements[self.rank]
         received = torch.empty(sum(counts) * mine, dtype=dtype, device=device)
-        with _naming_the_dead():
+        with naming_the_dead():
             dist.all_to_all_single(
                 received, send, [k * mine for k in counts], [counts[self.rank] * e for e in elements]
             )
@@ -154,7 +154,7 @@ class Shards:
         padded = torch.zeros(max(sizes), *moved.shape[1:], dtype=wire, device=device)
         padded[: len(moved)] = moved.to(device, wire)
         parts = [torch.empty_like(padded) for _ in sizes]
-        with _naming_the_dead():
+        with naming_the_dead():
             dist.all_gather(parts, padded)
         whole = torch.cat([part[:k] for part, k in zip(parts, sizes)])
         return whole.to(local.device, local.dtype).movedim(0, dim)
@@ -168,7 +168,7 @@ class Shards:
         if self.size == 1:
             return
         flat = torch.cat([tensor.reshape(-1).to(self._device(), torch.float64) for tensor in tensors]) * share
-        with _naming_the_dead():
+        with naming_the_dead():
             dist.all_reduce(flat)
         for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
             tensor.copy_(part.view(tensor.shape))
@@ -219,7 +219,7 @@ class Shards:
         """Everybody's value."""
         mine = torch.tensor([value], dtype=torch.float64, device=self._device())
         everybody = [torch.empty_like(mine) for _ in range(self.size)]
-        with _naming_the_dead():
+        with naming_the_dead():
             dist.all_gather(everybody, mine)
         return [float(k) for k in everybody]
 
@@ -231,7 +231,7 @@ class Shards:
 
 
 @contextmanager
-def _naming_the_dead() -> Iterator[None]:
+def naming_the_dead() -> Iterator[None]:
     """An error of the transport says no more than that a connection broke: look who is gone.
 
     Raises:

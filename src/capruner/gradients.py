@@ -57,17 +57,12 @@ class Position:
         batches: batches drawn, bad ones included.
         samples: ``sample`` mode: samples of the last batch that are used up.
         skipped: numbers of the batches that were left out, in whole or in part, for NaN or Inf.
-        last: the last batch drawn, if it is to be kept for a checksum.
-        checked: what ``last`` has to pass after the batches up to it were passed over; raises ``ValueError``.
     """
 
     taken: int = 0
     batches: int = 0
     samples: int = 0
     skipped: list[int] = field(default_factory=list)
-    last: Any = None
-    keep_last: bool = False
-    checked: Callable[[Any], None] | None = None
 
 
 def gradient_slabs(
@@ -147,11 +142,7 @@ def _drawn(batches: Batches, device: torch.device, at: Position) -> Iterator[tup
     again = at.batches - 1
     for index, batch in enumerate(batches.stream(max(again, 0)), start=max(again, 0)):
         inputs, targets = batches.pair(batch, index)
-        if index == again and at.checked is not None:
-            at.checked((inputs, targets))
         at.batches = index + 1
-        if at.keep_last:
-            at.last = (inputs, targets)
         if index == again and not at.samples:
             continue
         yield index, own_copy(inputs, device), own_copy(targets, device)

@@ -20,14 +20,22 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     compiling them again for another mode, or under ``vmap``, takes longer than it saves.
     """
     states = [_State.of(module) for module in model.modules()]
-    model.eval()
     try:
+        model.eval()
         # Importing the compiler takes seconds; where it is not, nothing is compiled.
         with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext():
             yield
     finally:
-        for state in states:
-            state.restore()
+        try:
+            _restore(states)
+        except BaseException:  # a second interrupt: a restored module stays as it is when it is restored again
+            _restore(states)
+            raise
+
+
+def _restore(states: list[_State]) -> None:
+    for state in states:
+        state.restore()
 
 
 @contextmanager

@@ -10,12 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from capruner.agreement import agree, agreeing
 from capruner.allocation import Score, checked_costs
 from capruner.batches import Batches, BatchFunction, default_loss
 from capruner.calibration import Calibration
 from capruner.checks import check_arguments, check_finite, check_masks
 from capruner.fisher import Solver
 from capruner.gradients import GradientMode, LossFunction, OnBadBatch
+from capruner.identity import loss_digest
 from capruner.labels import Chances, loss_of_model_labels
 from capruner.memory import parse_bytes
 from capruner.methods import METHODS, OBS, Settings
@@ -24,7 +26,7 @@ from capruner.patterns import parse_mask_type, supporting
 from capruner.refine.distill import of_logits
 from capruner.refine.levels import Distiller, Replay
 from capruner.result import Level, PruningResult
-from capruner.resume import fingerprint, recall
+from capruner.resume import fingerprint, knobs, recall
 from capruner.selection import select_parameters
 from capruner.state import State
 from capruner.targets import Sparsity, check_not_below, initial_masks, pruned_share, rungs_of, selected
@@ -40,6 +42,7 @@ INTERPOLATIONS: dict[str, Callable[[float, float, float], float]] = {
 }
 
 
+@agreeing
 def prune(
     model: nn.Module,
     batches: Iterable[Any] | None,
@@ -185,22 +188,25 @@ def prune(
     rungs = rungs_of(parameters, groups, sparsity, global_sparsity, pattern)
     kept = initial_masks(model, parameters, masks)
     check_not_below(rungs[0][1], kept, pattern)
+    arguments: dict[str, Any] = {
+        "method": method,
+        "num_recomputations": num_recomputations,
+        "recomputation_inter_func": recomputation_inter_func,
+        "gradients": gradients,
+        "labels": labels,
+        "memory_budget": budget,
+        "on_bad_batch": on_bad_batch,
+        "distill_passes": distill_passes,
+        "global_sparsity": global_sparsity,
+        "sparsity": [s for s, _ in rungs] if groups is None else groups,
+        **knobs(settings, kept),
+    }
+    given = {"params": list(parameters), "batches": batches is not None, "state_dir": state_dir is not None}
+    agree(arguments | given, model)
     state = None
     if state_dir is not None:
-        arguments = {
-            "method": method,
-            "pattern": str(pattern),
-            "num_recomputations": num_recomputations,
-            "recomputation_inter_func": recomputation_inter_func,
-            "gradients": gradients,
-            "labels": labels,
-            "memory_budget": budget,
-            "on_bad_batch": on_bad_batch,
-            "distill_passes": distill_passes,
-            "loss": getattr(loss_fn, "__qualname__", type(loss_fn).__name__),
-            "targets": [[s, [[*t.names, t.sparsity] for t in targets]] for s, targets in rungs],
-        }
-        state = State(state_dir, arguments | fingerprint(model, parameters, settings, kept))
+        code = {"loss": loss_digest(loss_fn), "batch_fn": None if batch_fn is None else loss_digest(batch_fn)}
+        state = State(state_dir, arguments | code | fingerprint(model, parameters))
     if labels == "model":
         loss_fn = loss_of_model_labels(loss_fn)
     if distill_passes:
@@ -239,6 +245,8 @@ def prune(
     if distill_passes and data is not None:
         distiller = Distiller(model, data, distill_passes, on_bad_batch == "skip", state, calibration.clock, progress)
         levels, notes = [distiller(level) for level in levels], distiller.notes
+    if state is not None:
+        state.close()
     return PruningResult(
         method=method,
         levels=levels,
@@ -260,6 +268,7 @@ def prune(
     )
 
 
+@agreeing
 def compensate_masks(
     model: nn.Module,
     batches: Iterable[Any],
@@ -305,6 +314,7 @@ def compensate_masks(
         blocks_in_parallel=blocks_in_parallel,
         fisher_inv_device=fisher_inv_device,
     )
+    agree({"gradients": gradients, "params": list(parameters), **knobs(settings, kept)}, model)
     data = Batches(batches, batch_fn)
     calibration = Calibration(model, data, loss_fn, parameters, settings, gradients, progress)
     # OBS keeps the inverses; the masks come to the solver as an order whose prefix is what leaves.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -159,10 +160,11 @@ class PruningResult:
                 {"sparsity": level.sparsity, "losses": dict(level.losses), "others": list(level.others)}
                 for level in self.levels
             ],
-            "sha256": digest(part for named in sorted(tensors.items()) for part in named),
         }
+        header = json.loads(json.dumps(header, default=str))
+        header["sha256"] = _checksum(header, sorted(tensors.items()))
         with replacing(target) as partial:
-            save_file(tensors, partial, metadata={"capruner": json.dumps(header, default=str)})
+            save_file(tensors, partial, metadata={"capruner": json.dumps(header)})
 
 
 def load_result(path: str | Path) -> PruningResult:
@@ -189,10 +191,10 @@ def load_result(path: str | Path) -> PruningResult:
             result = PruningResult(
                 header["method"], levels, header["total_weights"], header["settings"], header["timings"]
             )
-            # Results of earlier versions have none.
-            if "sha256" in header and header["sha256"] != digest(
-                part for key in sorted(file.keys()) for part in (key, file.get_tensor(key))
-            ):
+            tensors = ((key, file.get_tensor(key)) for key in sorted(file.keys()))
+            # The first version had none in the beginning, and later one of the tensors alone.
+            expected = header["sha256"] if header["version"] > 1 else header.get("sha256")
+            if expected is not None and expected != _checksum(header, tensors):
                 raise ValueError(f"{path} is damaged: its checksum is wrong")
     except (SafetensorError, json.JSONDecodeError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged or not a pruning result of capruner: {error}") from error
@@ -206,6 +208,15 @@ def load_result(path: str | Path) -> PruningResult:
             if not value.is_floating_point() or not torch.isfinite(value).all() or name in level.weights:
                 raise ValueError(f"{path} is damaged: {name} is not finite, or there twice")
     return result
+
+
+def _checksum(header: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Digest of everything in the file but itself."""
+    if header["version"] == 1:
+        return digest(part for named in tensors for part in named)
+    rest = {key: value for key, value in header.items() if key != "sha256"}
+    named = (part for name, tensor in tensors for part in (name, f"{tensor.dtype} {tuple(tensor.shape)}", tensor))
+    return digest(itertools.chain([rest], named))
 
 
 def _check_header(header: Mapping[str, Any]) -> None:

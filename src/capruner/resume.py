@@ -8,25 +8,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from capruner.files import digest
 from capruner.gradients import Position
+from capruner.identity import batch_digest, model_digest
 from capruner.methods import Settings
 from capruner.result import Level
 from capruner.state import State, StateError
 
 
-def fingerprint(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter], settings: Settings, kept: Mapping[str, Tensor]
-) -> dict[str, Any]:
-    """What a saved state has to agree with, besides the arguments. Where the work is done makes no difference."""
-    knobs = {
-        k: v for k, v in asdict(settings).items() if k not in ("blocks_in_parallel", "fisher_inv_device", "pattern")
-    }
+def knobs(settings: Settings, kept: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What decides the result: settings as JSON values, and a digest of the masks. Where the work is done makes no difference."""
+    apart = ("blocks_in_parallel", "fisher_inv_device", "pattern")
+    found = {key: value for key, value in asdict(settings).items() if key not in apart}
+    masks = None if all(mask.all() for mask in kept.values()) else digest(kept.values())
+    return found | {"pattern": str(settings.pattern), "masks": masks}
+
+
+def fingerprint(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
+    """What a saved state has to agree with, besides the arguments."""
     weights = digest(part for named in (*model.named_parameters(), *model.named_buffers()) for part in named)
     shapes = {name: [str(p.dtype), *p.shape] for name, p in parameters.items()}
-    return knobs | {"parameters": shapes, "weights": weights, "masks": digest(kept.values())}
+    return {"parameters": shapes, "weights": weights, "model": model_digest(model)}
 
 
 def packed(levels: Sequence[Level]) -> dict[str, Tensor]:
@@ -79,8 +82,34 @@ def recall(state: State, notes: dict[str, Any], seconds: dict[str, float]) -> No
     seconds |= took
 
 
-def position_of(place: Mapping[str, Any], num_grads: int) -> Position:
-    """Where the drawing of gradients stood, from what a state says of it.
+class Record:
+    """Digests of the batches of one calibration. Those that an earlier run has drawn are drawn again and compared.
+
+    Args:
+        digests: of the batches drawn before; those drawn now are added.
+    """
+
+    def __init__(self, state: State, digests: list[str]) -> None:
+        self.state, self.digests = state, digests
+
+    def __call__(self, index: int, batch: Any) -> None:
+        """Add, or compare, batch number ``index``.
+
+        Raises:
+            StateError: it differs from the one drawn before in its place.
+        """
+        found = batch_digest(batch)
+        if index == len(self.digests):
+            self.digests.append(found)
+        elif found != self.digests[index]:
+            raise StateError(
+                f"batch {index} of the calibration data differs from the one recorded in {self.state.folder}; cannot resume. "
+                f"Pass the same data in the same order (seed what shuffles or augments it), or {self.state.remedy}"
+            )
+
+
+def position_of(place: Mapping[str, Any], num_grads: int) -> tuple[Position, list[str]]:
+    """Where the drawing of gradients stood, and the digests of the batches drawn, from what a state says of it.
 
     Raises:
         ValueError: it cannot be.
@@ -91,13 +120,11 @@ def position_of(place: Mapping[str, Any], num_grads: int) -> Position:
         raise ValueError(f"{numbers} and {skipped} are no counts")
     if numbers["taken"] > num_grads or any(number >= numbers["batches"] for number in skipped):
         raise ValueError(f"{numbers} and skipped {skipped} are not of {num_grads} gradients")
-    return Position(**numbers, skipped=skipped, keep_last=True)
+    digests = place["digests"]
+    if not isinstance(digests, list) or len(digests) != numbers["batches"] or not all(type(d) is str for d in digests):
+        raise ValueError(f"it has no digest for each of {numbers['batches']} batches")
+    return Position(**numbers, skipped=skipped), list(digests)
 
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 0
-
-
-def digest_of(batch: Any) -> str:
-    """Of the values of a batch's tensors."""
-    return digest(leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))

@@ -7,7 +7,10 @@ long as another alternative of the same pattern matches, nobody is told. So ever
 from __future__ import annotations
 
 import difflib
+import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +24,9 @@ PRUNABLE_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 _NEVER = "(?!)"  # matches nothing; put before an alternative it switches that alternative off and leaves group numbers as they are
 _LETTERS = re.compile(r"\[([A-Za-z]\w+)\]")
+PATIENCE, MANY_REPETITIONS = 10.0, 5
+_REPEATED_GROUP, _REPETITION = re.compile(r"\)[*+{]"), re.compile(r"(?<!\()[*+?{]")
+_MATCH = "import json, re, sys; pattern, names = json.load(sys.stdin); compiled = re.compile(pattern); [compiled.match(name) for name in names]"
 
 
 class SelectionError(ValueError):
@@ -169,8 +175,32 @@ def _without(pattern: str, off: Iterable[_Alternative]) -> str:
     return pattern
 
 
+def check_time(entry: str, names: Iterable[str]) -> None:
+    """Match ``names`` in a process of its own if the pattern could take time exponential in their length, as ``(.*)*x$`` does.
+
+    Raises:
+        SelectionError: it takes longer than :data:`PATIENCE`.
+    """
+    pattern = entry.removeprefix("re:")
+    if not _REPEATED_GROUP.search(pattern) and len(_REPETITION.findall(pattern)) < MANY_REPETITIONS:
+        return
+    try:
+        subprocess.run(
+            [sys.executable, "-I", "-S", "-c", _MATCH],
+            input=json.dumps([pattern, list(names)]).encode(),
+            timeout=PATIENCE,
+            check=False,  # what is no regular expression is said when it is used
+            stderr=subprocess.DEVNULL,
+        )
+    except subprocess.TimeoutExpired:
+        raise SelectionError(
+            f"params: matching '{entry}' takes longer than {PATIENCE:g} s; write it without repetitions inside of repetitions, .* for (.*)* for example"
+        ) from None
+
+
 def _match(entry: str, names: dict[str, nn.Parameter]) -> list[str]:
     pattern = entry.removeprefix("re:")
+    check_time(entry, names)
 
     def matches(expression: str) -> list[str]:
         compiled = re.compile(expression)

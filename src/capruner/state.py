@@ -1,6 +1,7 @@
 """A folder from which a killed calibration goes on, to the same bits.
 
-    STATE_DIR/rank-0-of-1/manifest-00000007.json     what is done, where the drawing of gradients stands, the sha256 of each file
+    STATE_DIR/rank-0-of-1/lock                        held by the process that works here
+                          manifest-00000007.json     what is done, where the drawing of gradients stands, the sha256 of each file
                           feed-00000007-00003.safetensors   what the gradients so far have left of one layer
                           step-00000002-00000.safetensors   the outcome of a calibration that is finished
 
@@ -13,6 +14,8 @@ Every process has a folder of its own. They write in lockstep, and delete an old
 from __future__ import annotations
 
 import json
+import logging
+import platform
 import re
 import shutil
 import time
@@ -21,19 +24,23 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from capruner.distributed import Shards, world
 from capruner.files import digest, file_digest, is_leftover, remove, replacing
+from capruner.lock import LOCK, FolderLock
 
-FORMAT, VERSION = "capruner-state", 1
+FORMAT, VERSION = "capruner-state", 2
+_LOGGER = logging.getLogger(__name__)
 SAVE_EVERY = 120.0
 """Seconds between two saves, at least. Where saving takes long, ten times what the last one took, but at most five times this."""
 
 _FOLDER = re.compile(r"rank-(\d{1,5})-of-(\d{1,5})")
 _MANIFEST = re.compile(r"manifest-(\d{8})\.json")
+_KINDS = (("versions", dict), ("configuration", dict), ("notes", dict), ("steps", list))
 _TENSORS = re.compile(r"(feed|step)-\d{8}-\d{5}\.safetensors")
 
 
@@ -53,11 +60,12 @@ class State:
 
     Raises:
         StateError: a file that is foreign, torn, stale, or from a newer version.
-        OSError: the folder cannot be written.
+        OSError: the folder cannot be written, or another process works with it.
     """
 
     def __init__(self, folder: str | Path, configuration: Mapping[str, Any]) -> None:
         self.root = Path(folder)
+        self._lock: FolderLock | None = None
         self.rank, self.ranks = world()
         self.folder = self.root / f"rank-{self.rank}-of-{self.ranks}"
         self._configuration = json.loads(json.dumps(configuration))
@@ -76,35 +84,33 @@ class State:
             self.feed: dict[str, Any] | None = body.get("feed")
             self.notes: dict[str, Any] = body.get("notes", {})
             self._done = 0
-            self._pending: list[int] = []
             self._sweep()
         self._saved, self._took = time.monotonic(), 0.0
+
+    def close(self) -> None:
+        """Let other processes have the folder."""
+        if self._lock is not None:
+            self._lock.release()
 
     @property
     def remedy(self) -> str:
         return f"delete the folder {self.root}, or choose another"
 
-    def next_step(self) -> dict[str, Tensor] | None:
-        """The outcome of the next calibration if an earlier run has finished it, on the CPU; None: it has to be done."""
+    def next_step(self) -> tuple[dict[str, Tensor], list[str]] | None:
+        """The outcome of the next calibration if an earlier run has finished it, on the CPU, and the digests of its batches; None: it has to be done."""
         if self._done == len(self.steps):
             return None
         step = self.steps[self._done]
         self._done += 1
-        self._pending.append(step["batches"])
-        return {key: tensor for tensors in self._load(step["files"]) for key, tensor in tensors.items()}
+        return {key: t for tensors in self._load(step["files"]) for key, t in tensors.items()}, step["batches"]
 
-    def finish_step(self, outcome: Mapping[str, Tensor], batches: int) -> None:
-        """Save the outcome of a calibration that drew so many batches."""
+    def finish_step(self, outcome: Mapping[str, Tensor], batches: Sequence[str]) -> None:
+        """Save the outcome of a calibration, and the digests of the batches that it drew."""
         name = f"step-{self._done:08d}"
-        self.steps.append({"files": self._write(name, [outcome]), "batches": batches})
+        self.steps.append({"files": self._write(name, [outcome]), "batches": list(batches)})
         self._done += 1
         self.feed = None
         self._commit()
-
-    def passes_to_skip(self) -> list[int]:
-        """How many batches each finished calibration had drawn since this was last asked."""
-        pending, self._pending = self._pending, []
-        return pending
 
     def due(self) -> bool:
         """Whether it is time to save; the same answer on every process."""
@@ -127,16 +133,18 @@ class State:
         return self._load(self.feed["files"]), self.feed["position"]
 
     def check_space(self, size: int) -> None:
-        """Refuse to start if ``size`` bytes of Fisher blocks of all processes do not fit twice.
+        """Refuse to start if this process's Fisher blocks, ``size`` bytes, do not fit on the disk twice: the old state and the new one.
 
         Raises:
-            OSError: so it is.
+            OSError: not enough free disk space.
         """
         free = shutil.disk_usage(self.folder).free
-        if free < 2 * size:
+        names = (self.feed or {"files": {}})["files"]
+        there = sum((self.folder / name).stat().st_size for name in names if (self.folder / name).is_file())
+        if free + there < 2 * size:
             raise OSError(
-                f"state_dir={self.root}: saving takes up to {2 * size / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free; "
-                "choose a folder on another disk, or a smaller fisher_block_size"
+                f"state_dir={self.root}: saving takes up to {2 * size / 2**30:.2f} GiB and {(free + there) / 2**30:.2f} GiB are free or in use by "
+                "this state already; choose a folder on another disk, or a smaller fisher_block_size"
             )
 
     # Files
@@ -154,13 +162,12 @@ class State:
                 raise StateError(
                     f"{entry} is of a run with {match[2]} processes, this one has {self.ranks}; {self.remedy}"
                 )
-        found = {}
         for entry in self.folder.iterdir():
-            if match := _MANIFEST.fullmatch(entry.name):
-                found[int(match[1])] = self._manifest(entry)
-            elif not _TENSORS.fullmatch(entry.name) and not is_leftover(entry):
+            if not _is_ours(entry):
                 raise StateError(f"{entry} is no part of a state of capruner; choose an empty or a new folder")
-        return found
+        self._lock = FolderLock(self.folder)
+        manifests = {int(m[1]): path for path in self.folder.iterdir() if (m := _MANIFEST.fullmatch(path.name))}
+        return {number: self._manifest(path) for number, path in manifests.items()}
 
     def _manifest(self, path: Path) -> dict[str, Any]:
         body = read_manifest(path, self.remedy)
@@ -168,6 +175,7 @@ class State:
             raise StateError(
                 f"{path} is of process {body['rank']} of {body['ranks']}, this one is {self.rank} of {self.ranks}; {self.remedy}"
             )
+        self._compare_versions(path, body["versions"])
         then, now = body["configuration"], self._configuration
         changed = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
         if changed:
@@ -176,6 +184,16 @@ class State:
                 f"{path} is of another run ({', '.join(shown)}); start again with the same arguments, or {self.remedy}"
             )
         return body
+
+    def _compare_versions(self, path: Path, then: Mapping[str, Any]) -> None:
+        now = versions()
+        if then.get("capruner") != now["capruner"]:
+            raise StateError(
+                f"{path} was saved by capruner {then.get('capruner')}, this is {now['capruner']}, which may compute something else; "
+                f"finish the run with that version, or {self.remedy}"
+            )
+        if changed := [f"{name} {then.get(name)} then, {now[name]} now" for name in now if then.get(name) != now[name]]:
+            _LOGGER.warning("%s: %s; the result may differ in its last bits", self.folder, ", ".join(changed))
 
     def _load(self, files: Mapping[str, str]) -> list[dict[str, Tensor]]:
         found = []
@@ -200,12 +218,15 @@ class State:
         return files
 
     def _commit(self) -> None:
+        assert self._lock is not None
+        self._lock.check()
         self.generation += 1
         body = {
             "format": FORMAT,
             "version": VERSION,
             "rank": self.rank,
             "ranks": self.ranks,
+            "versions": versions(),
             "configuration": self._configuration,
             "steps": self.steps,
             "feed": self.feed,
@@ -222,7 +243,7 @@ class State:
         named.add(f"manifest-{self.generation:08d}.json")
         # Manifests first: one without its files would be a torn state.
         for path in sorted(self.folder.iterdir(), key=lambda path: path.suffix != ".json"):
-            if path.name not in named:
+            if path.name not in named and path.name != LOCK:
                 remove(path)
 
 
@@ -253,6 +274,10 @@ def read_manifest(path: Path, remedy: str = "choose another folder") -> dict[str
             raise StateError(
                 f"{path} is from a newer capruner (format {body['version']}, this one reads {VERSION}); update capruner, or {remedy}"
             )
+        if body["version"] < VERSION:
+            raise StateError(
+                f"{path} is from an older capruner (format {body['version']}, this one reads {VERSION}); finish the run with that version, or {remedy}"
+            )
         if whole["sha256"] != digest([body]):
             raise StateError(f"{path} is damaged (its checksum is wrong); {remedy}")
         if body["feed"] is not None and not isinstance(body["feed"]["position"], dict):
@@ -263,9 +288,11 @@ def read_manifest(path: Path, remedy: str = "choose another folder") -> dict[str
             bad = [name for name in part["files"] if not _TENSORS.fullmatch(name)]
             if bad:
                 raise StateError(f"{path} names {bad[0]!r}, which is no file of a state; {remedy}")
-        if not all(type(step["batches"]) is int for step in body["steps"]):
+        if not all(
+            isinstance(step["batches"], list) and all(type(d) is str for d in step["batches"]) for step in body["steps"]
+        ):
             raise StateError(f"{path} is damaged; {remedy}")
-        for key, kind in (("rank", int), ("ranks", int), ("configuration", dict), ("notes", dict), ("steps", list)):
+        for key, kind in (("rank", int), ("ranks", int), *_KINDS):
             if not isinstance(body[key], kind):
                 raise StateError(f"{path} is damaged ({key} is no {kind.__name__}); {remedy}")
     except (OSError, KeyError, TypeError, AttributeError, RecursionError, ValueError) as error:
@@ -275,17 +302,35 @@ def read_manifest(path: Path, remedy: str = "choose another folder") -> dict[str
     return body
 
 
+def versions() -> dict[str, str]:
+    """Of what computes the result."""
+    from capruner import __version__
+
+    return {"capruner": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
+
+
 def remove_state(folder: str | Path) -> None:
-    """Delete a state folder's files, this process's alone; and the folder, when it is empty then."""
+    """Delete a state folder's files, this process's alone; and the folder, when it is empty then.
+
+    Raises:
+        OSError: another process works with it.
+    """
     rank, size = world()
     own = Path(folder) / f"rank-{rank}-of-{size}"
     if own.is_dir():
+        lock = FolderLock(own)
         for path in sorted(own.iterdir(), key=lambda path: path.suffix != ".json"):
-            if _MANIFEST.fullmatch(path.name) or _TENSORS.fullmatch(path.name) or is_leftover(path):
+            if _is_ours(path):
                 remove(path)
+        lock.release()
     for empty in (own, Path(folder)):
         with suppress(OSError):  # not empty, or another process was first
             empty.rmdir()
+
+
+def _is_ours(path: Path) -> bool:
+    ours = _MANIFEST.fullmatch(path.name) or _TENSORS.fullmatch(path.name) or path.name == LOCK
+    return bool(ours) or is_leftover(path)
 
 
 def _changed(key: str, then: Any, now: Any) -> str:

@@ -83,3 +83,40 @@ def test_lint_finds(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["recipes", "lint", str(tmp_path / "mine.yaml"), *WORDS]) == 1
     shown = capsys.readouterr().out
     assert any(line.startswith("problem: ") and message in line for line in shown.splitlines()), shown
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("labels", "x", "labels must be one of data, model, got 'x'"),
+        ("gradients", "x", "gradients must be one of batch, sample, got 'x'"),
+        ("on_bad_batch", "x", "on_bad_batch must be one of raise, skip, got 'x'"),
+        ("score", "x", "score must be one of"),
+        ("recomputation_inter_func", "x", "recomputation_inter_func must be one of linear, cubic, geometric, got 'x'"),
+        ("damp", "0", "damp must be a positive number, got 0"),
+        ("damp", ".nan", "damp must be a positive number, got nan"),
+        ("end_epoch", ".inf", "end_epoch must be a finite number, got inf"),
+        ("update_frequency", ".inf", "update_frequency must be more than 0"),
+        ("update_frequency", "0.00001", "makes more than 10,000 updates"),
+        ("memory_budget", "much", "memory_budget 'much'"),
+        ("fisher_inv_device", "nowhere", "fisher_inv_device 'nowhere'"),
+        ("grad_sampler_kwargs", "{batch_size: 0}", "batch_size must be a whole number, at least 1, got 0"),
+    ],
+)
+def test_lint_finds_values_that_cannot_be(
+    key: str, value: str, problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = {"params": "__ALL_PRUNABLE__", "init_sparsity": "0.1", "final_sparsity": "0.5", "start_epoch": "0.0"}
+    values |= {"end_epoch": "10.0", "update_frequency": "1.0", "num_grads": "8"} | {key: value}
+    lines = "".join(f"      {name}: {text}\n" for name, text in values.items())
+    (tmp_path / "mine.yaml").write_text("modifiers:\n  - !CAPruningModifier\n" + lines)
+    assert main(["recipes", "lint", str(tmp_path / "mine.yaml"), *WORDS]) == 1
+    assert problem in capsys.readouterr().out
+
+
+def test_lint_looks_at_other_modifiers_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (RECIPES / "one_shot/cap/vit.yaml").read_text()
+    extra = "  - !EpochRangeModifier\n      start_epoch: 0.0\n      end_epoch: .inf\n"
+    (tmp_path / "mine.yaml").write_text(text.rstrip("\n") + "\n" + extra)
+    assert main(["recipes", "lint", str(tmp_path / "mine.yaml"), *WORDS]) == 1
+    assert "EpochRangeModifier: end_epoch must be a finite number, got inf" in capsys.readouterr().out

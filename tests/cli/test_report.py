@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import random
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -16,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from training_case import KWARGS, MODEL
+from training_case import KWARGS, MODEL, ROOT
 
 from capruner.cli.main import main
 from capruner.macs import multiply_adds
@@ -316,3 +317,34 @@ def test_places_and_ticks() -> None:
         assert ticks[0] <= low
         assert ticks[-1] >= high
         assert 2 <= len(ticks) <= 8
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_edited_summaries_are_a_page_or_one_message(seed: int, tmp_path: Path) -> None:
+    assert ROOT  # it puts the repository on the path
+    from benchmarks.fuzz import spoiled
+
+    random.seed(seed)
+    outcomes = set()
+    for _ in range(60):
+        (tmp_path / "summary.json").write_text(json.dumps(spoiled(one_shot_summary())))
+        try:
+            write_report(tmp_path)
+            outcomes.add("page")
+        except ValueError as error:
+            known = str(tmp_path) in str(error) or "report.html cannot be made" in str(error)
+            outcomes.add("refused" if known else str(error))
+    assert outcomes == {"page", "refused"}
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_an_edited_training_is_one_message(tmp_path: Path) -> None:
+    pytest.importorskip("yaml")
+    (tmp_path / "arguments.yaml").write_text("model: [1")
+    (tmp_path / "layer_sparsity.json").write_text("[]")
+    for rows in ("epoch,top1\n0,many\n", "", "epoch\n\0\n", "epoch,sparsity,top1,loss,seconds\n0,0,1,1,1\n"):
+        for arguments in ("model: [1", "model: 3\nsparseml_recipe: x", "- 1", "model: a\nsparseml_recipe: x"):
+            (tmp_path / "summary.csv").write_text(rows)
+            (tmp_path / "arguments.yaml").write_text(arguments)
+            with pytest.raises(ValueError, match="is not what sparse training writes"):
+                write_report(tmp_path)

@@ -370,7 +370,7 @@ def test_other_data_is_refused_when_it_resumes(tmp_path: Path, monkeypatch: pyte
     other = [(x + 1, y) for x, y in data()]
     with pytest.raises(Killed):
         prune(net(), data(), state_dir=tmp_path)
-    with pytest.raises(ValueError, match="calibration data is not what it was"):
+    with pytest.raises(ValueError, match="batch 0 of the calibration data differs"):
         prune(net(), other, state_dir=tmp_path)
 
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import resource
 import signal
 import socket
 import subprocess
@@ -25,7 +26,7 @@ pytest.importorskip("sparseml")
 from capruner.methods import CAP
 from research import sparse_training
 from research.utils import cli, training_watch
-from research.utils.training_checkpoint import load_state, save_state, save_weights
+from research.utils.training_checkpoint import load_state, load_training, save_state, save_weights
 from research.utils.training_data import GradientSamples
 from research.utils.training_watch import Watch
 
@@ -190,6 +191,23 @@ def test_a_foreign_checkpoint_is_refused_and_runs_nothing(tmp_path: Path, monkey
     with pytest.raises(cli.UserError, match=r"not a checkpoint of sparse_training.py"):
         load_state(Path("evil.pt"))
     assert not Path("was_run").exists()
+
+
+def test_a_checkpoint_without_all_it_needs_is_refused(tmp_path: Path) -> None:
+    save_state(tmp_path / "last.pt", {"epoch": 1, "model": {}, "steps": "many"})
+    with pytest.raises(cli.UserError, match=r"--resume .*last.pt: steps, optimizer, .* are missing or of another kind"):
+        load_training(tmp_path / "last.pt")
+
+
+def test_a_disk_without_room_is_said(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
+    try:
+        with pytest.raises(cli.UserError, match=r"last.pt cannot be written: .* is there room on the disk"):
+            save_state(tmp_path / "last.pt", {"weights": torch.randn(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
 
 
 def test_writing_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

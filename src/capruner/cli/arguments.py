@@ -15,6 +15,9 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from typing import Any, NoReturn
 
+from capruner import startup
+from capruner.text import printable
+
 
 class UserError(Exception):
     """Something the user can mend; the message says what and how."""
@@ -85,13 +88,15 @@ def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] 
     arguments = sys.argv[1:] if argv is None else argv
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
-    with redirect_stdout(_Output(sys.stdout)), redirect_stderr(_Output(sys.stderr)):
+        if signal.getsignal(signal.SIGINT) in (signal.default_int_handler, startup.stop):
+            signal.signal(signal.SIGINT, _interrupt)
+    with redirect_stdout(_Output(sys.stdout, clean=True)), redirect_stderr(_Output(sys.stderr)):
         try:
             return main(argv) or 0
         except Exception as error:
             if "--debug" in arguments:
                 raise
-            print(f"error: {_line(error)}", file=sys.stderr)
+            print(f"error: {printable(_line(error))}", file=sys.stderr)
             print("(--debug shows where)", file=sys.stderr)
             return 2
         except KeyboardInterrupt as stop:
@@ -108,15 +113,15 @@ def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] 
 
 
 class _Output:
-    """A stream that does not fail: see :func:`run`."""
+    """A stream that does not fail: see :func:`run`. ``clean``: without control characters, which names in files may hold."""
 
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
+    def __init__(self, stream: Any, clean: bool = False) -> None:
+        self._stream, self._clean = stream, clean
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="replace")
 
     def write(self, text: str) -> int:
-        self._attempt(lambda: self._stream.write(text))
+        self._attempt(lambda: self._stream.write(printable(text) if self._clean else text))
         return len(text)
 
     def flush(self) -> None:
@@ -160,6 +165,12 @@ def _line(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     place = f" at {frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
     return f"internal error, please report it: {describe(error)}{place}"
+
+
+def _interrupt(number: int, frame: Any) -> NoReturn:
+    if os.getpid() == _MAIN:  # a loader's worker is told to end by the main process
+        signal.signal(signal.SIGINT, startup.stop)
+    raise KeyboardInterrupt
 
 
 def _terminate(number: int, frame: Any) -> NoReturn:

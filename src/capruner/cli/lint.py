@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import torch
 from torch import Tensor, nn
 
+from capruner.allocation import Score
+from capruner.gradients import GradientMode, OnBadBatch
+from capruner.memory import parse_bytes
 from capruner.patterns import Pattern, parse_mask_type, unsupported
+from capruner.pruning import INTERPOLATIONS
 from capruner.selection import SelectionError, select_parameters
 
 _FROM_WEIGHTS = "__FROM_PARAM__"  # SparseML's word for the sparsity that a model has already
 _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_grads": (lambda v: v >= 1, "at least 1"),
-    "damp": (lambda v: v >= 0, "at least 0"),
+    "damp": (lambda v: 0 < v < math.inf, "a positive number"),
+    "block_size": (lambda v: v >= 1, "at least 1"),
+    "blocks_in_parallel": (lambda v: v >= 1, "at least 1"),
     "fisher_block_size": (lambda v: v >= 1, "at least 1"),
     "num_recomputations": (lambda v: v >= 1, "at least 1"),
-    "update_frequency": (lambda v: v > 0 or v == -1, "more than 0, or -1 for one update"),
+    "update_frequency": (lambda v: 0 < v < math.inf or v == -1, "more than 0, or -1 for one update"),
+    "start_epoch": (math.isfinite, "a finite number"),
+    "end_epoch": (math.isfinite, "a finite number"),
 }
+_WORDS: dict[str, Collection[str]] = {
+    "gradients": get_args(GradientMode),
+    "labels": ("data", "model"),
+    "on_bad_batch": get_args(OnBadBatch),
+    "score": get_args(Score),
+    "recomputation_inter_func": INTERPOLATIONS,
+}
+_MOST_UPDATES = 10_000
 
 
 def lint(path: Path, model: nn.Module) -> tuple[dict[str, nn.Parameter], list[str]]:
@@ -34,11 +52,12 @@ def lint(path: Path, model: nn.Module) -> tuple[dict[str, nn.Parameter], list[st
     from sparseml.pytorch.sparsification.pruning import BasePruningModifier
 
     manager = load_manager(str(path))
-    modifiers = [m for m in manager.iter_modifiers() if isinstance(m, BasePruningModifier)]
+    everything = list(manager.iter_modifiers())
+    modifiers = [m for m in everything if isinstance(m, BasePruningModifier)]
     if not modifiers:
         raise UserError(f"{path} has no pruning modifier, so nothing to check")
     found: dict[str, nn.Parameter] = {}
-    problems: list[str] = []
+    problems = [f"{type(m).__name__}: {text}" for m in everything if m not in modifiers for text in _numbers(m)]
     for number, modifier in enumerate(modifiers, 1):
         where = type(modifier).__name__ + (f" {number}" if len(modifiers) > 1 else "")
         chosen: dict[str, nn.Parameter] = {}
@@ -58,12 +77,45 @@ def _selections(modifier: Any) -> list[Any]:
     return list(final.values()) if isinstance(final, Mapping) else [modifier.params]
 
 
-def _values(modifier: Any, chosen: Mapping[str, Tensor]) -> list[str]:
+def _numbers(modifier: Any) -> list[str]:
+    """What any modifier may have: numbers that are out of range."""
     problems = []
     for name, (can_be, rule) in _VALUES.items():
         value = getattr(modifier, name, None)
         if isinstance(value, int | float) and not can_be(value):
             problems.append(f"{name} must be {rule}, got {value}")
+    start, end, frequency = (getattr(modifier, key, -1) for key in ("start_epoch", "end_epoch", "update_frequency"))
+    if 0 <= end < start:
+        problems.append(f"end_epoch must not be before start_epoch, got {end:g} and {start:g}")
+    if frequency > 0 and max(end, 0) - max(start, 0) > frequency * _MOST_UPDATES:
+        problems.append(
+            f"update_frequency {frequency:g} makes more than {_MOST_UPDATES:,} updates; raise it (an epoch is 1)"
+        )
+    return problems
+
+
+def _words(modifier: Any) -> list[str]:
+    """What our own modifiers have besides numbers."""
+    problems = []
+    for name, words in _WORDS.items():
+        if hasattr(modifier, name) and (value := getattr(modifier, name)) not in words:
+            problems.append(f"{name} must be one of {', '.join(words)}, got {value!r}")
+    for name, read in (("memory_budget", parse_bytes), ("fisher_inv_device", torch.device)):
+        value = getattr(modifier, name, None)
+        try:
+            read(value) if value is not None else None
+        except (ValueError, RuntimeError) as error:
+            problems.append(f"{name} {value!r}: {str(error).splitlines()[0]}")
+    if modifier.num_recomputations > 1 and ":" in str(modifier.mask_type):
+        problems.append(f"mask_type {modifier.mask_type} is reached in one step; num_recomputations must be 1")
+    size = modifier.grad_sampler_kwargs.get("batch_size", 1)
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        problems.append(f"grad_sampler_kwargs: batch_size must be a whole number, at least 1, got {size!r}")
+    return problems
+
+
+def _values(modifier: Any, chosen: Mapping[str, Tensor]) -> list[str]:
+    problems = _numbers(modifier) + (_words(modifier) if hasattr(modifier, "_recipe") else [])
     final = modifier.final_sparsity
     sparsities = [modifier.init_sparsity, *(final if isinstance(final, Mapping) else [final])]
     numbers = [float(s) for s in sparsities if s != _FROM_WEIGHTS]

@@ -8,9 +8,13 @@ and the whole block ``B³/6``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numba
 import numpy as np
 import torch
+from numba.core.caching import NullCache
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -34,12 +38,34 @@ def eliminate_blocks(
             kind.masked_fill_(mask, value)
     stay, group = n_m or (1, 1)
     arrays = [t.detach().contiguous().numpy() for t in (weight, fisher_inv, kind)]
-    _eliminate(*arrays, stay, group, steps, order.numpy(), losses.numpy())
+    arguments = (*arrays, stay, group, steps, order.numpy(), losses.numpy())
+    try:
+        _eliminate(*arguments)
+    except OSError:  # the place for the cache is full or gone; nothing else in it touches a file
+        for function in (_eliminate, _eliminate_one, _minimum):
+            function._cache = NullCache()
+        _eliminate(*arguments)
+
+
+def _compiling(fastmath: set[str]) -> Callable[[Callable[..., Any]], Any]:
+    """numba's decorator, with compiled code cached on disk where there is a place for it: beside this file, or in ``NUMBA_CACHE_DIR`` or ``HOME``."""
+    options = {"nogil": True, "fastmath": fastmath, "error_model": "numpy"}
+
+    def compile_function(function: Callable[..., Any]) -> Any:
+        try:
+            return numba.njit(cache=True, **options)(function)
+        except (
+            RuntimeError,
+            OSError,
+        ):  # "no locator available", as in a read-only container: compiled again in each process
+            return numba.njit(**options)(function)
+
+    return compile_function
 
 
 # The sum of a row's update may be reordered; a saliency is never NaN (see `diagonal`), so its minimum may be looked for in any order too.
-_compiled = numba.njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy")
-_compiled_minimum = numba.njit(nogil=True, cache=True, fastmath={"nnan", "nsz"}, error_model="numpy")
+_compiled = _compiling({"contract"})
+_compiled_minimum = _compiling({"nnan", "nsz"})
 
 
 @_compiled

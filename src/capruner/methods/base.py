@@ -165,6 +165,9 @@ class Method(ABC):
         """
         raise ValueError(f"method {self.name!r} keeps no gradients of {name}")
 
+    def compile(self, dtype: torch.dtype) -> None:  # noqa: B027
+        """Compile what :meth:`prepare` runs on a CPU, so that what is wrong with the compiler shows before the gradients and not after them."""
+
     @abstractmethod
     def prepare(self, weights: Mapping[str, Tensor], dead: Mapping[str, Tensor]) -> None:
         """After the last gradient: ``(n, B)`` float32 weights of each layer, and bool of those that an earlier mask removed."""

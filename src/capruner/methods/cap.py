@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from capruner.methods.base import SecondOrderMethod
@@ -14,6 +15,10 @@ class CAP(SecondOrderMethod):
 
     name = "cap"
     shrinks = True
+
+    def compile(self, dtype: torch.dtype) -> None:
+        if self._unit == 1:
+            eliminate(torch.ones(1, 1, dtype=dtype), torch.ones(1, 1, 1, dtype=dtype))
 
     def _order(self, weight: Tensor, fisher_inv: Tensor, dead: Tensor, padding: Tensor) -> Elimination:
         pattern, parallel = self.settings.pattern, self.settings.blocks_in_parallel

@@ -96,14 +96,14 @@ class Distiller:
     def _outcome(self, level: Level) -> dict[str, Tensor]:
         if self.state is None:
             return self._distilled(level)
-        outcome = self.state.next_step()
-        if outcome is None:
-            outcome = self._distilled(level)
-            self.state.notes |= {"seconds": self.clock.seconds}
-            with self.clock("state"), self.shards.together("saving the state"):
-                self.state.finish_step(outcome, 0)
-        else:
-            self._digest = outcome.get("digest")
+        step = self.state.next_step()
+        if step is not None:
+            self._digest = step[0].get("digest")
+            return step[0]
+        outcome = self._distilled(level)
+        self.state.notes |= {"seconds": self.clock.seconds}
+        with self.clock("state"), self.shards.together("saving the state"):
+            self.state.finish_step(outcome, [])
         return outcome
 
     def _distilled(self, level: Level) -> dict[str, Tensor]:
@@ -129,8 +129,6 @@ class Distiller:
 
     def _collected(self) -> list[Lesson]:
         batches = self.batches
-        for count in () if self.state is None else self.state.passes_to_skip():
-            batches.pass_over(count)
         source = batches.source
         inputs = source.inputs() if isinstance(source, Replay) else inputs_of(source, batches.batch_fn)
         lessons = collect(self.model, inputs, self.shards, SAMPLES, self.skip_bad)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -19,6 +20,7 @@ from capruner.report.checkpoint import layer_rows, read_weights
 from capruner.report.contents import Contents, Level
 from capruner.report.page import page
 from capruner.selection import select_parameters
+from capruner.text import printable
 
 FILES = {
     "summary.json": "all numbers (JSON)",
@@ -56,10 +58,22 @@ def write_report(folder: str | Path) -> Path:
 
 def write_page(contents: Contents, path: Path) -> Path:
     """The page, in one step; ``path``."""
-    text = page(contents)
+    with _edited(f"the page {path.name} cannot be made: {contents.title} holds values that no script writes"):
+        text = printable(page(contents))
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
     return path
+
+
+@contextmanager
+def _edited(what: str) -> Iterator[None]:
+    """Whatever a file that was edited, or cut off, makes the report stumble over, as a mistake in that file."""
+    try:
+        yield
+    except (OSError, ImportError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{what}: {' '.join(repr(error).split())[:300]}") from error
 
 
 def percent(share: float) -> str:
@@ -69,11 +83,9 @@ def percent(share: float) -> str:
 
 def one_shot_contents(folder: Path) -> Contents:
     """From ``summary.json``; what an older one lacks is computed from the architecture, or noted."""
-    try:
+    with _edited(f"{folder / 'summary.json'} is not what one-shot pruning writes"):
         summary = json.loads((folder / "summary.json").read_text())
         return _one_shot(folder, summary, summary["arguments"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / 'summary.json'} is not what one-shot pruning writes: {error!r}") from error
 
 
 def _one_shot(folder: Path, summary: Mapping[str, Any], arguments: Mapping[str, Any]) -> Contents:
@@ -135,14 +147,12 @@ def training_contents(folder: Path) -> Contents:
     """From what ``sparse_training.py`` writes: a level for each sparsity that was trained at, with its best epoch."""
     import yaml
 
-    try:
+    with _edited(f"{folder} is not what sparse training writes"):
         arguments = yaml.safe_load((folder / "arguments.yaml").read_text())
         with (folder / "summary.csv").open() as file:
             epochs = [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(file)]
         updates = json.loads((folder / "layer_sparsity.json").read_text())
         return _training(folder, arguments, epochs, updates)
-    except (yaml.YAMLError, json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"{folder} is not what sparse training writes: {error!r}") from error
 
 
 def _training(
@@ -223,7 +233,7 @@ def checkpoint_facts(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
             found = json.loads((file.metadata() or {}).get("capruner", "{}"))
-    except (SafetensorError, json.JSONDecodeError):
+    except (SafetensorError, json.JSONDecodeError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -1,0 +1,117 @@
+"""Checked before several processes work together: every one of them was called with the same arguments, for the same model."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from typing import Any, ParamSpec, TypeVar
+
+import torch.distributed as dist
+from torch import nn
+
+from capruner.distributed import PeerError, Shards, naming_the_dead, world
+from capruner.files import digest
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_REACHED: ContextVar[list[bool]] = ContextVar("_REACHED")
+"""Whether the call in progress has come to :func:`agree`; a list, so that it can be changed from within."""
+
+
+def agreeing(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Decorate a function that all processes call together and that calls :func:`agree` once its arguments are checked.
+
+    When the arguments of one process are invalid the others raise too, instead of waiting for it.
+    """
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        reached = [False]
+        token = _REACHED.set(reached)
+        try:
+            return function(*args, **kwargs)
+        except PeerError:
+            raise
+        except Exception as error:
+            if not reached[0]:
+                _exchange({"error": " ".join(str(error).split())})
+            raise
+        finally:
+            _REACHED.reset(token)
+
+    return call
+
+
+def agree(arguments: Mapping[str, Any], model: nn.Module) -> None:
+    """Compare arguments (JSON values) and the model's parameters over all processes.
+
+    Raises:
+        ValueError: on every process, with what differs and on which ranks.
+    """
+    _REACHED.get()[0] = True
+    if world()[1] == 1:
+        return
+    parameters = {name: [str(p.dtype), list(p.shape), digest([p])] for name, p in model.named_parameters()}
+    everybody = _exchange({"digest": digest([dict(arguments), parameters])})
+    if failed := [(rank, peer["error"]) for rank, peer in enumerate(everybody) if "error" in peer]:
+        rank, error = failed[0]
+        raise ValueError(f"rank {rank} cannot begin, so no process does: {error}")
+    if len({peer["digest"] for peer in everybody}) == 1:
+        return
+    details = _exchange({"arguments": dict(arguments), "parameters": parameters})
+    raise ValueError(
+        f"the processes disagree: {'; '.join(_differences(details))}. Call it with the same arguments and the same weights on every process"
+    )
+
+
+def _exchange(mine: dict[str, Any]) -> list[dict[str, Any]]:
+    """Everybody's dict, by rank."""
+    size = world()[1]
+    if size == 1:
+        return [mine]
+    Shards({})  # learns who takes part, so that one who dies is named
+    everybody: list[Any] = [None] * size
+    with naming_the_dead():
+        dist.all_gather_object(everybody, mine)
+    return everybody
+
+
+def _differences(everybody: list[dict[str, Any]]) -> list[str]:
+    """What differs: every argument, and the first parameter."""
+    found = []
+    for name in dict.fromkeys(key for peer in everybody for key in peer["arguments"]):
+        values = [peer["arguments"].get(name) for peer in everybody]
+        if any(value != values[0] for value in values):
+            found.append(f"{name} is {_by_rank(values)}")
+    names = dict.fromkeys(key for peer in everybody for key in peer["parameters"])
+    others = [n for n in names if any(p["parameters"].get(n) != everybody[0]["parameters"].get(n) for p in everybody)]
+    if others:
+        first = [peer["parameters"].get(others[0]) for peer in everybody]
+        forms = [
+            "missing" if value is None else f"{value[0].removeprefix('torch.')} {tuple(value[1])}" for value in first
+        ]
+        same = len(set(forms)) == 1
+        what = f"has other values on {_odd_ranks(first)} than on rank 0" if same else f"is {_by_rank(forms)}"
+        more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
+        found.append(f"parameter {others[0]}{more} {what}")
+    return found
+
+
+def _by_rank(values: list[Any]) -> str:
+    """Values with the ranks that have them, or the ranks alone where values are long."""
+    if any(len(str(value)) > 60 for value in values):
+        return f"different on {_odd_ranks(values)} from rank 0"
+    groups: dict[str, list[int]] = {}
+    for rank, value in enumerate(values):
+        groups.setdefault(str(value), []).append(rank)
+    return ", ".join(f"{value} on {_ranks(ranks)}" for value, ranks in groups.items())
+
+
+def _odd_ranks(values: list[Any]) -> str:
+    return _ranks([rank for rank, value in enumerate(values) if value != values[0]])
+
+
+def _ranks(ranks: list[int]) -> str:
+    some = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
+    return f"rank{'s' * (len(ranks) > 1)} {some}"

@@ -1,0 +1,66 @@
+"""Commands that are interrupted early, twice, or started without standard streams; and names from outside."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from capruner.text import printable
+
+TWICE = """
+import os, signal, sys, time
+sys.argv = ["capruner"]
+from capruner.cli.arguments import run
+def main(argv):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
+    finally:
+        os.kill(os.getpid(), signal.SIGINT)  # while the first is cleaned up
+        time.sleep(10)
+sys.exit(run(main, []))
+"""
+EARLY = """
+import os, signal, sys
+sys.argv = ["/somewhere/bin/capruner"]
+class Finder:  # in the midst of importing torch
+    def find_spec(self, name, path, target=None):
+        if name == "torch":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+import capruner.cli.main
+"""
+
+
+@pytest.mark.parametrize(("program", "lines"), [(TWICE, 1), (EARLY, 1)])
+def test_interrupted_early_or_twice_is_a_line(program: str, lines: int) -> None:
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 130
+    assert done.stderr == "interrupted\n"
+
+
+def test_a_program_that_imports_us_keeps_its_handler() -> None:
+    program = "import signal, capruner; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "True\n"
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_closed_streams(closed: str) -> None:
+    words = f"{sys.executable} -m capruner recipes list {closed}"
+    assert subprocess.run(["sh", "-c", words], capture_output=True, timeout=120).returncode == 0
+
+
+def test_names_with_control_characters_are_escaped(tmp_path: Path) -> None:
+    assert printable("a\x1b[2Jb\x07 × ü\n\t\u202e") == "a\\x1b[2Jb\\x07 × ü\n\t\\u202e"
+    folder = tmp_path / "\x1b]0;owned\x07"
+    folder.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "capruner", "report", str(folder)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert "\x1b" not in done.stderr + done.stdout
+    assert "\\x1b]0;owned\\x07" in done.stderr
