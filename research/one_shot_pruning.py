@@ -113,9 +113,14 @@ class Run:
         modeling.check_forward(self.model, self.config["input_size"], args.model)
         self.rows: list[dict[str, Any]] = []
         self.layers: dict[float, list[dict[str, Any]]] = {}
-        self.wandb = WandbLog(name=args.experiment, dir=str(folder), config=vars(args)) if args.log_wandb else None
+        self.wandb = (
+            WandbLog(name=args.experiment, dir=str(folder), config=vars(args) | {"recipe": recipe.read(recipe_path)})
+            if args.log_wandb
+            else None
+        )
         self.macs = multiply_adds(self.model, self.config["input_size"])
         content = Path(recipe_path).read_bytes()
+        output.remove_earlier(folder)
         output.write_atomically(folder / "recipe.yaml", lambda partial: partial.write_bytes(content))
         self.stage_done("load model and data")
 
@@ -179,7 +184,8 @@ class Run:
         self.rows.append(row)
         self.stage_done("evaluate dense" if requested is None else f"evaluate at {100 * requested:g} %")
         if self.wandb:
-            self.wandb.log(row)
+            shares = {f"sparsity/{name}": share for name, share in shares.items()}
+            self.wandb.log(row | shares)
         self.write()
 
     def recalibrate(self, model: nn.Module, row: dict[str, Any]) -> None:
@@ -204,12 +210,13 @@ class Run:
             path = self.folder / "checkpoints" / f"{name}.safetensors"
             output.write_atomically(path, lambda partial: save_file(state, partial))
 
-    def write(self) -> None:
+    def write(self, finished: bool = False) -> None:
         packages = ("capruner", "torch", "torchvision", "timm", "sparseml", "numpy")
         versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
         summary = {
+            "finished": finished,
             "arguments": vars(self.args),
-            "recipe": (self.folder / "recipe.yaml").read_text(),
+            "recipe": recipe.read(self.folder / "recipe.yaml"),
             "versions": versions,
             "device": str(self.device),
             "macs": asdict(self.macs),
@@ -240,6 +247,7 @@ class Run:
             }
             for row in self.rows
         ]
+        self.write(finished=True)
         write_report(self.folder)
         print("\n" + output.table(percent, shown))
         print(f"\nwritten to {self.folder}")
@@ -300,10 +308,11 @@ def prune_anew_at_each(run: Run) -> None:
 def prune(args: argparse.Namespace) -> None:
     """Prune as the arguments (of :mod:`research.utils.one_shot_arguments`) say."""
     with output.new_folder(args.output, args.experiment) as folder, tempfile.TemporaryDirectory() as made:
+        output.check_unused(folder, args.overwrite, args.checkpoint)
         path = args.sparseml_recipe
         if not path:
             path = f"{made}/recipe.yaml"
-            Path(path).write_text(one_shot_arguments.recipe_text(args))
+            Path(path).write_text(one_shot_arguments.recipe_text(args), encoding="utf-8")
         run = Run(args, folder, path)
     run.recipe_path = str(folder / "recipe.yaml")
     run.record(run.model, None, 0.0, {})

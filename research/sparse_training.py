@@ -37,16 +37,15 @@ import torch
 import yaml
 from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
-from timm.scheduler import create_scheduler_v2
-from timm.scheduler.scheduler_factory import scheduler_kwargs
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import nn
 
 from capruner.report import write_report
 from capruner.sparseml.state import load_manager_state, manager_state
 from research.utils import data as images
-from research.utils import modeling, output
+from research.utils import modeling, output, training_resume
 from research.utils.recipe import check_patterns, keep_inside, quiet_loggers
+from research.utils.recipe import read as read_recipe
 from research.utils.training_arguments import parse
 from research.utils.training_checkpoint import load_training, save_state, save_weights
 from research.utils.training_data import GradientSamples, seed_everything, train_loader, validation_loader
@@ -54,22 +53,7 @@ from research.utils.training_log import Log, learning_rate
 from research.utils.training_loop import Stepper, measure, precision, train_one_epoch, training_loss
 from research.utils.training_processes import Processes, parallel, started
 from research.utils.training_recipe import Recipe, apply_masks, sparsity_of
-
-# A resumed run may differ in these and is still the same run.
-FREE = {
-    "resume",
-    "workers",
-    "val_batch_size",
-    "timeout",
-    "local_rank",
-    "debug",
-    "output",
-    "data_dir",
-    "config",
-    "device",
-    "log_sparsity",
-    "log_wandb",
-}
+from research.utils.training_schedule import Schedule
 
 
 class Training:
@@ -83,6 +67,8 @@ class Training:
             keep_inside(modifier, self.folder)
         self.epochs = self.recipe.epochs(args)
         args.epochs = self.epochs  # timm's schedulers read it
+        if saved:
+            training_resume.changed_arguments(saved["arguments"], args)
         seed_everything(args.seed, 0, 0)  # the same new layers on every process
         self.model = modeling.build_model(args.model, args.model_kwargs, args.checkpoint, args.pretrained)
         check_patterns(self.recipe.manager, self.model)
@@ -99,14 +85,21 @@ class Training:
         self.ema = None
         if args.model_ema:  # before the recipe puts hooks on the model, which must not be copied
             self.ema = ModelEmaV3(self.model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
-        self.scheduler = self._scheduler()
+        if self.recipe.sets_learning_rate:
+            processes.say("the recipe sets the learning rate: --sched, --lr and warm-up are off")
+        self.schedule = Schedule(self.optimizer, args, self.steps_per_epoch, not self.recipe.sets_learning_rate)
         self.loss = training_loss(args).to(processes.device)
         self.epoch = self.steps = 0
         self.best: dict[str, dict[str, Any]] = {}
         self.log = Log(self.folder, args, f"{args.model}, {Path(args.sparseml_recipe).stem}")
         if saved:
             self.epoch, self.steps = saved["epoch"], saved["steps"]
-            self.model.load_state_dict(saved["model"])
+            try:
+                self.model.load_state_dict(saved["model"])
+            except RuntimeError as error:
+                raise cli.UserError(
+                    f"--resume: the weights do not fit {args.model} as it is built now: {cli.describe(error)}"
+                ) from error
         self.wrapped = parallel(self.model, processes)
         samples = GradientSamples(train, config, args, processes, lambda: self.steps)
         self.stepper = Stepper(self.model, self.optimizer, self.scaler, args)
@@ -143,6 +136,9 @@ class Training:
             scale = args.lr_base_scale or ("sqrt" if any(name in args.opt for name in ("ada", "lamb")) else "linear")
             ratio = args.batch_size * self.processes.size * args.grad_accum_steps / args.lr_base_size
             args.lr = args.lr_base * (ratio**0.5 if scale == "sqrt" else ratio)
+        return self._build_optimizer(args)
+
+    def _build_optimizer(self, args: argparse.Namespace) -> torch.optim.Optimizer:
         try:
             return create_optimizer_v2(self.model, **optimizer_kwargs(cfg=args))
         except Exception as error:  # whatever timm, or the optimizer, trips over
@@ -151,23 +147,11 @@ class Training:
                 f"--opt {args.opt} cannot be built: {cli.describe(error)}; timm has {some}, ..."
             ) from error
 
-    def _scheduler(self) -> Any:
-        if self.recipe.sets_learning_rate:
-            self.processes.say("the recipe sets the learning rate: --sched, --lr and warm-up are off")
-            return None
-        try:
-            scheduler, _ = create_scheduler_v2(
-                self.optimizer, **scheduler_kwargs(self.args), updates_per_epoch=self.steps_per_epoch
-            )
-        except (ValueError, TypeError, AssertionError) as error:
-            raise cli.UserError(f"--sched {self.args.sched} cannot be built: {error}") from error
-        if scheduler is not None:
-            scheduler.step(0)
-        return scheduler
-
     def _saved(self) -> dict[str, Any] | None:
         last, resume = self.folder / "last.pt", self.args.resume
         if resume is None:
+            if (self.folder / "summary.json").exists():
+                raise cli.UserError(f"{self.folder} holds a run of one-shot pruning; choose another --experiment")
             if last.exists():
                 raise cli.UserError(
                     f"{last} is of an earlier run; go on with it by --resume, or choose another --experiment, or delete that folder"
@@ -181,21 +165,33 @@ class Training:
         return load_training(Path(resume))
 
     def _restore(self, saved: dict[str, Any]) -> None:
-        then, now = saved["arguments"], _plain(self.args)
-        for key in sorted((then.keys() | now.keys()) - FREE):
-            if then.get(key) != now.get(key):
-                self.processes.say(f"note: {key} was {then.get(key)} before, it is {now.get(key)} now")
+        then, rated = saved["arguments"], self.recipe.sets_learning_rate
+        changes = training_resume.changed_arguments(then, self.args)
+        training_resume.check_state(saved, self.epochs, self._surroundings())
+        training_resume.check_schedule(changes, rated, self.args.sched)
+        for key, (before, now) in changes.items():
+            self.processes.say(f"note: --{key.replace('_', '-')} was {before!r}, it is {now!r} from here on")
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.scaler.load_state_dict(saved["scaler"])
-        if self.scheduler is not None and saved["scheduler"] is not None:
-            self.scheduler.load_state_dict(saved["scheduler"])
-        if self.ema is not None and saved["ema"] is not None:
+        unscheduled = self.args.sched == "none" and not rated
+        training_resume.adjust_optimizer(self.optimizer, then, changes, self._build_optimizer, unscheduled)
+        self.schedule.load_state_dict(saved["scheduler"])
+        self.schedule.place(self.epoch, self.steps)
+        if saved["scaler"]:
+            self.scaler.load_state_dict(saved["scaler"])
+        if self.ema is not None:
             self.ema.module.load_state_dict(saved["ema"])
         load_manager_state(self.recipe.manager, saved["manager"])
         self.best = saved["best"]
         self.log.rows, self.log.updates = saved["rows"], saved["updates"]
         self.log.wandb_id = saved["wandb_id"]
         self.processes.say(f"resumed after epoch {self.epoch} at sparsity {sparsity_of(self.recipe.masks()):.4f}")
+
+    def _surroundings(self) -> dict[str, Any]:
+        return {
+            "recipe": read_recipe(self.args.sparseml_recipe),
+            "steps_per_epoch": self.steps_per_epoch,
+            "processes": self.processes.size,
+        }
 
     def run(self) -> None:
         """Train to the end."""
@@ -253,8 +249,7 @@ class Training:
         self._after_update(before)
         if self.ema is not None:
             self.ema.update(self.model, step=self.steps)
-        if self.scheduler is not None:
-            self.scheduler.step_update(self.steps)
+        self.schedule.after_step(self.steps)
 
     def _after_update(self, before: list[Any]) -> None:
         if self.recipe.updates() == before:
@@ -277,8 +272,7 @@ class Training:
             averaged = measure(self.ema.module, self.val, self.processes, self.autocast, "evaluate EMA")
             row |= {f"ema_{key}": value for key, value in averaged.items()}
         row["seconds"] = time.perf_counter() - began
-        if self.scheduler is not None:
-            self.scheduler.step(self.epoch, row["ema_top1" if self.ema else "top1"])
+        self.schedule.after_epoch(self.epoch, row["ema_top1" if self.ema else "top1"])
         if self.processes.first:
             self._keep(row)
 
@@ -301,14 +295,15 @@ class Training:
                 "ema": self.ema.module.state_dict() if self.ema else None,
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
-                "scheduler": self.scheduler.state_dict() if self.scheduler else None,
+                "scheduler": self.schedule.state_dict(),
                 "manager": manager_state(self.recipe.manager),
                 "best": self.best,
                 "rows": self.log.rows,
                 "updates": self.log.updates,
                 "wandb_id": self.log.wandb_id,
-                "arguments": _plain(args),
-            },
+                "arguments": training_resume.plain(args),
+            }
+            | self._surroundings(),
         )
 
     def _save_weights(self, name: str, model: nn.Module, row: dict[str, Any]) -> None:
@@ -322,7 +317,8 @@ class Training:
             content = Path(self.args.sparseml_recipe).read_bytes()
             output.write_atomically(recipe, lambda partial: partial.write_bytes(content))
         output.write_atomically(
-            self.folder / "arguments.yaml", lambda partial: partial.write_text(yaml.safe_dump(_plain(self.args)))
+            self.folder / "arguments.yaml",
+            lambda partial: partial.write_text(yaml.safe_dump(training_resume.plain(self.args)), encoding="utf-8"),
         )
 
     def _tell_best(self) -> None:
@@ -331,10 +327,6 @@ class Training:
             row["sparsity"] *= 100
         print("\n" + output.table(rows, {"sparsity": "sparsity %", "top1": "best top-1 %", "epoch": "epoch"}))
         print(f"\nwritten to {self.folder}", flush=True)
-
-
-def _plain(args: argparse.Namespace) -> dict[str, Any]:
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(args).items()}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

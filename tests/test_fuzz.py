@@ -157,7 +157,7 @@ RECIPES: dict[str, tuple[bytes, str]] = {
         f"a: [{'1, ' * 100_000}]\n{HEAD}3.0\n".encode(),
         "more than 1,000 keys or 20,000 YAML tokens",
     ),
-    "references to references": (f"{LAUGHS}{HEAD}3.0\n".encode(), "78 references"),
+    "references to references": (f"{LAUGHS}{HEAD}3.0\n".encode(), "more than 100,000 values"),
     "no text": (b"\xff\xfe\x00modifiers", "it is no text"),
     "very long": (b"#" * 1_000_001, "more than 1,000,000 bytes"),
     "a division by zero": (f"{HEAD}eval(1 / 0)\n".encode(), "does not load: .*zero"),

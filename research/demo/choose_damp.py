@@ -35,10 +35,10 @@ def main() -> None:
         shutil.rmtree(folder / "val")
         shutil.copytree(folder / "train", folder / "val")
         for method in ("cap", "obs"):
-            text = (RECIPES / method / "digits_vit.yaml").read_text()
+            text = (RECIPES / method / "digits_vit.yaml").read_text(encoding="utf-8")
             for damp in DAMPS:
                 recipe = folder / "digits_vit.yaml"
-                recipe.write_text(re.sub(r"damp: .*", f"damp: {damp:.1e}", text))
+                recipe.write_text(re.sub(r"damp: .*", f"damp: {damp:.1e}", text), encoding="utf-8")
                 row = {"method": METHODS[method], "damp": f"{damp:.0e}"}
                 try:
                     found = prune(recipe, folder, folder / "output", f"{method}-{damp:.0e}", SPARSITIES)["rows"][1:]

@@ -40,10 +40,10 @@ def prune(recipe: Path, data: Path, folder: Path, experiment: str, sparsities: S
             *("--mean", *map(str, PREPROCESSING["mean"]), "--std", *map(str, PREPROCESSING["std"])),
             *("--crop-pct", str(PREPROCESSING["crop_pct"]), "--sparseml-recipe", str(recipe)),
             *("--sparsities", *map(str, sparsities), "-gb", "8", "-vb", "200", "--workers", "0", "--device", "cpu"),
-            *("--output", str(folder), "--experiment", experiment, "--save-model"),
+            *("--output", str(folder), "--experiment", experiment, "--save-model", "--overwrite"),
         ]
     )
-    return json.loads((folder / experiment / "summary.json").read_text())
+    return json.loads((folder / experiment / "summary.json").read_text(encoding="utf-8"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

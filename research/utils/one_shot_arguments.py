@@ -10,7 +10,7 @@ from typing import Any
 
 from capruner.methods import METHODS
 from capruner.patterns import parse_mask_type
-from research.utils import cli
+from research.utils import cli, output
 from research.utils import data as images
 
 MODIFIERS = {
@@ -117,6 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     out = parser.add_argument_group("output")
     out.add_argument("--output", default="output", help="parent folder (default ./output)")
     out.add_argument("--experiment", default="", help="name of the folder in it (default: model and recipe)")
+    out.add_argument("--overwrite", action="store_true", help="replace the finished run that the folder holds")
     out.add_argument("--save-model", action="store_true", help="write a checkpoint per sparsity")
     out.add_argument(
         "--log-wandb", action="store_true", help="log to Weights & Biases too (WANDB_MODE=offline needs no account)"
@@ -184,7 +185,7 @@ def checked(args: argparse.Namespace) -> argparse.Namespace:
         name = f"{Path(args.sparseml_recipe).parent.name}-{Path(args.sparseml_recipe).stem}"
     else:
         name = args.method = args.method or "cap"
-    args.experiment = args.experiment or f"{args.model}-{name}"
+    args.experiment = args.experiment or f"{output.model_label(args.model)}-{name}"
     return args
 
 

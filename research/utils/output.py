@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -32,6 +33,53 @@ def make_folder(output: str, experiment: str) -> Path:
     except OSError as error:
         raise UserError(f"nothing can be written to {folder}: {error.strerror}; choose another --output") from error
     return folder
+
+
+ONE_SHOT = (
+    "summary.json",
+    "summary.csv",
+    "report.html",
+    "accuracy_vs_sparsity.png",
+    "layer_sparsity.png",
+    "result.safetensors",
+    "checkpoints/sparsity_*.safetensors",
+)
+"""What one-shot pruning writes into the folder of an experiment, besides the recipe."""
+
+
+def check_unused(folder: Path, overwrite: bool, checkpoint: str) -> None:
+    """Refuse a folder that holds something else than an interrupted run of one-shot pruning, unless it is to be overwritten.
+
+    Raises:
+        UserError: it holds a finished run, a training, or the weights to start from.
+    """
+    if (folder / "last.pt").exists() or (folder / "arguments.yaml").exists():
+        raise UserError(f"{folder} holds a run of sparse_training.py; choose another --experiment")
+    if checkpoint and folder.resolve() in Path(checkpoint).resolve().parents:
+        raise UserError(
+            f"--checkpoint {checkpoint} lies in {folder}, which this run will fill; choose another --experiment"
+        )
+    if (folder / "summary.json").exists() and not overwrite and _is_finished(folder / "summary.json"):
+        raise UserError(f"{folder} holds a finished run; choose another --experiment, or replace it with --overwrite")
+
+
+def _is_finished(summary: Path) -> bool:
+    try:
+        return bool(json.loads(summary.read_text(encoding="utf-8")).get("finished", True))
+    except (OSError, ValueError, AttributeError):  # not ours, or edited: not to be deleted unasked
+        return True
+
+
+def remove_earlier(folder: Path) -> None:
+    """Delete what an earlier run of one-shot pruning has written: the folder of an experiment holds one run."""
+    for pattern in ONE_SHOT:
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
+def model_label(name: str) -> str:
+    """A timm model's name as part of a folder's: of ``hf-hub:OWNER/NAME`` and ``local-dir:FOLDER`` without the source and with no separators."""
+    return re.sub(r"[^\w.-]+", "_", name.partition(":")[2] or name).strip("_.")
 
 
 @contextmanager
@@ -65,7 +113,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Indented JSON."""
-    write_atomically(path, lambda p: p.write_text(json.dumps(content, indent=1) + "\n"))
+    write_atomically(path, lambda p: p.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8"))
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -73,7 +121,7 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     columns = list(dict.fromkeys(key for row in rows for key in row))
 
     def write(partial: Path) -> None:
-        with partial.open("w", newline="") as file:
+        with partial.open("w", newline="", encoding="utf-8") as file:
             table = csv.DictWriter(file, columns)
             table.writeheader()
             table.writerows(rows)

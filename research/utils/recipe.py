@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import importlib
 import logging
+import math
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -34,8 +36,8 @@ logging.getLogger("sparseml").setLevel(os.environ.get("SPARSEML_LOG_LEVEL", "WAR
 
 LARGEST = 1_000_000
 DEEPEST, MOST_KEYS, LARGEST_NUMBER = 30, 1_000, 1e18
-MOST_REFERENCES = 16
-"""Bytes of a recipe, and its references: 16, each to a pair of the one before, are 65,536 values."""
+MOST_VALUES = 100_000
+"""Bytes of a recipe, and its values after each reference is replaced by what it refers to: references to references explode."""
 
 
 def quiet_loggers() -> list[PythonLogger]:
@@ -53,7 +55,7 @@ def load_manager(path: str) -> ScheduledModifierManager:
         raise UserError(f"--sparseml-recipe {path}: no such file; ready-made ones are in research/recipes")
     _check_harmless(path)
     try:
-        manager = ScheduledModifierManager.from_yaml(path)
+        manager = ScheduledModifierManager.from_yaml(_recipe_text(path))
     except yaml.constructor.ConstructorError as error:
         raise UserError(
             f"{path}: {error.problem}; pruning modifiers that exist: {', '.join(known_modifiers())}"
@@ -71,6 +73,52 @@ def load_manager(path: str) -> ScheduledModifierManager:
     return manager
 
 
+def read(path: str | Path) -> str:
+    """The text of a recipe, UTF-8 whatever the locale."""
+    return Path(path).read_text(encoding="utf-8-sig")
+
+
+def _recipe_text(path: str) -> str:
+    """What to hand to SparseML in place of a path, which it would read in the locale's encoding. Line breaks tell it that this is no path.
+
+    Raises:
+        UserError: neither .yaml nor .md, or a .md without YAML in front.
+    """
+    text, suffix = read(path), Path(path).suffix.lower()
+    if suffix not in (".yaml", ".md"):
+        raise UserError(f"{path}: recipes are .yaml, or .md with YAML in front")
+    if suffix == ".yaml":
+        text = re.sub(r"^---(?=\s|$)", "", text, flags=re.MULTILINE)  # else it would look for a Markdown front
+    elif not re.search(r"^\s*(---|\+\+\+).*?(---|\+\+\+)", text, flags=re.DOTALL | re.MULTILINE):
+        raise UserError(f"{path} has no YAML in front, between two lines of ---")
+    return f"\n{text}\n"
+
+
+def _expanded_size(text: str) -> float:
+    """Number of values of a YAML document when each reference is replaced by what it refers to; infinite for one that contains itself."""
+    sizes: dict[str, float] = {}
+    nested: list[tuple[str | None, float]] = [(None, 0)]
+    with suppress(yaml.YAMLError):  # SparseML will say what is wrong with it, or take the front of a .md
+        for event in yaml.parse(text):
+            if isinstance(event, yaml.CollectionStartEvent):
+                nested.append((event.anchor, 1))
+                if event.anchor:
+                    sizes[event.anchor] = math.inf
+                continue
+            if isinstance(event, yaml.CollectionEndEvent):
+                anchor, size = nested.pop()
+            elif isinstance(event, yaml.AliasEvent):
+                anchor, size = None, sizes.get(str(event.anchor), 1)
+            elif isinstance(event, yaml.ScalarEvent):
+                anchor, size = event.anchor, 1
+            else:
+                continue
+            if anchor:
+                sizes[anchor] = size
+            nested[-1] = (nested[-1][0], nested[-1][1] + size)
+    return sum(size for _, size in nested)
+
+
 def _check_harmless(path: str) -> None:
     """A recipe of a few lines can keep a machine busy for ever: by powers (SparseML calculates), and by references to references.
 
@@ -80,13 +128,14 @@ def _check_harmless(path: str) -> None:
     if Path(path).stat().st_size > LARGEST:
         raise UserError(f"{path} has more than {LARGEST:,} bytes; that is no recipe")
     try:
-        text = Path(path).read_text()
+        text = read(path)
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not YAML: it is no text ({error.reason} at byte {error.start})") from error
     _check_size(path, text)
-    references = sum(isinstance(token, yaml.AliasToken) for token in _tokens(text))
-    if references > MOST_REFERENCES:
-        raise UserError(f"{path} has {references} references (*name); more than {MOST_REFERENCES} are not followed")
+    if _expanded_size(text) > MOST_VALUES:
+        raise UserError(
+            f"{path}: its references (*name) make it more than {MOST_VALUES:,} values, or refer to themselves; write fewer"
+        )
 
 
 def _check_size(path: str, text: str) -> None:
@@ -189,6 +238,11 @@ def check_sparsities(modifier: Any, model: nn.Module, sparsities: Sequence[float
     Raises:
         UserError: the recipe gives each layer a sparsity of its own, or the model is sparser already than what is asked for.
     """
+    if getattr(modifier, "final_sparsity", None) is None:
+        raise UserError(
+            f"{path}: {type(modifier).__name__} has no final_sparsity, so it cannot prune in one shot; it acts in a training, "
+            "research/sparse_training.py. One-shot pruning takes CAPruningModifier, OBSPruningModifier or GlobalMagnitudePruningModifier, for example"
+        )
     if isinstance(modifier.final_sparsity, dict) and (sparsities or not isinstance(modifier, CorrelationAwareModifier)):
         raise UserError(
             f"{path}: final_sparsity is a dict, one sparsity per layer, so --sparsities cannot replace it; "

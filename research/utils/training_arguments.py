@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from research.utils import cli
+from research.utils import cli, output
 from research.utils.data import preprocessing_arguments
 
 
@@ -130,10 +130,16 @@ def _schedule(parser: cli.Parser) -> None:
     group.add_argument("--lr-cycle-decay", type=float, default=0.5)
     group.add_argument("--lr-cycle-limit", type=int, default=1)
     group.add_argument("--lr-k-decay", type=float, default=1.0)
+    group.add_argument("--lr-decay-fn", help="decay of wsd and rsqrt (default: timm's)")
+    group.add_argument("--lr-stable-timescale", type=float, help="epochs, of rsqrt (default: --warmup-epochs)")
     group.add_argument("--warmup-lr", type=float, default=1e-5)
     group.add_argument("--min-lr", type=float, default=0.0)
     group.add_argument("--decay-milestones", type=int, nargs="+", default=[90, 180, 270])
-    group.add_argument("--decay-epochs", type=float, default=90)
+    group.add_argument(
+        "--decay-epochs",
+        type=float,
+        help="interval of step, length of the decay of wsd and rsqrt (default: timm's, 90 epochs for step, a fifth of the run for the others)",
+    )
     group.add_argument("--warmup-epochs", type=int, default=0, help="default 0: pruning starts from trained weights")
     group.add_argument("--warmup-prefix", action="store_true")
     group.add_argument("--cooldown-epochs", type=int, default=0)
@@ -158,7 +164,9 @@ def _augmentation(parser: cli.Parser) -> None:
     group.add_argument("--reprob", type=float, default=0.0, help="random erasing")
     group.add_argument("--remode", default="pixel")
     group.add_argument("--recount", type=int, default=1)
-    group.add_argument("--aug-repeats", type=int, default=0, help="repeated augmentation; several processes only")
+    group.add_argument(
+        "--aug-repeats", type=int, default=0, help="repeated augmentation over several processes; off with one"
+    )
     group.add_argument("--mixup", type=float, default=0.0)
     group.add_argument("--cutmix", type=float, default=0.0)
     group.add_argument("--cutmix-minmax", type=float, nargs=2)
@@ -255,7 +263,7 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     args.val_batch_size = args.val_batch_size or args.batch_size
     if not args.experiment:
         recipe = Path(args.sparseml_recipe)
-        args.experiment = f"{args.model}-{recipe.parent.name}-{recipe.stem}"
+        args.experiment = f"{output.model_label(args.model)}-{recipe.parent.name}-{recipe.stem}"
     return args
 
 
@@ -291,7 +299,7 @@ def _config_flags(parser: argparse.ArgumentParser, path: str) -> list[str]:
     if not Path(path).is_file():
         raise cli.UserError(f"--config {path}: no such file; ready-made ones are in research/configs")
     try:
-        content = yaml.safe_load(Path(path).read_text()) or {}
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig")) or {}
     except yaml.YAMLError as error:
         raise cli.UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):

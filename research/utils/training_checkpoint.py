@@ -7,7 +7,6 @@ code. Files are written beside their place and moved there when they are whole a
 from __future__ import annotations
 
 import json
-import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,13 @@ from research.utils.cli import UserError
 from research.utils.output import write_atomically
 from research.utils.training_recipe import check_masks
 
-FORMAT = "capruner-training-1"
+FORMAT = "capruner-training-2"
 _SOME_DICT = (dict, type(None))
 CONTENT: dict[str, Any] = {
     **{"epoch": int, "steps": int, "model": dict, "optimizer": dict, "scaler": dict, "manager": dict, "best": dict},
     **{"rows": list, "updates": list, "arguments": dict, "ema": _SOME_DICT, "scheduler": _SOME_DICT},
     "wandb_id": (str, type(None)),
+    **{"recipe": str, "steps_per_epoch": int, "processes": int},
 }
 """What a checkpoint of training holds, and of which kind."""
 
@@ -64,24 +64,39 @@ def load_state(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UserError(f"--resume {path}: no such file")
+    only_weights = f"--resume {path}: not a checkpoint of sparse_training.py, such as last.pt; to start from weights, use --checkpoint {path}"
+    with path.open("rb") as file:
+        if file.read(9)[8:] == b"{":  # safetensors: the header's length, then JSON
+            raise UserError(only_weights)
     try:
         with zipfile.ZipFile(path) as parts:
             bad = parts.testzip()
     except (zipfile.BadZipFile, EOFError, OSError) as error:
         raise UserError(
-            f"--resume {path}: torn, or no checkpoint at all ({error}); take an older one, or start anew"
+            f"--resume {path}: cut short, or not a checkpoint ({error}); resume from an older one, or start another --experiment"
         ) from error
     if bad is not None:
-        raise UserError(f"--resume {path}: damaged (the checksum of {bad} is wrong); take an older one, or start anew")
+        raise UserError(
+            f"--resume {path}: damaged, the checksum of {bad} is wrong; resume from an older one, or start another --experiment"
+        )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, KeyError, ValueError, EOFError) as error:
-        first = str(error).strip().splitlines()[0][:200]
-        raise UserError(f"--resume {path}: not a checkpoint of sparse_training.py ({first})") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    except (
+        Exception
+    ) as error:  # torch's reader trips over foreign files in a dozen ways, and tells it with escape codes
         raise UserError(
-            f"--resume {path}: not a checkpoint of sparse_training.py; to start from weights, use --checkpoint {path}"
+            f"--resume {path}: not a checkpoint of sparse_training.py, which hold tensors and plain values only"
+        ) from error
+    if (
+        isinstance(state, dict)
+        and str(state.get("format", "")).startswith("capruner-training-")
+        and state["format"] != FORMAT
+    ):
+        raise UserError(
+            f"--resume {path}: written by another version of sparse_training.py ({state['format']}, not {FORMAT})"
         )
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(only_weights)
     return state
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import copy
 import random
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -51,7 +52,10 @@ def train_loader(
             f"lower --batch-size, now {args.batch_size}"
         )
     if args.aug_repeats and processes.size == 1:
-        raise UserError("--aug-repeats needs several processes; set --aug-repeats 0")
+        print(
+            f"note: --aug-repeats {args.aug_repeats} is for several processes; it is off in this run of one",
+            file=sys.stderr,
+        )
     mixup = None
     if uses_mixup(args):
         kind = Mixup if args.no_prefetcher else FastCollateMixup
@@ -85,7 +89,7 @@ def train_loader(
         grayscale_prob=args.grayscale_prob,
         gaussian_blur_prob=args.gaussian_blur_prob,
         auto_augment=args.aa,
-        num_aug_repeats=args.aug_repeats,
+        num_aug_repeats=args.aug_repeats if processes.size > 1 else 0,
         interpolation=config["interpolation"] if args.no_aug else args.train_interpolation,
         num_workers=args.workers,
         distributed=processes.size > 1,

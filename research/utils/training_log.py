@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from research.utils import output
 from research.utils.plots import COLOURS, plt
+from research.utils.recipe import read as read_recipe
 from research.utils.training_recipe import layer_sparsities, sparsity_of
 from research.utils.wandb_log import WandbLog
 
@@ -47,7 +48,7 @@ class Log:
         self._wandb = WandbLog(
             name=self.args.experiment,
             dir=str(self.folder),
-            config=vars(self.args),
+            config=vars(self.args) | {"recipe": read_recipe(self.args.sparseml_recipe)},
             id=self.wandb_id,
             resume="allow" if self.wandb_id else None,
         )
@@ -69,7 +70,7 @@ class Log:
         print(f"epoch {row['epoch']:>3}: " + ", ".join(parts) + f", {row['seconds']:.1f} s", flush=True)
         self.write()
         if self._wandb:
-            shown = dict(row)
+            shown = row | {f"sparsity/{layer['name']}": layer["sparsity"] for layer in layer_sparsities(dict(masks))}
             if self.args.log_param_histogram:
                 shown |= self._histograms(model, masks)
             self._wandb.log(shown, step=row["epoch"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +11,7 @@ from research.utils.cli import UserError
 
 
 class WandbLog:
-    """A run in Weights & Biases, for as long as it answers.
+    """A run in Weights & Biases, for as long as it answers. ``WANDB_PROJECT``, ``WANDB_NAME`` and ``WANDB_DIR`` go before the values here.
 
     Args:
         options: of ``wandb.init``.
@@ -29,8 +30,12 @@ class WandbLog:
             raise UserError("--log-wandb needs the wandb package: pip install wandb") from error
         self._run: Any = None
         self.id: str | None = None
+        options = {"project": "capruner"} | options
+        for option in ("project", "name", "dir"):
+            if os.environ.get(f"WANDB_{option.upper()}"):
+                options.pop(option, None)
         try:
-            self._run = wandb.init(project="capruner", **options)
+            self._run = wandb.init(**options)
             self.id = self._run.id
         except Exception as error:
             self._lost(error)

@@ -59,6 +59,7 @@ def words(place: Path, **changes: Any) -> list[str]:
         "gs_batch_size": 4,
         "workers": 0,
         "device": "cpu",
+        "overwrite": True,
     } | changes
     line = ["prune"]
     for flag, value in given.items():

@@ -71,6 +71,7 @@ def arguments(place: Path, recipe: str = "CAPruningModifier", **changes: object)
         "-gb": 4,
         "--workers": 0,
         "--device": "cpu",
+        "--overwrite": True,
     } | {f"--{key.replace('_', '-')}": value for key, value in changes.items()}
     line: list[str] = []
     for flag, value in given.items():
@@ -141,7 +142,7 @@ def test_batchnorm_recalibration_is_reported_beside_the_plain_accuracy(place: Pa
     line = arguments(
         place,
         model="resnet10t",
-        model_kwargs=["num_classes=3"],
+        model_kwargs=["num_classes=3", "zero_init_last=False"],
         checkpoint=None,
         img_size=32,
         recalibrate_bn=2,
@@ -157,7 +158,7 @@ def test_batchnorm_recalibration_is_reported_beside_the_plain_accuracy(place: Pa
 BAD = {
     "no folder": ({"data_dir": "/nowhere"}, "--data-dir /nowhere is not a folder"),
     "unknown model": ({"model": "vit_tinny_patch16_224"}, "timm has no such model; near:.*vit_tiny_patch16_224"),
-    "missing checkpoint": ({"checkpoint": "/nowhere.pth"}, "--checkpoint /nowhere.pth: no such file"),
+    "missing checkpoint": ({"checkpoint": "/nowhere.pth"}, "--checkpoint /nowhere.pth: no checkpoint at /nowhere.pth"),
     "other classes": ({"model_kwargs": [f"{k}={v}" for k, v in (KWARGS | {"num_classes": 7}).items()], "checkpoint": None}, "3 classes, the model 7 outputs"),
     "sparsity in percent": ({"sparsities": [50]}, r"must lie in \[0, 1\); write 0.9 for 90 %"),
     "experiment outside": ({"experiment": "../up"}, "must be a name inside --output"),
@@ -235,3 +236,38 @@ def test_multiply_adds_can_decide(place: Path, tmp_path: Path) -> None:
 def test_multiply_adds_mean_nothing_to_others(recipe: str, place: Path) -> None:
     with pytest.raises(cli.UserError, match=f"--allocate-by macs means nothing to {recipe}"):
         one_shot_pruning.main(arguments(place, recipe, allocate_by="macs"))
+
+
+def test_a_finished_run_is_replaced_only_when_asked_and_wholly(place: Path, tmp_path: Path) -> None:
+    there: dict[str, object] = {"recipe": "GlobalMagnitudePruningModifier", "output": tmp_path, "save_model": True}
+    one_shot_pruning.main(arguments(place, **there))
+    folder = tmp_path / "trial"
+    before = (folder / "summary.json").read_bytes()
+    with pytest.raises(cli.UserError, match=r"trial holds a finished run; .* or replace it with --overwrite"):
+        one_shot_pruning.main(arguments(place, **there | {"sparsities": [0.6], "overwrite": None}))
+    inside = folder / "checkpoints" / "sparsity_0.5.safetensors"
+    with pytest.raises(cli.UserError, match=r"--checkpoint .* lies in .*trial, which this run will fill"):
+        one_shot_pruning.main(arguments(place, **there | {"checkpoint": inside}))
+    assert (folder / "summary.json").read_bytes() == before
+    one_shot_pruning.main(arguments(place, **there | {"sparsities": [0.6]}))
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["sparsity_0.6.safetensors"]
+    assert [row["requested"] for row in json.loads((folder / "summary.json").read_text())["rows"]] == [None, 0.6]
+
+
+def test_an_interrupted_run_is_replaced_without_asking(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there: dict[str, object] = {"recipe": "GlobalMagnitudePruningModifier", "output": tmp_path, "overwrite": None}
+    with monkeypatch.context() as patch:
+        patch.setattr(one_shot_pruning.Run, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            one_shot_pruning.main(arguments(place, **there, save_model=True))
+    one_shot_pruning.main(arguments(place, **there, sparsities=[0.6]))
+    assert list((tmp_path / "trial" / "checkpoints").iterdir()) == []
+
+
+def test_the_folder_of_a_training_is_not_for_one_shot(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "trial").mkdir()
+    (tmp_path / "trial" / "last.pt").touch()
+    with pytest.raises(cli.UserError, match=r"trial holds a run of sparse_training.py"):
+        one_shot_pruning.main(arguments(place, output=tmp_path))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +202,6 @@ def test_help_is_grouped(capsys: pytest.CaptureFixture[str]) -> None:
         ({"sched": "zigzag"}, "--sched zigzag cannot be built"),
         ({"sparseml_recipe": "nowhere.yaml"}, "no such file"),
         ({"log_param_histogram": True}, "add --log-wandb"),
-        ({"aug_repeats": 3}, "--aug-repeats needs several processes"),
         ({"resume": "nowhere.pt"}, "nowhere.pt: no such file"),
         ({"timeout": 0}, "more than 0"),
     ],
@@ -240,3 +241,76 @@ def test_a_configuration_with_a_mistake(line: Line, tmp_path: Path, content: str
 def test_a_loss_that_is_not_finite_stops_training(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="Lower the learning rate"):
         sparse_training.main(line("gmp", opt="sgd", lr=1e30))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"img_size": 64}, r"does not take images of \(3, 64, 64\)"),
+        (
+            {"model": "mnasnet_small", "model_kwargs": ["num_classes=3"], "grad_checkpointing": True},
+            "does not support it",
+        ),
+        ({"model_kwargs": ["img_size=16", "num_classes=3", "in_chans=4"]}, "takes 4 input channels"),
+        ({"sched": "wsd", "decay_epochs": 99}, "--sched wsd cannot be built"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_timm_or_the_model_trips_over_is_one_line(
+    line: Line, changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(self: Any, enable: bool = True) -> None:
+        assert not enable, "gradient checkpointing not supported"
+
+    import timm
+
+    monkeypatch.setattr(timm.create_model("mnasnet_small").__class__, "set_grad_checkpointing", missing)
+    with pytest.raises(cli.UserError, match=message):
+        sparse_training.main(line(**changes))
+
+
+def test_repeated_augmentation_is_off_with_one_process(line: Line, tmp_path: Path, capsys: Any) -> None:
+    sparse_training.main(line("oneshot", epochs=1, aug_repeats=3))
+    assert "--aug-repeats 3 is for several processes; it is off in this run of one" in capsys.readouterr().err
+    assert len(rows(tmp_path / "trial")) == 2
+
+
+class Wandb(types.ModuleType):
+    """Remembers what it was told."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.id, self.options, self.logged = "abc", {}, []
+
+    def init(self, **options: Any) -> Wandb:
+        self.options = options
+        return self
+
+    def log(self, values: dict[str, Any], step: int | None = None) -> None:
+        self.logged.append(values)
+
+    def finish(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("script", ["training", "one_shot"])
+@pytest.mark.parametrize("named", [False, True])
+def test_weights_and_biases_gets_the_recipe_and_every_layer(
+    line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, named: bool
+) -> None:
+    from research import one_shot_pruning
+
+    wandb = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for variable in ("WANDB_PROJECT", "WANDB_NAME"):
+        monkeypatch.setenv(variable, "mine") if named else monkeypatch.delenv(variable, raising=False)
+    if script == "training":
+        sparse_training.main(line("oneshot", epochs=1, log_wandb=True))
+    else:
+        one_shot_pruning.main(line("oneshot", batch_size=None, opt=None, lr=None, sparsities=[0.75], log_wandb=True))
+    assert ("project" in wandb.options, "name" in wandb.options) == (not named, not named)
+    assert "CAPruningModifier" in wandb.options["config"]["recipe"]
+    shares = {key: value for key, value in wandb.logged[-1].items() if key.startswith("sparsity/")}
+    assert len(shares) == 8
+    assert "sparsity/blocks.0.mlp.fc1.weight" in shares
+    assert 0.6 < sum(shares.values()) / 8 < 0.9

@@ -19,13 +19,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import nn
 from training_case import ROOT, Line, rows, same_weights, updates
 
 pytest.importorskip("sparseml")
 from capruner.methods import CAP
 from research import sparse_training
-from research.utils import cli, training_watch
+from research.utils import cli, training_resume, training_watch
 from research.utils.training_checkpoint import load_state, load_training, save_state, save_weights
 from research.utils.training_data import GradientSamples
 from research.utils.training_watch import Watch
@@ -143,16 +144,129 @@ def test_an_earlier_run_is_not_overwritten(line: Line) -> None:
         sparse_training.main(line("oneshot", epochs=1))
 
 
-def test_what_differs_from_the_stopped_run_is_said(
-    line: Line, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def arguments_of(line: Line, **changes: Any) -> list[str]:
+    return line("gmp", **{"epochs": 2, "opt": "sgd", "lr": 0.05, "momentum": 0.9, "save_last": True, **changes})
+
+
+def lr_of(folder: Path) -> list[float]:
+    return [float(row["lr"]) for row in rows(folder)[1:]]
+
+
+def test_more_epochs_follow_the_longer_schedule(line: Line, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sparse_training.main(arguments_of(line, experiment="whole", epochs=4))
+    sparse_training.main(arguments_of(line))
+    sparse_training.main(arguments_of(line, epochs=4, resume=True))
+    assert "note: --epochs was 2, it is 4 from here on" in capsys.readouterr().out
+    assert lr_of(tmp_path / "trial")[2:] == lr_of(tmp_path / "whole")[2:]
+    assert lr_of(tmp_path / "trial")[2] > 0.02
+
+
+TAKEN = [
+    ({"lr": 0.01}, "lr", 0.01),
+    ({"sched": "none", "lr": 0.01}, "lr", 0.01),
+    ({"sched": "step", "decay_epochs": 1, "decay_rate": 0.5}, "lr", 0.025),
+    ({"min_lr": 0.04}, "lr", 0.045),
+    ({"weight_decay": 0.5}, "weight_decay", 0.5),
+    ({"weight_decay": 0}, "weight_decay", 0),
+    ({"momentum": 0.3}, "momentum", 0.3),
+    ({"opt_args": ["nesterov=False"]}, "nesterov", False),
+    ({"smoothing": 0.3}, None, None),
+    ({"seed": 3}, None, None),
+]
+
+
+@pytest.mark.parametrize(("changes", "key", "value"), TAKEN, ids=lambda value: str(value))
+def test_a_changed_argument_takes_effect(
+    line: Line, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], key: str | None, value: Any
 ) -> None:
+    unscheduled = {"sched": "none"} if changes.get("sched") == "none" else {}
+    train_and_kill(arguments_of(line, **unscheduled), monkeypatch, "_keep", 1)
+    monkeypatch.setattr(sparse_training.Training, "run", lambda self: ran.append(self))
+    ran: list[Any] = []
+    sparse_training.main(arguments_of(line, **changes, resume=True))
+    (training,) = ran
+    if key:
+        expected = [value / 2 if changes == {"lr": 0.01} else value]  # half of the cosine is over
+        assert training.optimizer.param_groups[-1][key] == pytest.approx(expected[0])
+
+
+REFUSED: list[dict[str, Any]] = [
+    {"opt": "adamw"},
+    {"batch_size": 6},
+    {"grad_accum_steps": 2},
+    {"model_ema": True},
+    {"amp": True},
+    {"drop_path": 0.1},
+    {"mean": [0.1, 0.2, 0.3]},
+    {"val_limit": 3},
+    {"sparsities": [0.6, 0.7]},
+    {"layer_decay": 0.9},
+    {"opt_betas": [0.8, 0.9]},
+    {"lr_base": 3.0},
+    {"sched": "plateau"},
+    {"checkpoint": "other.pth"},
+    {"model_kwargs": ["img_size=16", "depth=3"]},
+]
+
+
+@pytest.mark.parametrize("changes", REFUSED, ids=lambda value: next(iter(value)))
+def test_a_changed_argument_that_cannot_take_effect_is_refused(
+    line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    train_and_kill(arguments_of(line), monkeypatch, "_keep", 1)
+    before = (tmp_path / "trial" / "last.pt").read_bytes()
+    with pytest.raises(
+        cli.UserError, match=rf"--resume: --{next(iter(changes)).replace('_', '-')} was .* and is .* now"
+    ):
+        sparse_training.main(arguments_of(line, **changes, resume=True))
+    assert (tmp_path / "trial" / "last.pt").read_bytes() == before
+
+
+def test_every_argument_is_in_one_table() -> None:
+    """Those in none are refused; no name in a table is a misspelt one."""
+    from research.utils.training_arguments import make_parser
+
+    known = {action.dest for action in make_parser("")._actions}
+    tables = [training_resume.WITHOUT_EFFECT, training_resume.EACH_EPOCH, training_resume.SCHEDULE]
+    tables += [training_resume.OPTIMIZER, training_resume.RATE_SOURCES, training_resume.STARTING]
+    assert not set.union(*tables) - known
+    assert sum(map(len, tables)) == len(set.union(*tables))
+
+
+def test_other_surroundings_are_refused(line: Line, training_place: Path, tmp_path: Path) -> None:
     sparse_training.main(line("oneshot", epochs=1))
-    sparse_training.main(line("oneshot", resume=tmp_path / "trial" / "last.pt", weight_decay=0.5, experiment="other"))
-    told = capsys.readouterr().out
-    assert "note: weight_decay was 2e-05 before, it is 0.5 now" in told
-    assert "resumed after epoch 1 at sparsity 0.7500" in told
-    with pytest.raises(ValueError, match=r"a parameter of a modifier has changed"):
-        sparse_training.main(line("cap", resume=tmp_path / "trial" / "last.pt", experiment="third"))
+    last = tmp_path / "trial" / "last.pt"
+    with pytest.raises(cli.UserError, match="the recipe has another text than before"):
+        sparse_training.main(line("cap", epochs=1, resume=last, experiment="third"))
+    save_state(last, load_state(last) | {"epoch": 2})
+    with pytest.raises(cli.UserError, match="--epochs 1, but 2 epochs are done already"):
+        sparse_training.main(line("oneshot", epochs=1, resume=True))
+    save_state(last, load_state(last) | {"epoch": 1, "processes": 4})
+    with pytest.raises(cli.UserError, match="processes: 4 before, 1 now"):
+        sparse_training.main(line("oneshot", epochs=2, resume=True))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_plateau_is_resumed_with_its_counters(line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = {"sched": "plateau", "patience_epochs": 1, "epochs": 5, "decay_rate": 0.5, "lr_noise": [0.2, 0.9]}
+    sparse_training.main(arguments_of(line, experiment="whole", **flags))
+    rates = lr_of(tmp_path / "whole")
+    assert rates[0] == 0.05
+    assert min(rates) < 0.05
+    for epoch in (1, 2, 3, 4):
+        train_and_kill(arguments_of(line, resume=True, **flags), monkeypatch, "_keep", epoch)
+    sparse_training.main(arguments_of(line, resume=True, **flags))
+    assert lr_of(tmp_path / "trial") == rates
+    last = Path("checkpoints") / "last.safetensors"
+    assert same_weights(tmp_path / "whole" / last, tmp_path / "trial" / last)
+    with pytest.raises(cli.UserError, match=r"--lr was 0.05 and is 0.1 now.*plateau keeps its rate"):
+        sparse_training.main(arguments_of(line, resume=True, **flags | {"lr": 0.1}))
+
+
+def test_a_file_of_weights_is_called_that(line: Line, tmp_path: Path) -> None:
+    save_file({"head.bias": torch.ones(3)}, tmp_path / "weights.safetensors")
+    with pytest.raises(cli.UserError, match=r"to start from weights, use --checkpoint .*weights.safetensors$"):
+        load_state(tmp_path / "weights.safetensors")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
@@ -161,7 +275,7 @@ def test_a_torn_checkpoint_is_recognised(tmp_path: Path, share: float) -> None:
     save_state(path, {"weights": torch.randn(1000)})
     whole = path.read_bytes()
     path.write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(cli.UserError, match=r"torn, or no checkpoint"):
+    with pytest.raises(cli.UserError, match=r"cut short, or not a checkpoint"):
         load_state(path)
 
 

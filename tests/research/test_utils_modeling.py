@@ -117,3 +117,66 @@ def test_top5_of_fewer_classes():
     found = evaluate.evaluate(Echo(), [(torch.eye(3), torch.tensor([0, 1, 0]))], torch.device("cpu"))
     assert found["top1"] == pytest.approx(200 / 3)
     assert found["top5"] == 100.0
+
+
+class WithAuxiliary(nn.Module):
+    """An Inception: two outputs in training mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.drop, self.linear = nn.BatchNorm2d(3), nn.Dropout(), nn.Linear(3 * 16 * 16, 2)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        scores = self.linear(self.drop(self.norm(x)).flatten(1))
+        return (scores, scores) if self.training else scores
+
+
+def test_auxiliary_outputs_are_refused_in_training_only():
+    model = WithAuxiliary()
+    before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    modeling.check_forward(model, (3, 16, 16), "inception")
+    with pytest.raises(UserError, match=r"inception returns a tuple in training mode .* aux_logits=False"):
+        modeling.check_forward(model, (3, 16, 16), "inception", training=True)
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_images_of_another_size_are_refused():
+    model = timm.create_model(NAME, **KWARGS)
+    with pytest.raises(UserError, match=r"does not take images of \(3, 64, 64\): .*--model-kwargs img_size=64"):
+        modeling.check_forward(model, (3, 64, 64), NAME)
+
+
+def test_models_from_a_folder_are_built_as_timm_builds_them(tmp_path):
+    import json
+
+    wanted = timm.create_model(NAME, **KWARGS)
+    config = {
+        "architecture": NAME,
+        "num_classes": 2,
+        "model_args": {k: v for k, v in KWARGS.items() if k != "num_classes"},
+    }
+    config["pretrained_cfg"] = {"num_classes": 2, "input_size": [3, 16, 16]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(wanted.state_dict(), tmp_path / "model.safetensors")
+    model = modeling.build_model(f"local-dir:{tmp_path}", {}, "", pretrained=True)
+    assert all(torch.equal(value, wanted.state_dict()[key]) for key, value in model.state_dict().items())
+    from capruner.report.architecture import architecture, input_size
+
+    assert input_size(architecture(f"local-dir:{tmp_path}", {})) == (3, 16, 16)
+
+
+@pytest.mark.parametrize("name", ["local-dir:/nowhere", "zoo:resnet18", "timm/resnet18.a1_in1k", "local-dir:"])
+def test_models_that_no_source_has_are_one_line(name):
+    with pytest.raises(UserError, match=name) as caught:
+        modeling.build_model(name, {}, "", pretrained=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_s_source_is_no_part_of_the_experiment_s_name():
+    from research.utils.output import model_label
+
+    assert model_label("hf-hub:timm/resnet18.a1_in1k") == "timm_resnet18.a1_in1k"
+    assert model_label("local-dir:/models/../mine") == "models_.._mine"
+    assert model_label("resnet18.a1_in1k") == "resnet18.a1_in1k"

@@ -58,14 +58,6 @@ def test_a_mistake_is_one_line_and_debug_shows_the_traceback(capsys):
         cli.run(main, ["--debug"])
 
 
-def test_our_own_mistakes_keep_their_traceback():
-    def main(argv: object) -> None:
-        raise KeyError("a bug")
-
-    with pytest.raises(KeyError):
-        cli.run(main, [])
-
-
 def test_a_killed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "summary.json"
     output.write_json(path, {"a": 1})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -138,3 +140,64 @@ def test_quantization_is_refused_when_the_recipe_is_loaded(written):
         UserError, match=r"QuantizationModifier does not work with torch .* quantize the exported model"
     ):
         recipe.load_manager(path)
+
+
+def anchors(count: int) -> str:
+    lines = [f"a{index}: &a{index} 0.{index + 1}" for index in range(count)]
+    return "\n".join([*lines, *(f"b{index}: *a{index}" for index in range(count))]) + "\n"
+
+
+@pytest.mark.parametrize("count", [17, 32, 300])
+def test_references_to_numbers_are_fine_however_many(count, written):
+    one = modifier_text("CAPruningModifier", "final_sparsity: 0.5", "params: __ALL_PRUNABLE__")
+    assert len(found(written(anchors(count) + "modifiers:\n" + one))[0].modifiers) == 1
+
+
+def bomb(levels: int) -> str:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, levels)]
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("text", [bomb(9), "a: &a [*a]\n", "a: &a {b: {c: *a}}\n"], ids=["nested", "itself", "deeply"])
+def test_references_that_explode_are_refused(text, written):
+    one = modifier_text("CAPruningModifier", "final_sparsity: 0.5", "params: __ALL_PRUNABLE__")
+    with pytest.raises(UserError, match=r"its references \(\*name\) make it more than 100,000 values"):
+        recipe.load_manager(written(text + "modifiers:\n" + one))
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("ConstantPruningModifier", ("params: __ALL_PRUNABLE__",)),
+        ("ACDCPruningModifier", ("compression_sparsity: 0.5", "params: __ALL_PRUNABLE__", "global_sparsity: True")),
+        ("TopKASTPruningModifier", ("forward_sparsity: 0.5", "backward_sparsity: 0.4", "params: __ALL_PRUNABLE__")),
+    ],
+)
+def test_modifiers_without_a_final_sparsity_are_refused_by_name(name, lines, written, model):
+    schedule = "start_epoch: 0.0\n      end_epoch: 1.0\n      " + "update_frequency: 1.0\n      " * (name[0] != "C")
+    path = written("modifiers:\n" + f"  - !{name}\n      {schedule}" + "\n      ".join(lines) + "\n")
+    _manager, modifier = found(path)
+    with pytest.raises(UserError, match=f"{name} has no final_sparsity, so it cannot prune in one shot"):
+        recipe.check_sparsities(modifier, model, [], path)
+    from capruner.cli.lint import lint
+
+    names, problems = lint(Path(path), model)
+    assert (list(names), problems) == (["0.weight", "2.weight"], [])
+
+
+def test_a_recipe_is_utf_8_whatever_the_locale(tmp_path):
+    one = modifier_text("CAPruningModifier", "final_sparsity: 0.5", "params: __ALL_PRUNABLE__")
+    (tmp_path / "r.yaml").write_text("# Für später: ×\nmodifiers:\n" + one, encoding="utf-8")
+    (tmp_path / "r.md").write_text("---\n# Für später: ×\nmodifiers:\n" + one + "---\nÜber\n", encoding="utf-8")
+    code = "import sys; from research.utils.recipe import load_manager\nfor p in sys.argv[1:]:\n  m = load_manager(p); print(len(m.modifiers))"
+    environment = os.environ | {"PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
+    line = [sys.executable, "-c", code, str(tmp_path / "r.yaml"), str(tmp_path / "r.md")]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["1", "1"], done.stderr
+
+
+@pytest.mark.parametrize("front", ["---\n", "--- # begin\n# ---\n", "# ------\n", ""])
+def test_a_document_s_first_line_is_no_front_matter(front, written):
+    one = modifier_text("CAPruningModifier", "final_sparsity: 0.5", "params: __ALL_PRUNABLE__")
+    assert len(found(written(front + "modifiers:\n" + one + "# --- the end\n"))[0].modifiers) == 1

@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     print(_text(found))
     if args.json:
         with replacing(args.json) as partial:
-            partial.write_text(json.dumps(found, indent=1))
+            partial.write_text(json.dumps(found, indent=1), encoding="utf-8")
     return 0 if found["rows"] else 1
 
 
@@ -173,7 +173,7 @@ def _names(args: argparse.Namespace) -> list[str]:
 
 def _machine() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

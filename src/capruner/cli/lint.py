@@ -73,7 +73,7 @@ def lint(path: Path, model: nn.Module) -> tuple[dict[str, nn.Parameter], list[st
 
 
 def _selections(modifier: Any) -> list[Any]:
-    final = modifier.final_sparsity
+    final = getattr(modifier, "final_sparsity", None)  # a constant mask, ACDC and others have none
     return list(final.values()) if isinstance(final, Mapping) else [modifier.params]
 
 
@@ -116,9 +116,9 @@ def _words(modifier: Any) -> list[str]:
 
 def _values(modifier: Any, chosen: Mapping[str, Tensor]) -> list[str]:
     problems = _numbers(modifier) + (_words(modifier) if hasattr(modifier, "_recipe") else [])
-    final = modifier.final_sparsity
-    sparsities = [modifier.init_sparsity, *(final if isinstance(final, Mapping) else [final])]
-    numbers = [float(s) for s in sparsities if s != _FROM_WEIGHTS]
+    final = getattr(modifier, "final_sparsity", None)
+    sparsities = [getattr(modifier, "init_sparsity", None), *(final if isinstance(final, Mapping) else [final])]
+    numbers = [float(s) for s in sparsities if s is not None and s != _FROM_WEIGHTS]
     problems += [f"a sparsity must lie in [0, 1), got {s:g}" for s in numbers if not 0 <= s < 1]
     problems += [
         f"backslashes in {entry!r} are doubled when SparseML saves the recipe; write [0-9] for \\d and leave \\. a plain dot"

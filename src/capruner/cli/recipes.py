@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         )
     path = find(args.what[0])
     if args.action == "show":
-        print(path.read_text(), end="")
+        print(path.read_text(encoding="utf-8"), end="")
         return 0
     if not args.model:
         raise UserError("capruner recipes lint needs --model: the timm architecture to check against")
@@ -86,7 +86,7 @@ def find(name: str) -> Path:
 def line(path: Path) -> str:
     """The first sentence of a recipe's comment."""
     words: list[str] = []
-    for text in path.read_text().splitlines():
+    for text in path.read_text(encoding="utf-8").splitlines():
         if not text.startswith("#"):
             break
         words.append(text.lstrip("# ").strip())

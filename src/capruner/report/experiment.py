@@ -84,7 +84,7 @@ def percent(share: float) -> str:
 def one_shot_contents(folder: Path) -> Contents:
     """From ``summary.json``; what an older one lacks is computed from the architecture, or noted."""
     with _edited(f"{folder / 'summary.json'} is not what one-shot pruning writes"):
-        summary = json.loads((folder / "summary.json").read_text())
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         return _one_shot(folder, summary, summary["arguments"])
 
 
@@ -148,10 +148,10 @@ def training_contents(folder: Path) -> Contents:
     import yaml
 
     with _edited(f"{folder} is not what sparse training writes"):
-        arguments = yaml.safe_load((folder / "arguments.yaml").read_text())
-        with (folder / "summary.csv").open() as file:
+        arguments = yaml.safe_load((folder / "arguments.yaml").read_text(encoding="utf-8"))
+        with (folder / "summary.csv").open(encoding="utf-8") as file:
             epochs = [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(file)]
-        updates = json.loads((folder / "layer_sparsity.json").read_text())
+        updates = json.loads((folder / "layer_sparsity.json").read_text(encoding="utf-8"))
         return _training(folder, arguments, epochs, updates)
 
 
@@ -167,7 +167,7 @@ def _training(
         levels=[],
         epochs=epochs,
         facts=_facts(arguments),
-        recipe=recipe.read_text() if recipe.is_file() else "",
+        recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
         files=_files(folder),
     )
     first, trained = epochs[0], epochs[1:]

@@ -33,9 +33,9 @@ def load_manager_state(manager: Any, state: dict[str, dict[str, Any]]) -> None:
     """
     modifiers = _keyed(manager)
     if modifiers.keys() != state.keys():
-        ours, theirs = (sorted(key.split("-")[0] for key in keys) for keys in (modifiers, state))
+        ours, theirs = (sorted(key.split("-")[0].split(" ")[-1] for key in keys) for keys in (modifiers, state))
         raise ValueError(
-            f"the state is of another recipe: it has {', '.join(theirs)}, this recipe {', '.join(ours)}"
+            f"the state was saved with another recipe: it has {', '.join(theirs)}, this recipe has {', '.join(ours)}"
             f"{'; a parameter of a modifier has changed' if ours == theirs else ''}"
         )
     for key, modifier in modifiers.items():
