@@ -171,6 +171,7 @@ class Training:
         training_resume.check_schedule(changes, rated, self.args.sched)
         for key, (before, now) in changes.items():
             self.processes.say(f"note: --{key.replace('_', '-')} was {before!r}, it is {now!r} from here on")
+        training_resume.check_groups(changes, saved["optimizer"], self.optimizer)
         self.optimizer.load_state_dict(saved["optimizer"])
         unscheduled = self.args.sched == "none" and not rated
         training_resume.adjust_optimizer(self.optimizer, then, changes, self._build_optimizer, unscheduled)

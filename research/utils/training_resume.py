@@ -131,6 +131,24 @@ def check_schedule(changes: Mapping[str, tuple[Any, Any]], recipe_sets_rate: boo
             _refuse(key, values, "--sched plateau keeps its rate in its own state")
 
 
+def check_groups(changes: Mapping[str, tuple[Any, Any]], saved: Mapping[str, Any], optimizer: Any) -> None:
+    """A saved optimizer state fits the same parameter groups only; no weight decay makes one group of two, for example.
+
+    Raises:
+        UserError: names the argument that makes other groups.
+    """
+    then, now = (
+        [len(group["params"]) for group in groups] for groups in (saved["param_groups"], optimizer.param_groups)
+    )
+    if then == now:
+        return
+    for key in sorted(OPTIMIZER & changes.keys()):
+        _refuse(key, changes[key], "it would need other parameter groups")
+    raise UserError(
+        f"--resume: the optimizer has parameter groups of {now} tensors now, of {then} before; resume with the same timm"
+    )
+
+
 def adjust_optimizer(
     optimizer: Any,
     then: Mapping[str, Any],

@@ -167,7 +167,6 @@ TAKEN = [
     ({"sched": "step", "decay_epochs": 1, "decay_rate": 0.5}, "lr", 0.025),
     ({"min_lr": 0.04}, "lr", 0.045),
     ({"weight_decay": 0.5}, "weight_decay", 0.5),
-    ({"weight_decay": 0}, "weight_decay", 0),
     ({"momentum": 0.3}, "momentum", 0.3),
     ({"opt_args": ["nesterov=False"]}, "nesterov", False),
     ({"smoothing": 0.3}, None, None),
@@ -192,6 +191,7 @@ def test_a_changed_argument_takes_effect(
 
 REFUSED: list[dict[str, Any]] = [
     {"opt": "adamw"},
+    {"weight_decay": 0},
     {"batch_size": 6},
     {"grad_accum_steps": 2},
     {"model_ema": True},
