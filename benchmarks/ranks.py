@@ -122,7 +122,7 @@ def main() -> None:
         "vit_tiny_patch16_224", img_size=32, patch_size=4, embed_dim=args.width, depth=args.depth, num_heads=3
     )
     shapes = [p.shape for p in select_parameters(model, PARAMS).values()]
-    layouts = [BlockLayout.of(shape, args.block_size, False) for shape in shapes]
+    layouts = [BlockLayout.of(shape, args.block_size) for shape in shapes]
     fisher = sum(layout.num_blocks * layout.block_size**2 * 4 for layout in layouts)
     print(
         f"{sum(s.numel() for s in shapes):,} weights, B = {args.block_size}, {args.num_grads} gradients; Fisher blocks {fisher / 2**20:.0f} MiB; "

@@ -453,7 +453,7 @@ class Strange(Exception):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("error", [AssertionError, KeyError, ValueError, AttributeError, Strange, ZeroDivisionError])
 def test_any_error_of_the_model_or_the_loss_names_the_batch(error: type[Exception], mode: str) -> None:
-    class Model(nn.Linear):
+    class Model(nn.Sequential):
         calls = 0
 
         def forward(self, x: Tensor) -> Tensor:
@@ -467,7 +467,7 @@ def test_any_error_of_the_model_or_the_loss_names_the_batch(error: type[Exceptio
         ValueError,
         match=rf"the model fails on batch {number} \(inputs: float32 \(\d, 5\)\): {error.__name__}: .?image size",
     ) as found:
-        prune(Model(5, 3), pairs(), gradients=mode, num_grads=8)
+        prune(Model(nn.Linear(5, 3)), pairs(), gradients=mode, num_grads=8)
     assert isinstance(found.value.__cause__, error)
 
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:

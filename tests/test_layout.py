@@ -15,11 +15,16 @@ def numbered(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torc
 
 
 @settings(max_examples=80, deadline=None)
-@given(SHAPES, st.integers(1, 50), st.booleans(), st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+@given(
+    SHAPES,
+    st.integers(1, 50),
+    st.sampled_from([None, 0, 1, 2]),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+)
 def test_blocks_hold_every_weight_once_and_lead_back(
-    shape: tuple[int, ...], B: int, channels_last: bool, dtype: torch.dtype
+    shape: tuple[int, ...], B: int, inputs: int | None, dtype: torch.dtype
 ) -> None:
-    layout = BlockLayout.of(shape, B, channels_last)
+    layout = BlockLayout.of(shape, B, inputs)
     tensor = numbered(shape).add(1).to(dtype)
     blocks = layout.to_blocks(tensor, dtype)
     assert blocks.shape == (layout.num_blocks, layout.block_size)
@@ -32,11 +37,11 @@ def test_blocks_hold_every_weight_once_and_lead_back(
 
 
 @settings(max_examples=40, deadline=None)
-@given(SHAPES, st.integers(1, 50), st.booleans(), st.lists(st.integers(1, 3), max_size=2).map(tuple))
+@given(SHAPES, st.integers(1, 50), st.sampled_from([None, 0, 1, 2]), st.lists(st.integers(1, 3), max_size=2).map(tuple))
 def test_batch_dimensions_are_kept_in_front(
-    shape: tuple[int, ...], B: int, channels_last: bool, batch: tuple[int, ...]
+    shape: tuple[int, ...], B: int, inputs: int | None, batch: tuple[int, ...]
 ) -> None:
-    layout = BlockLayout.of(shape, B, channels_last)
+    layout = BlockLayout.of(shape, B, inputs)
     tensor = torch.randn(*batch, *shape, dtype=torch.float64)
     blocks = layout.to_blocks(tensor, torch.float64)
     assert blocks.shape == (*batch, layout.num_blocks, layout.block_size)
@@ -50,12 +55,21 @@ def test_order_is_row_major_as_stored() -> None:
 
 def test_channels_last_puts_input_channels_innermost() -> None:
     weight = torch.randn(4, 3, 2, 5)
-    blocks = BlockLayout.of(weight.shape, 7, channels_last=True).to_blocks(weight)
+    blocks = BlockLayout.of(weight.shape, 7, inputs=1).to_blocks(weight)
     assert torch.equal(blocks.reshape(-1)[: weight.numel()], weight.permute(0, 2, 3, 1).reshape(-1))
 
 
+@pytest.mark.parametrize("shape", [(12, 5), (12, 5, 2), (12, 3, 2, 2)])
+def test_inputs_that_are_stored_first_run_innermost(shape: tuple[int, ...]) -> None:
+    weight = torch.randn(shape)
+    layout = BlockLayout.of(shape, inputs=0)
+    assert torch.equal(layout.to_blocks(weight).reshape(-1)[: weight.numel()], weight.movedim(0, -1).reshape(-1))
+    row = weight.numel() // shape[1]
+    assert layout.block_size % row == 0 or row % layout.block_size == 0
+
+
 def test_channels_last_means_nothing_for_a_matrix() -> None:
-    assert BlockLayout.of((4, 8), 4, channels_last=True) == BlockLayout.of((4, 8), 4)
+    assert BlockLayout.of((4, 8), 4, inputs=1) == BlockLayout.of((4, 8), 4)
 
 
 def test_memory_format_does_not_matter() -> None:

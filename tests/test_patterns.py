@@ -242,8 +242,8 @@ def test_a_sparsity_or_block_size_that_the_pattern_cannot_have() -> None:
 def test_unsupported() -> None:
     shapes = {"a": (8,), "b": (8, 6), "c": (8, 8), "d": (8, 4, 3, 3), "e": (8, 1, 3, 3)}
     parameters = {name: torch.zeros(shape) for name, shape in shapes.items()}
-    assert unsupported(Pattern(2, 4), parameters) == ["a", "b", "e"]
-    assert unsupported(Pattern(), parameters) == []
+    assert unsupported(Pattern(2, 4), parameters, {}) == ["a", "b", "e"]
+    assert unsupported(Pattern(), parameters, {}) == []
 
 
 @settings(max_examples=30, deadline=None)

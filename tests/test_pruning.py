@@ -653,7 +653,7 @@ def test_calibration_without_data() -> None:
 
 
 def test_a_model_without_anything_to_prune() -> None:
-    with pytest.raises(ValueError, match="holds no Linear or convolution"):
+    with pytest.raises(ValueError, match="holds no Linear, convolution"):
         prune(nn.Sequential(nn.BatchNorm2d(3)))
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from capruner.selection import SelectionError, prunable_layers, select_parameters
+from capruner.selection import SelectionError, select, select_parameters
 from capruner.wrappers import unwrap
 
 
@@ -99,23 +99,8 @@ def test_a_pattern_matches_from_the_start(vit):
     assert "no parameter name matches" in message(vit, "re:attn.qkv.weight")
 
 
-def test_prunable_layers_are_linear_and_convolutions():
-    model = nn.Sequential(
-        nn.Conv1d(2, 2, 1),
-        nn.Conv2d(2, 2, 1),
-        nn.Conv3d(2, 2, 1),
-        nn.ConvTranspose2d(2, 2, 1),
-        nn.Embedding(3, 2),
-        nn.LayerNorm(2),
-    )
-    assert list(prunable_layers(model)) == ["0", "1", "2"]
-    assert names(model, "__ALL_PRUNABLE__") == ["0.weight", "1.weight", "2.weight"]
-    assert prunable_layers(model)["1"] is model[1]
-
-
 def test_a_model_that_is_one_layer():
     assert names(nn.Linear(2, 3), "__ALL_PRUNABLE__") == ["weight"]
-    assert list(prunable_layers(nn.Linear(2, 3))) == [""]
 
 
 # Wrappers and ties
@@ -127,7 +112,6 @@ def test_data_parallel_is_looked_through(vit):
     assert unwrap(nn.DataParallel(wrapped)) is vit
     assert select_parameters(wrapped, "blocks.0.attn") == select_parameters(vit, "blocks.0.attn")
     assert names(wrapped, "re:blocks.0.attn.qkv.weight") == ["blocks.0.attn.qkv.weight"]
-    assert list(prunable_layers(wrapped)) == list(prunable_layers(vit))
 
 
 def test_distributed_data_parallel_is_looked_through(vit, tmp_path):
@@ -150,7 +134,7 @@ def test_a_module_of_the_models_own_called_module_is_no_wrapper():
 
 
 @pytest.mark.parametrize(
-    "params", ["__ALL_PRUNABLE__", "head", "head.weight", "re:head.weight", "embed.weight", ["head", "embed.weight"]]
+    "params", ["head", "head.weight", "re:head.weight", "embed.weight", ["head", "embed.weight"], "__ALL__"]
 )
 def test_a_tied_parameter_appears_once_under_its_first_name(params):
     model = nn.Module()
@@ -198,7 +182,7 @@ def test_where_nothing_is_near_no_nearness_is_claimed(vit):
 
 
 def test_a_module_without_prunable_layers(vit):
-    assert "holds no Linear or convolution layer" in message(vit, "blocks.0.norm1")
+    assert "holds no Linear, convolution, attention or recurrent layer" in message(vit, "blocks.0.norm1")
     assert "'__ALL_PRUNABLE__'" in message(nn.LayerNorm(3), "__ALL_PRUNABLE__")
     assert "'__ALL__'" in message(nn.ReLU(), "__ALL__")
 
@@ -298,18 +282,61 @@ def test_a_class_of_letters_that_matches_is_fine():
 # What cannot be pruned
 
 
-def test_frozen_parameters_are_named_with_the_remedy(vit):
+def test_frozen_parameters_are_passed_over_with_one_line(vit, caplog):
     vit.blocks[0].requires_grad_(False)
-    text = message(vit, "__ALL_PRUNABLE__")
-    assert "blocks.0.attn.qkv.weight" in text
-    assert "blocks.1" not in text
+    vit.pos_embed.requires_grad_(False)
+    for params in ("__ALL_PRUNABLE__", "blocks", "re:.*weight$", "__ALL__", ["head", "blocks"]):
+        caplog.clear()
+        selection = select(vit, params)
+        assert not any(name.startswith("blocks.0") for name in selection.parameters)
+        assert "blocks.1.mlp.fc1.weight" in selection.parameters
+        assert selection.passed["blocks.0.mlp.fc1.weight"].startswith("frozen")
+        assert len(caplog.records) == 1
+        assert "blocks.0.attn.qkv.weight" in caplog.text
+    assert "blocks.0.mlp.fc1.weight" in select_parameters(vit, "__ALL_PRUNABLE__", trainable=False)
+
+
+@pytest.mark.parametrize(
+    "params", ["blocks.0", "blocks.0.mlp.fc1.weight", r"re:blocks\.0.*weight", ["head", "blocks.0.mlp.fc1"]]
+)
+def test_an_entry_that_is_frozen_as_a_whole_is_an_error_with_the_remedy(vit, params):
+    vit.blocks[0].requires_grad_(False)
+    text = message(vit, params)
+    assert "blocks.0.mlp.fc1.weight" in text
     assert "requires_grad_(True)" in text
-    assert names(vit, "blocks.1.mlp") == ["blocks.1.mlp.fc1.weight", "blocks.1.mlp.fc2.weight"]
 
 
 def test_a_long_list_of_frozen_parameters_is_cut(vit):
     vit.requires_grad_(False)
     assert "and 5 more" in message(vit, "__ALL_PRUNABLE__")  # of ten
+
+
+# Exclusions
+
+
+@pytest.mark.parametrize(
+    "exclude",
+    ["blocks", ["blocks.0", "blocks.1"], r"re:blocks\..*", [*IN_BLOCKS], ["blocks.0", r"re:blocks\.1\.(attn|mlp)"]],
+)
+def test_exclusions(vit, exclude):
+    selection = select(vit, "__ALL_PRUNABLE__", exclude)
+    assert list(selection.parameters) == ["patch_embed.weight", "head.weight"]
+    assert all(selection.passed[name] == "excluded" for name in IN_BLOCKS)
+    assert list(select_parameters(vit, ["head", "blocks"], exclude)) == ["head.weight"]
+
+
+def test_an_exclusion_may_be_frozen_and_has_to_match_something(vit):
+    vit.head.requires_grad_(False)
+    assert list(select_parameters(vit, ["head", "patch_embed"], "head")) == ["patch_embed.weight"]
+    for exclude, text in (
+        ("haed", "exclude: no parameter.*'haed'.*head"),
+        ("re:x", "exclude: no parameter name"),
+        ([3], "must be a string"),
+    ):
+        with pytest.raises(SelectionError, match=text):
+            select(vit, "__ALL_PRUNABLE__", exclude)
+    with pytest.raises(SelectionError, match="nothing is left to prune"):
+        select(vit, "blocks", "blocks")
 
 
 def test_parameters_that_are_not_floating_point():
@@ -321,12 +348,21 @@ def test_parameters_that_are_not_floating_point():
     assert "0.weight" not in text
 
 
-@pytest.mark.parametrize("params", ["__ALL_PRUNABLE__", "0"])
-def test_weights_that_are_computed_from_others(params):
+def test_weights_that_are_computed_from_others(caplog):
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), nn.Linear(2, 2))
-    text = message(model, params)
+    text = message(model, "0")
     assert "0.weight" in text
     assert "parametrization" in text
+    assert names(model, "1") == ["1.weight"]
+    selection = select(model, "__ALL_PRUNABLE__")
+    assert list(selection.parameters) == ["1.weight"]
+    assert "parametrization" in selection.passed["0.weight"]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_weights_without_a_shape_yet():
+    model = nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2))
+    assert "0.weight" in message(model, "__ALL_PRUNABLE__")
     assert names(model, "1") == ["1.weight"]
 
 

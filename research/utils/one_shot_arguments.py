@@ -154,7 +154,7 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--params",
         nargs="+",
-        help="parameters or modules to prune, or re:PATTERN (default __ALL_PRUNABLE__: all Linear and convolution weights)",
+        help="parameters or modules to prune, or re:PATTERN (default __ALL_PRUNABLE__: the weights of all linear layers)",
     )
     group.add_argument(
         "--skip-unsupported",

@@ -31,6 +31,7 @@ from capruner.numerics import working_dtype
 from capruner.result import Level
 from capruner.resume import Record, packed, position_of, unpacked
 from capruner.state import State, StateError
+from capruner.weights import linear_weights
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -80,9 +81,13 @@ class Calibration:
     def __post_init__(self) -> None:
         size, group = self.settings.fisher_block_size, self.settings.pattern.group
         limit = largest(sum(p.numel() for p in self.parameters.values()))
-        self.layouts = {
-            name: BlockLayout.of(p.shape, size, group > 1, group, limit) for name, p in self.parameters.items()
-        }
+        linear = linear_weights(self.model)
+        self.layouts = {}
+        for name, p in self.parameters.items():
+            inputs = linear[name].inputs if name in linear else 1
+            self.layouts[name] = BlockLayout.of(
+                p.shape, size, inputs if group > 1 or inputs == 0 else None, group, limit
+            )
 
     def run(self, method: type[Method], kept: Mapping[str, Tensor]) -> Method:
         """Calibrate ``method`` at the model's present weights, of which ``kept`` (bool, True = stays) says what earlier pruning left."""

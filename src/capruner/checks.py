@@ -52,11 +52,12 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
         raise ValueError(
             f"sparsity must be a number in [0, 1), a list of them, or {{sparsity: [params]}}, got {_shown(sparsity)}"
         )
-    params = arguments.get("params", "")
-    if not isinstance(params, str) and not (
-        isinstance(params, Sequence) and all(isinstance(entry, str) for entry in params)
-    ):
-        raise ValueError(f"params must be a name, a pattern (re:...), or a list of them, got {_shown(params)}")
+    for name in ("params", "exclude"):
+        entries = arguments.get(name, "")
+        if not isinstance(entries, str) and not (
+            isinstance(entries, Sequence) and all(isinstance(entry, str) for entry in entries)
+        ):
+            raise ValueError(f"{name} must be a name, a pattern (re:...), or a list of them, got {_shown(entries)}")
     if masks is not None and not isinstance(masks, str):
         check_masks(masks)
     folder = arguments.get("state_dir")

@@ -15,7 +15,7 @@ from torch import nn
 
 from capruner.cli.arguments import describe
 from capruner.files import replacing
-from capruner.selection import prunable_layers
+from capruner.weights import linear_weights
 from capruner.wrappers import unwrap
 
 OPSET = 16
@@ -102,7 +102,9 @@ def _lost_zeros(graph: Any, model: nn.Module) -> list[str]:
         by_shape[zero.shape].append(zero)
         if zero.ndim == 2:
             by_shape[zero.T.shape].append(zero.T)
-    masks = {name: (w.detach() == 0).numpy() for name, w in prunable_weights(model).items()}
+    # ONNX orders the gates of recurrent layers in another way.
+    weights = {f.name: f for f in linear_weights(model).values() if not isinstance(f.layer, nn.RNNBase)}
+    masks = {name: (w.detach() == 0).numpy() for name, w in prunable_weights(model).items() if name in weights}
     return [name for name, m in masks.items() if not any(bool(zero[m].all()) for zero in by_shape[m.shape])]
 
 
@@ -120,12 +122,13 @@ def two_of_four(model: nn.Module) -> tuple[list[str], dict[str, str]]:
     """
     fit: list[str] = []
     unfit: dict[str, str] = {}
-    for name, layer in prunable_layers(model).items():
-        weight = layer.get_parameter("weight").detach()
+    for found in linear_weights(model).values():
+        name, _, attribute = found.name.rpartition(".")
+        weight = found.layer.get_parameter(attribute).detach()
         if not bool((weight == 0).any()):
             continue
-        if not isinstance(layer, nn.Linear):
-            unfit[name] = "a convolution, for which torch has no 2:4 kernel"
+        if not isinstance(found.layer, nn.Linear):
+            unfit[name] = f"of a {type(found.layer).__name__}, for which torch has no 2:4 kernel"
         elif weight.shape[0] % TILE[0] or weight.shape[1] % TILE[1]:
             unfit[name] = f"{weight.shape[0]}×{weight.shape[1]} is no multiple of {TILE[0]}×{TILE[1]}"
         else:
@@ -180,13 +183,15 @@ def to_semi_structured(model: nn.Module, tolerance: float = 1e-2) -> list[str]:
 
 
 def prunable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights of Linear and convolution layers, by layer."""
-    return {name: layer.get_parameter("weight") for name, layer in prunable_layers(model).items()}
+    """The weights of all linear layers, by name."""
+    return {
+        found.name: found.layer.get_parameter(found.name.rpartition(".")[2]) for found in linear_weights(model).values()
+    }
 
 
 @torch.no_grad()
 def fill_zeros(model: nn.Module) -> None:
-    """Make a dense twin, in place: random values for the zeros of Linear and convolution weights, as large as the others. For speed as good as any."""
+    """Make a dense twin, in place: random values for the zeros of the weights of linear layers, as large as the others. For speed as good as any."""
     generator = torch.Generator().manual_seed(0)
     for weight in prunable_weights(model).values():
         zero = weight == 0

@@ -34,6 +34,7 @@ from capruner.batches import (
     plain,
     take,
 )
+from capruner.computed import FirstLook
 from capruner.finite import BadBatchError, check_loss, checked, floats
 from capruner.memory import halved
 from capruner.numerics import working_dtype
@@ -113,6 +114,7 @@ def gradient_slabs(
     if mode == "batch" and not at.batches:
         batches.check_length(num_grads)
     drawn = _drawn(batches, device, at)
+    first = FirstLook(model, parameters)
     source = _BatchGradients if mode == "batch" else _SampleGradients
     with tqdm(
         total=num_grads,
@@ -122,7 +124,7 @@ def gradient_slabs(
         disable=None if progress else True,
         leave=False,
     ) as bar:
-        for slab_gradients in source(model, drawn, loss_fn, parameters, num_grads, slab, on_bad_batch, at):
+        for slab_gradients in source(model, first, drawn, loss_fn, parameters, num_grads, slab, on_bad_batch, at):
             bar.update(at.taken - bar.n)
             yield slab_gradients
     if at.taken < num_grads:
@@ -153,6 +155,7 @@ class _Source:
     """Iterable of slabs; what both modes share."""
 
     model: nn.Module
+    looking: FirstLook
     batches: Iterator[tuple[int, Any, Any]]
     loss_fn: LossFunction
     parameters: Mapping[str, nn.Parameter]
@@ -186,7 +189,7 @@ class _BatchGradients(_Source):
             if item is None:
                 break
             try:
-                gradients = _gradients(self.model, *item, self.loss_fn, self.parameters)
+                gradients = _gradients(self.looking, *item, self.loss_fn, self.parameters)
                 if self.on_bad_batch == "skip":  # before it is among good ones; otherwise a slab is checked in one go
                     checked(dict(zip(self.parameters, (g[None] for g in gradients))), item[:1])
             except BadBatchError as error:
@@ -222,7 +225,7 @@ def _evaluate(
 
 
 def _gradients(
-    model: nn.Module,
+    model: Callable[..., Any],
     index: int,
     inputs: Any,
     targets: Any,
@@ -271,7 +274,7 @@ class _SampleGradients(_Source):
             if not tried:  # vmap gives zeros, and no error, to a parameter that takes no part
                 try:
                     x, y = _rows(slice(0, 1), inputs, targets)
-                    _gradients(self.model, index, x, y, self.loss_fn, parameters)
+                    _gradients(self.looking, index, x, y, self.loss_fn, parameters)
                     tried = True
                 except BadBatchError:  # found again below
                     pass

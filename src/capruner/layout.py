@@ -1,8 +1,9 @@
 """A weight tensor as blocks of ``B`` consecutive weights, and back.
 
 Order of the weights
-    Row-major, as stored. For N:M patterns convolution kernels are permuted to ``(out, kh, kw, in)`` first, because sparse tensor cores
-    read groups along the reduction dimension, which for an implicit-GEMM convolution runs over input channels innermost.
+    Row-major, as stored, where weights are stored ``(out, in, *kernel)``. For N:M patterns convolution kernels are permuted to ``(out, kh, kw, in)`` first,
+    because sparse tensor cores read groups along the reduction dimension, which for an implicit-GEMM convolution runs over input channels innermost.
+    Weights that are stored ``(in, out, *kernel)`` are always permuted to ``(out, *kernel, in)``, so that a block holds the inputs of one neuron.
 
 Padding
     ``B`` need not divide the tensor: the last block is filled up with inert weights (value 0, unit diagonal in the Fisher matrix), so that no
@@ -50,19 +51,19 @@ class BlockLayout:
     Attributes:
         shape: shape of the weight tensor.
         block_size: number of weights per block, ``B``.
-        channels_last: True to permute ``(out, in, *kernel)`` to ``(out, *kernel, in)`` before flattening.
+        inputs: the dimension that is moved to the end before flattening; None: none is.
     """
 
     shape: tuple[int, ...]
     block_size: int
-    channels_last: bool = False
+    inputs: int | None = None
 
     @classmethod
     def of(
         cls,
         shape: Sequence[int],
         block_size: int | None = None,
-        channels_last: bool = False,
+        inputs: int | None = None,
         group: int = 1,
         limit: int = PUBLISHED,
     ) -> BlockLayout:
@@ -70,6 +71,7 @@ class BlockLayout:
 
         Args:
             block_size: None: the size up to ``limit`` that :func:`fitting` finds.
+            inputs: the dimension to run over innermost.
             group: a size that is chosen here is a multiple of it.
 
         Raises:
@@ -85,8 +87,9 @@ class BlockLayout:
         if numel == 0:
             raise ValueError(f"cannot prune an empty tensor of shape {tuple(shape)}; leave it out of `params`")
         if block_size is None:
-            block_size = fitting(numel // shape[0], group, limit)
-        return cls(tuple(shape), min(block_size, numel), channels_last and len(shape) > 2)
+            block_size = fitting(numel // shape[1 if inputs == 0 and len(shape) > 1 else 0], group, limit)
+        innermost = inputs is None or inputs >= len(shape) - 1
+        return cls(tuple(shape), min(block_size, numel), None if innermost else inputs)
 
     @property
     def numel(self) -> int:
@@ -106,8 +109,8 @@ class BlockLayout:
     def to_blocks(self, tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """``(*batch, *shape)`` to ``(*batch, num_blocks, B)`` in ``dtype``, padded with zeros (False). A view where it can be."""
         batch = tensor.shape[: tensor.dim() - len(self.shape)]
-        if self.channels_last:
-            tensor = tensor.movedim(len(batch) + 1, -1)
+        if self.inputs is not None:
+            tensor = tensor.movedim(len(batch) + self.inputs, -1)
         flat = tensor.reshape(*batch, self.numel).to(dtype)
         if self.padding:
             flat = F.pad(flat, (0, self.padding))
@@ -116,10 +119,10 @@ class BlockLayout:
     def from_blocks(self, blocks: Tensor) -> Tensor:
         """``(num_blocks, B)`` back to ``shape``, padding dropped; contiguous."""
         flat = blocks.reshape(-1)[: self.numel]
-        if not self.channels_last:
+        if self.inputs is None:
             return flat.reshape(self.shape)
-        out, channels, *kernel = self.shape
-        return flat.reshape(out, *kernel, channels).movedim(-1, 1).contiguous()
+        others = [size for dim, size in enumerate(self.shape) if dim != self.inputs]
+        return flat.reshape(*others, self.shape[self.inputs]).movedim(-1, self.inputs).contiguous()
 
     def is_padding(self, device: torch.device | None = None) -> Tensor:
         """``(num_blocks, B)`` bool, True for the inert weights."""

@@ -69,22 +69,29 @@ class _Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         operation = func.overloadpacket
-        if operation in _PRODUCTS:
-            factors = args[_PRODUCTS[operation] :][:2]
-            self._count(factors, out.numel() * factors[0].shape[-1])
-        elif operation is _aten.convolution:
-            image, weight, transposed = args[0], args[1], args[6]
-            positions = (image if transposed else out).numel() // (image if transposed else out).shape[1]
-            self._count([weight], weight.numel() * positions)
+        first, *others = factors(operation, args) or [None]
+        if operation is _aten.convolution:
+            weight, transposed = others[0], args[6]
+            places = first if transposed else out
+            self._count([weight], weight.numel() * (places.numel() // places.shape[1]))
+        elif first is not None:
+            self._count([first, *others], out.numel() * first.shape[-1])
         return out
 
-    def _count(self, factors: Sequence[Tensor], products: int) -> None:
-        for factor in factors:
+    def _count(self, multiplied: Sequence[Tensor], products: int) -> None:
+        for factor in multiplied:
             for start, stop, name in self.places.get(_storage(factor), ()):
                 if start <= factor.storage_offset() < stop:
                     self.weights[name] = self.weights.get(name, 0) + products
                     return
         self.activations += products
+
+
+def factors(operation: Any, args: Sequence[Any]) -> list[Any]:
+    """The two tensors that an operation of torch multiplies, if it is a product or convolution."""
+    if operation is _aten.convolution:
+        return list(args[:2])
+    return list(args[_PRODUCTS[operation] :][:2]) if operation in _PRODUCTS else []
 
 
 def _storage(tensor: Tensor) -> int:

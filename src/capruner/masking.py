@@ -146,6 +146,8 @@ def mask_model(
     model: nn.Module,
     params: str | Sequence[str] = "__ALL_PRUNABLE__",
     masks: Mapping[str, Tensor] | None = None,
+    *,
+    exclude: str | Sequence[str] = (),
 ) -> MaskHandle:
     """Keep what is pruned at zero while ``model`` is trained on, with any optimizer, made before or after.
 
@@ -161,20 +163,22 @@ def mask_model(
         model: in any wrapper (``torch.compile``, ``DistributedDataParallel``) or none.
         params: as in :func:`capruner.prune`; of these, the ones that hold zeros.
         masks: ``{name: tensor}``, non-zero = stays, instead of the zeros; the weights are zeroed at once.
+        exclude: names of parameters or modules, or ``re:`` patterns, that no mask is put on.
 
     Raises:
         ValueError: nothing to hold: no zero in any of the parameters; a mask that names no parameter or has another shape.
     """
     model = unwrap(model)
     if masks is None:
-        parameters = {name: p for name, p in select_parameters(model, params).items() if bool((p == 0).any())}
+        chosen = select_parameters(model, params, exclude, trainable=False)
+        parameters = {name: p for name, p in chosen.items() if bool((p == 0).any())}
         if not parameters:
             raise ValueError(
                 "mask_model found no zeros in the selected weights: load a pruned checkpoint into the model first, or give `masks`"
             )
         held = {name: p.detach() != 0 for name, p in parameters.items()}
     else:
-        parameters = select_parameters(model, list(masks))
+        parameters = select_parameters(model, list(masks), exclude, trainable=False)
         masks = by_first_name(model, masks, "masks")
         for name, p in parameters.items():
             if masks[name].shape != p.shape:

@@ -8,7 +8,8 @@
     Groups of four consecutive weights along the reduction dimension leave together.
 
 The reduction dimension of a Linear weight ``(out, in)`` is ``in``; that of a convolution kernel is taken to be its input channels, because sparse tensor
-cores and sparse engines read ``(out, kh, kw, in)``. So both patterns need weights of two dimensions or more whose second is a multiple of the group.
+cores and sparse engines read ``(out, kh, kw, in)``. Transposed convolutions and the ``Conv1D`` of transformers store the inputs first. Both patterns need as
+many inputs (per group of a convolution) as a multiple of the group.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from capruner.chunks import chunk_size, in_chunks
 from capruner.numerics import NotPositiveDefiniteError, full_precision
 from capruner.obs import Elimination, check_blocks
 from capruner.selection import SelectionError
+from capruner.weights import LinearWeight
 
 
 @dataclass(frozen=True)
@@ -85,11 +87,19 @@ def parse_mask_type(mask_type: Any, n: int | None = None, m: int | None = None) 
     )
 
 
-def unsupported(pattern: Pattern, parameters: Mapping[str, Tensor]) -> list[str]:
-    """Names of the parameters that cannot hold ``pattern``: their reduction dimension is missing or no multiple of the group."""
+def unsupported(pattern: Pattern, parameters: Mapping[str, Tensor], linear: Mapping[str, LinearWeight]) -> list[str]:
+    """Names of the parameters that cannot hold ``pattern``: their reduction dimension is missing or no multiple of the group.
+
+    Args:
+        linear: the model's linear weights; others are taken to be ``(out, in, ...)``.
+    """
     if pattern.group == 1:
         return []
-    return [name for name, p in parameters.items() if p.dim() < 2 or p.shape[1] % pattern.group]
+    return [
+        name
+        for name, p in parameters.items()
+        if p.dim() < 2 or (linear[name].reduction if name in linear else p.shape[1]) % pattern.group
+    ]
 
 
 def rank_once(saliency: Tensor, pattern: Pattern, dead: Tensor, padding: Tensor) -> Elimination:
@@ -211,22 +221,24 @@ def _eliminate_groups_chunk(weight: Tensor, H: Tensor, bias: Tensor, g: int) -> 
 
 
 def supporting(
-    pattern: Pattern, parameters: Mapping[str, nn.Parameter], skip_unsupported: bool
+    pattern: Pattern,
+    parameters: Mapping[str, nn.Parameter],
+    skip_unsupported: bool,
+    linear: Mapping[str, LinearWeight],
 ) -> tuple[dict[str, nn.Parameter], list[str]]:
     """The parameters that can hold ``pattern``, and the names of those that cannot.
 
     Raises:
         SelectionError: some cannot and ``skip_unsupported`` is False, or none can.
     """
-    bad = unsupported(pattern, parameters)
+    bad = unsupported(pattern, parameters, linear)
     if bad and not skip_unsupported:
         shapes = ", ".join(f"{name} {tuple(parameters[name].shape)}" for name in bad[:8])
         more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
         ahead = "|".join(name.replace(".", r"\.") for name in bad)
         raise SelectionError(
-            f"{pattern} needs weights whose second dimension (inputs, or input channels per group) is a multiple of {pattern.group}; "
-            f"these are not: {shapes}{more}. Leave them dense with skip_unsupported=True, or out of params: a pattern that begins with "
-            f"'re:(?!(?:{ahead})$)' passes them over"
+            f"{pattern} needs weights whose inputs (input channels per group) are a multiple of {pattern.group}; these are not: {shapes}{more}. "
+            f"Leave them dense with skip_unsupported=True or with exclude; in a recipe, a pattern that begins with 're:(?!(?:{ahead})$)' passes them over"
         )
     if len(bad) == len(parameters):
         raise SelectionError(f"none of the selected parameters can hold {pattern}: {', '.join(bad[:8])}")

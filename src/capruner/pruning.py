@@ -20,7 +20,7 @@ from capruner.gradients import GradientMode, LossFunction, OnBadBatch
 from capruner.identity import loss_digest
 from capruner.labels import Chances, loss_of_model_labels
 from capruner.memory import parse_bytes
-from capruner.methods import METHODS, OBS, Settings
+from capruner.methods import METHODS, OBS, MethodName, Settings
 from capruner.modes import weights_restored
 from capruner.patterns import parse_mask_type, supporting
 from capruner.refine.distill import of_logits
@@ -30,6 +30,7 @@ from capruner.resume import fingerprint, knobs, recall
 from capruner.selection import select_parameters
 from capruner.state import State
 from capruner.targets import Sparsity, check_not_below, initial_masks, pruned_share, rungs_of, selected
+from capruner.weights import left_dense, linear_weights, log_selection
 from capruner.wrappers import by_first_name, unwrap
 
 Interpolation = Literal["linear", "cubic", "geometric"]
@@ -49,8 +50,9 @@ def prune(
     loss_fn: LossFunction = default_loss,
     sparsity: Sparsity | Sequence[float] = 0.5,
     *,
-    method: str = "cap",
+    method: MethodName = "cap",
     params: str | Sequence[str] = "__ALL_PRUNABLE__",
+    exclude: str | Sequence[str] = (),
     mask_type: str | int = "unstructured",
     global_sparsity: bool = True,
     num_grads: int = 4096,
@@ -58,7 +60,7 @@ def prune(
     damp: float | None = None,
     shrinkage: float | None = None,
     num_recomputations: int = 1,
-    recomputation_inter_func: str = "linear",
+    recomputation_inter_func: Interpolation = "linear",
     distill_passes: float = 0,
     gradients: GradientMode = "batch",
     labels: Literal["data", "model"] = "data",
@@ -91,7 +93,10 @@ def prune(
         sparsity: share of the selected weights to remove, in [0, 1); a list of them; or SparseML's dict ``{sparsity: [params]}``, which gives
             layers targets of their own (``params`` is not looked at then); of two entries with the same parameter the first counts.
         method: ``"cap"``, ``"fast_cap"``, and what to compare with: ``"obs"`` (WoodFisher), ``"magnitude"``.
-        params: parameter or module names, ``re:`` patterns, ``__ALL__``, ``__ALL_PRUNABLE__`` (weights of Linear and convolutions).
+        params: parameter or module names, ``re:`` patterns, ``__ALL__``, ``__ALL_PRUNABLE__``: the weights of all Linear, convolution, attention and
+            recurrent layers, see :func:`capruner.selection.select`. Frozen ones are passed over, with a warning, where gradients are needed.
+        exclude: names of parameters or modules, or ``re:`` patterns, that stay dense. ``result.settings["left_dense"]`` lists all weights of two or
+            more dimensions that do, with the reason.
         mask_type: ``"unstructured"``, ``"2:4"`` (2 of 4 stay) or any other N:M, ``"block4"``; see :mod:`capruner.patterns`.
         global_sparsity: the target holds over all layers together; False: in each.
         num_grads: gradients to estimate the Fisher matrix from: batches, or samples with ``gradients="sample"``.
@@ -161,8 +166,10 @@ def prune(
     for what, size in (("fisher_block_size", fisher_block_size), ("block_size", block_size)):
         if isinstance(size, int) and size > 0 and size % pattern.group:
             raise ValueError(f"{what} must be a multiple of {pattern.group} for mask_type {pattern}, got {size}")
-    parameters, groups = selected(model, params, sparsity)
-    parameters, skipped = supporting(pattern, parameters, skip_unsupported)
+    selection, groups = selected(model, params, sparsity, exclude, METHODS[method].uses_gradients)
+    parameters, skipped = supporting(pattern, selection.parameters, skip_unsupported, linear_weights(model))
+    dense = left_dense(model, parameters, selection.passed | dict.fromkeys(skipped, f"cannot hold {pattern}"))
+    log_selection(model, parameters, dense, selection.passed)
     if costs is not None:
         costs = by_first_name(model, costs, "costs") if isinstance(costs, Mapping) else costs
         costs = checked_costs(costs, parameters)
@@ -262,6 +269,7 @@ def prune(
             "skipped": skipped,
             "distill_passes": distill_passes,
             "distill": notes,
+            "left_dense": dense,
             **calibration.notes,
         },
         timings=calibration.clock.seconds,

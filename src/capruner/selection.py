@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-from capruner.wrappers import all_parameters, find, first_names, unwrap, walk
+from capruner.weights import EXCLUDED, FROZEN, computed_weights, linear_weights, tied_to_embeddings
+from capruner.wrappers import all_parameters, find, first_names, walk
+
+_LOGGER = logging.getLogger(__name__)
 
 ALL = "__ALL__"
 ALL_PRUNABLE = "__ALL_PRUNABLE__"
-PRUNABLE_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 _NEVER = "(?!)"  # matches nothing; put before an alternative it switches that alternative off and leaves group numbers as they are
 _LETTERS = re.compile(r"\[([A-Za-z]\w+)\]")
@@ -33,89 +36,183 @@ class SelectionError(ValueError):
     """``params`` does not say which parameters to prune, or names some that cannot be pruned."""
 
 
-def prunable_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that ``__ALL_PRUNABLE__`` stands for: Linear and Conv1d/2d/3d by name, in the model's order, a shared layer once."""
-    found = {
-        id(m): (plain.removesuffix("."), m)
-        for _, plain, m in reversed([*walk(model)])
-        if isinstance(m, PRUNABLE_LAYERS)
-    }
-    return dict(reversed(found.values()))
+@dataclass(frozen=True)
+class Selection:
+    """What an expression stands for.
+
+    Attributes:
+        parameters: ``{first name: parameter}`` in the model's order.
+        passed: ``{first name: reason}`` of those that it stands for too, and that are left dense.
+    """
+
+    parameters: dict[str, nn.Parameter]
+    passed: dict[str, str]
 
 
-def select_parameters(model: nn.Module, params: str | Sequence[str]) -> dict[str, nn.Parameter]:
-    """The parameters that ``params`` names.
+def select_parameters(
+    model: nn.Module, params: str | Sequence[str], exclude: str | Sequence[str] = (), *, trainable: bool = True
+) -> dict[str, nn.Parameter]:
+    """The parameters that ``params`` names; see :func:`select`."""
+    return select(model, params, exclude, trainable=trainable).parameters
+
+
+def select(
+    model: nn.Module, params: str | Sequence[str], exclude: str | Sequence[str] = (), *, trainable: bool = True
+) -> Selection:
+    """The parameters that ``params`` names, without those that cannot be pruned.
 
     Args:
         model: any module; wrappers are looked through.
-        params: one entry or several. An entry is the name of a parameter; the name of a module, for the Linear and convolution weights in it;
+        params: one entry or several. An entry is the name of a parameter; the name of a module, for the weights of the linear layers in it;
             ``re:PATTERN``, matched from the start of full parameter names as ``re.match`` does; ``__ALL__`` for every parameter;
-            ``__ALL_PRUNABLE__`` for the weights of all Linear and convolution layers.
+            ``__ALL_PRUNABLE__`` for the weights of all linear layers: Linear, convolutions and transposed convolutions, attention, recurrent layers,
+            and the ``Conv1D`` of transformers. Weights that are tied to an embedding are not among them.
+        exclude: parameters that stay dense all the same: names, names of modules (everything in them), or ``re:`` patterns.
+        trainable: pass over parameters that are frozen, with a warning. An entry that stands for nothing else is an error.
 
     Returns:
-        ``{name: parameter}`` in the order of ``model.named_parameters()``; a parameter with several names appears once, under the first.
+        The selection; a parameter with several names appears once, under the first.
 
     Raises:
-        SelectionError: ``params`` is empty, an entry or one alternative of a pattern matches nothing, a pattern is no regular expression, or a
-            selected parameter is frozen or not floating point.
+        SelectionError: ``params`` is empty, an entry or one alternative of a pattern matches nothing, a pattern is no regular expression, or an entry
+            stands for parameters that are frozen, not floating point, or computed in ``forward``.
     """
-    model = unwrap(model)
-    entries = [params] if isinstance(params, str) else list(params)
+    entries = _entries("params", params)
     if not entries:
         raise SelectionError(f"params is empty; name parameters or modules, or use '{ALL_PRUNABLE}'")
     names = all_parameters(model)
-    selected = {id(names[name]) for entry in entries for name in _resolve(model, entry, names)}
-    found = {name: parameter for name, parameter in first_names(model).items() if id(parameter) in selected}
-    integer = [name for name, parameter in found.items() if not parameter.is_floating_point()]
+    first = {id(p): name for name, p in first_names(model).items()}
+    excluded = {name for entry in _entries("exclude", exclude) for name in _excluded(model, entry, names)}
+    chosen: set[str] = set()
+    passed: dict[str, str] = {}
+    for entry in entries:
+        found, computed = _resolve(model, entry, names, _aliases(names, excluded))
+        passed |= computed
+        found = [name for name in found if first[id(names[name])] not in excluded]
+        frozen = [n for n in found if trainable and names[n].is_floating_point() and not names[n].requires_grad]
+        if found and len(frozen) == len(found):
+            raise SelectionError(
+                f"frozen (requires_grad is False), so without a gradient: {_some(frozen)}; "
+                "call .requires_grad_(True) on them, or leave them out of params"
+            )
+        passed |= {first[id(names[name])]: FROZEN for name in frozen}
+        chosen |= {first[id(names[name])] for name in found if name not in set(frozen)}
+    passed = {name: reason for name, reason in passed.items() if name not in chosen} | dict.fromkeys(excluded, EXCLUDED)
+    parameters = {name: p for name, p in first_names(model).items() if name in chosen and name not in passed}
+    _check(parameters)
+    if not parameters:
+        raise SelectionError(f"params: nothing is left to prune; {_why(passed)}")
+    told = {name: reason for name, reason in passed.items() if reason != EXCLUDED}
+    if told:
+        _LOGGER.warning("left dense: %s", _why(told))
+    return Selection(parameters, passed)
+
+
+def _entries(what: str, entries: str | Sequence[str]) -> list[str]:
+    listed = [entries] if isinstance(entries, str) else list(entries)
+    for entry in listed:
+        if not isinstance(entry, str):
+            raise SelectionError(f"an entry of {what} must be a string, got {entry!r}")
+    return listed
+
+
+def _check(parameters: Mapping[str, nn.Parameter]) -> None:
+    integer = [name for name, p in parameters.items() if not p.is_floating_point()]
     if integer:
         raise SelectionError(f"not floating point, so without a gradient: {_some(integer)}; leave them out of params")
-    frozen = [name for name, parameter in found.items() if not parameter.requires_grad]
-    if frozen:
+    lazy = [name for name, p in parameters.items() if nn.parameter.is_lazy(p)]
+    if lazy:
         raise SelectionError(
-            f"frozen (requires_grad is False), so without a gradient: {_some(frozen)}; "
-            "call .requires_grad_(True) on them, or leave them out of params"
+            f"without a shape until the model has run once: {_some(lazy)}; call the model on a batch first"
         )
-    return found
+
+
+def _why(passed: Mapping[str, str]) -> str:
+    """Names by reason."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in passed.items():
+        by_reason.setdefault(reason, []).append(name)
+    return "; ".join(f"{_some(names)}: {reason}" for reason, names in by_reason.items())
 
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _resolve(model: nn.Module, entry: str, names: dict[str, nn.Parameter]) -> list[str]:
-    """The names that one entry of ``params`` stands for; never empty."""
-    if not isinstance(entry, str):
-        raise SelectionError(f"an entry of params must be a string, got {entry!r}")
+def _excluded(model: nn.Module, entry: str, names: Mapping[str, nn.Parameter]) -> list[str]:
+    """The first names of the parameters that one entry of ``exclude`` stands for; never empty."""
+    modules = {plain.removesuffix(".") for _, plain, _ in walk(model)}
+    known = find(names, entry)
+    inside = find(dict.fromkeys(modules), entry)
     if entry.startswith("re:"):
-        return _match(entry, names)
-    if find(names, entry) in names:
-        return [find(names, entry)]
-    if entry == ALL:
-        found = list(names)
-    elif entry == ALL_PRUNABLE:
-        found = _layer_weights("", model, names)
+        found = _match("exclude", entry, names)
+    elif known in names:
+        found = [known]
     else:
-        modules = {plain.removesuffix("."): module for _, plain, module in walk(model)}
+        found = [name for name in names if inside in modules and inside and name.startswith(f"{inside}.")]
+    if not found:
+        raise SelectionError(
+            f"exclude: no parameter, and no module with parameters, is called '{entry}'{_nearest(entry, [*names, *filter(None, modules)])}"
+        )
+    first = {id(p): name for name, p in first_names(model).items()}
+    return [first[id(names[name])] for name in found]
+
+
+def _resolve(
+    model: nn.Module, entry: str, names: dict[str, nn.Parameter], excluded: set[str]
+) -> tuple[list[str], dict[str, str]]:
+    """The names that one entry of ``params`` stands for, and those of computed weights among them, with the reason; not both empty."""
+    computed = computed_weights(model)
+    tied = set(tied_to_embeddings(model))
+    if entry == ALL_PRUNABLE:
+        return _layer_weights("", model, _aliases(names, tied), computed)
+    modules = {plain.removesuffix("."): module for _, plain, module in walk(model)}
+    if entry.startswith("re:"):
+        found = _match("params", entry, names)
+    elif find(names, entry) in names:
+        found = [find(names, entry)]
+    elif entry == ALL:
+        found = list(names)
+    else:
         entry = find(modules, entry)
         if entry not in modules or not entry:
             near = _nearest(entry, [*names, *filter(None, modules)])
             raise SelectionError(f"params: no parameter or module is called '{entry}'{near}")
-        found = _layer_weights(entry, modules[entry], names)
-    if not found:
-        raise SelectionError(f"params: '{entry}' holds no Linear or convolution layer; name the parameters themselves")
-    return found
-
-
-def _layer_weights(prefix: str, module: nn.Module, names: dict[str, nn.Parameter]) -> list[str]:
-    layers = [".".join(filter(None, (prefix, name))) for name in prunable_layers(module)]
-    weights = [f"{layer}.weight" if layer else "weight" for layer in layers]
-    computed = [weight for weight in weights if weight not in names]
-    if computed:
+        return _layer_weights(entry, modules[entry], _aliases(names, tied), computed)
+    if wrong := [name for name in found if name in computed and name not in excluded]:
         raise SelectionError(
-            f"params: these weights are computed from other parameters (parametrization, weight norm or torch.nn.utils.prune): "
-            f"{_some(computed)}; undo that first, for example with torch.nn.utils.parametrize.remove_parametrizations"
+            f"params: {_some(wrong)}: {computed[wrong[0]]}; leave them dense with exclude={wrong[:5]!r}"
         )
-    return weights
+    if not found:
+        raise SelectionError(f"params: '{entry}' holds no parameter")
+    return found, {}
+
+
+def _aliases(names: Mapping[str, nn.Parameter], some: set[str]) -> set[str]:
+    """All names of the parameters whose first names these are."""
+    ids = {id(names[name]) for name in some}
+    return {name for name, p in names.items() if id(p) in ids}
+
+
+def _layer_weights(
+    prefix: str, module: nn.Module, tied: set[str], computed: Mapping[str, str]
+) -> tuple[list[str], dict[str, str]]:
+    """The linear weights in a module, but those that are tied to an embedding unless the module is that one layer."""
+    ahead = f"{prefix}." if prefix else ""
+    weights = {ahead + found.name: found for found in linear_weights(module).values()}
+    found = [n for n, w in weights.items() if n not in computed and (n not in tied or w.layer is module)]
+    reasons = {name: reason for name, reason in computed.items() if name.startswith(ahead)}
+    if not found and reasons:
+        raise SelectionError(
+            f"params: {_some(list(reasons))}: {next(iter(reasons.values()))}. Undo that first, for example with "
+            "torch.nn.utils.parametrize.remove_parametrizations, or prune other layers"
+        )
+    if not found:
+        more = "but weights that are tied to an embedding" if weights else "whose weight is known"
+        raise SelectionError(
+            f"params: '{prefix or ALL_PRUNABLE}' holds no Linear, convolution, attention or recurrent layer {more}; name the parameters themselves"
+        )
+    return found, reasons
 
 
 # Patterns
@@ -175,7 +272,7 @@ def _without(pattern: str, off: Iterable[_Alternative]) -> str:
     return pattern
 
 
-def check_time(entry: str, names: Iterable[str]) -> None:
+def check_time(entry: str, names: Iterable[str], what: str = "params") -> None:
     """Match ``names`` in a process of its own if the pattern could take time exponential in their length, as ``(.*)*x$`` does.
 
     Raises:
@@ -194,13 +291,13 @@ def check_time(entry: str, names: Iterable[str]) -> None:
         )
     except subprocess.TimeoutExpired:
         raise SelectionError(
-            f"params: matching '{entry}' takes longer than {PATIENCE:g} s; write it without repetitions inside of repetitions, .* for (.*)* for example"
+            f"{what}: matching '{entry}' takes longer than {PATIENCE:g} s; write it without repetitions inside of repetitions, .* for (.*)* for example"
         ) from None
 
 
-def _match(entry: str, names: dict[str, nn.Parameter]) -> list[str]:
+def _match(what: str, entry: str, names: Mapping[str, nn.Parameter]) -> list[str]:
     pattern = entry.removeprefix("re:")
-    check_time(entry, names)
+    check_time(entry, names, what)
 
     def matches(expression: str) -> list[str]:
         compiled = re.compile(expression)
@@ -209,10 +306,10 @@ def _match(entry: str, names: dict[str, nn.Parameter]) -> list[str]:
     try:
         found = matches(pattern)
     except re.error as error:
-        raise SelectionError(f"params: '{entry}' is not a regular expression: {error}") from None
+        raise SelectionError(f"{what}: '{entry}' is not a regular expression: {error}") from None
     if not found:
         hint = _class_hint(pattern, matches)
-        raise SelectionError(f"params: no parameter name matches '{entry}'{hint}{_nearest(pattern, names)}")
+        raise SelectionError(f"{what}: no parameter name matches '{entry}'{hint}{_nearest(pattern, names)}")
     for alternative in _alternatives(pattern):
         if len(alternative.siblings) < 2:
             continue
@@ -226,7 +323,7 @@ def _match(entry: str, names: dict[str, nn.Parameter]) -> list[str]:
         if not matches(alone) and matches(_without(pattern, [alternative])) == found:
             text = pattern[alternative.start : alternative.end]
             raise SelectionError(
-                f"params: the alternative '{text}' of '{entry}' matches no parameter name, although others of its pattern do"
+                f"{what}: the alternative '{text}' of '{entry}' matches no parameter name, although others of its pattern do"
                 f"{_class_hint(alone, matches)}{_nearest(text, names)}"
             )
     return found

@@ -11,28 +11,35 @@ from torch import Tensor, nn
 from capruner.allocation import refuse_below
 from capruner.methods import Target
 from capruner.patterns import Pattern
-from capruner.selection import select_parameters
+from capruner.selection import Selection, select
 from capruner.wrappers import by_first_name
 
 Sparsity = float | Mapping[float, Sequence[str]]
 
 
 def selected(
-    model: nn.Module, params: str | Sequence[str], sparsity: Sparsity | Sequence[float]
-) -> tuple[dict[str, nn.Parameter], dict[str, float] | None]:
+    model: nn.Module,
+    params: str | Sequence[str],
+    sparsity: Sparsity | Sequence[float],
+    exclude: str | Sequence[str],
+    trainable: bool,
+) -> tuple[Selection, dict[str, float] | None]:
     """The parameters to prune; with a dict of sparsities the target of each."""
     if not isinstance(sparsity, Mapping):
-        return select_parameters(model, params), None
+        return select(model, params, exclude, trainable=trainable), None
     if not sparsity:
         raise ValueError("the dict of sparsities is empty; give {sparsity: [params]}")
     parameters: dict[str, nn.Parameter] = {}
     own: dict[str, float] = {}
+    passed: dict[str, str] = {}
     for value, names in sparsity.items():
         value = _checked_sparsity(value)
-        for name, parameter in select_parameters(model, names).items():
+        group = select(model, names, exclude, trainable=trainable)
+        passed |= group.passed
+        for name, parameter in group.parameters.items():
             parameters[name] = parameter
             own.setdefault(name, value)
-    return parameters, own
+    return Selection(parameters, passed), own
 
 
 def rungs_of(

@@ -16,6 +16,7 @@ from capruner.memory import parse_bytes
 from capruner.patterns import Pattern, parse_mask_type, unsupported
 from capruner.pruning import INTERPOLATIONS
 from capruner.selection import SelectionError, select_parameters
+from capruner.weights import LinearWeight, linear_weights
 
 _FROM_WEIGHTS = "__FROM_PARAM__"  # SparseML's word for the sparsity that a model has already
 _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -66,7 +67,7 @@ def lint(path: Path, model: nn.Module) -> tuple[dict[str, nn.Parameter], list[st
                 chosen |= select_parameters(model, params)
             except SelectionError as error:
                 problems.append(f"{where}: {error}")
-        problems += [f"{where}: {text}" for text in _values(modifier, chosen)]
+        problems += [f"{where}: {text}" for text in _values(modifier, chosen, linear_weights(model))]
         found |= chosen
     ordered = {name: p for name, p in model.named_parameters() if name in found}
     return ordered, list(dict.fromkeys(problems))
@@ -114,7 +115,7 @@ def _words(modifier: Any) -> list[str]:
     return problems
 
 
-def _values(modifier: Any, chosen: Mapping[str, Tensor]) -> list[str]:
+def _values(modifier: Any, chosen: Mapping[str, Tensor], linear: Mapping[str, LinearWeight]) -> list[str]:
     problems = _numbers(modifier) + (_words(modifier) if hasattr(modifier, "_recipe") else [])
     final = getattr(modifier, "final_sparsity", None)
     sparsities = [getattr(modifier, "init_sparsity", None), *(final if isinstance(final, Mapping) else [final])]
@@ -130,10 +131,16 @@ def _values(modifier: Any, chosen: Mapping[str, Tensor]) -> list[str]:
         pattern = parse_mask_type(getattr(modifier, "mask_type", "unstructured"))
     except ValueError as error:
         return [*problems, str(error)]
-    return problems + _pattern(modifier, pattern, chosen, numbers)
+    return problems + _pattern(modifier, pattern, chosen, numbers, linear)
 
 
-def _pattern(modifier: Any, pattern: Pattern, chosen: Mapping[str, Tensor], sparsities: list[float]) -> list[str]:
+def _pattern(
+    modifier: Any,
+    pattern: Pattern,
+    chosen: Mapping[str, Tensor],
+    sparsities: list[float],
+    linear: Mapping[str, LinearWeight],
+) -> list[str]:
     problems = []
     if pattern.sparsity is not None:
         wrong = [s for s in sparsities if abs(s - pattern.sparsity) > 1e-6]
@@ -141,7 +148,7 @@ def _pattern(modifier: Any, pattern: Pattern, chosen: Mapping[str, Tensor], spar
     size = getattr(modifier, "fisher_block_size", None)
     if isinstance(size, int) and size > 0 and size % pattern.group:
         problems.append(f"fisher_block_size must be a multiple of {pattern.group} for mask_type {pattern}, got {size}")
-    cannot = unsupported(pattern, chosen)
+    cannot = unsupported(pattern, chosen, linear)
     if cannot and not getattr(modifier, "skip_unsupported", False):
         some = ", ".join(f"{name} {tuple(chosen[name].shape)}" for name in cannot[:4]) + (
             ", ..." if len(cannot) > 4 else ""

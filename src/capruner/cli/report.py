@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--params",
         nargs="+",
         default=["__ALL_PRUNABLE__"],
-        help="what counts as prunable in a checkpoint: names, re:PATTERN (default: all Linear and convolution weights)",
+        help="what counts as prunable in a checkpoint: names, re:PATTERN (default: the weights of all linear layers)",
     )
     parser.add_argument(
         "--html",

@@ -213,14 +213,14 @@ def checkpoint_contents(
             f"{path} holds no weights of {model}{f' with --model-kwargs {dict(kwargs)}' if kwargs else ''}: "
             f"{', '.join(unfit[:3])} missing or of another shape"
         )
-    rows = layer_rows(weights, select_parameters(module, params))
+    rows = layer_rows(weights, select_parameters(module, params, trainable=False))
     zeros = sum(row["zeros"] for row in rows)
     share = zeros / sum(row["numel"] for row in rows)
     level = Level(percent(share), share, share, zeros / sum(weights[name].numel() for name in shapes), layers=rows)
     facts = checkpoint_facts(path)
     level.top1 = facts.get("top1")
     level.checkpoints = [(path.name, link(Path(os.path.relpath(path.resolve(), page_folder.resolve()))))]
-    prunable = "all Linear and convolution weights" if list(params) == ["__ALL_PRUNABLE__"] else ", ".join(params)
+    prunable = "the weights of all linear layers" if list(params) == ["__ALL_PRUNABLE__"] else ", ".join(params)
     known = {"checkpoint": path.name, "model": model, "model_kwargs": dict(kwargs), "prunable": prunable}
     contents = Contents(f"{path.name}: {model}", model, [level], facts=_facts(known | facts))
     contents.notes.append(f"Read from the checkpoint alone; prunable are {prunable}.")

@@ -19,6 +19,7 @@ from capruner.report.architecture import architecture
 from capruner.report.checkpoint import layer_rows, read_weights
 from capruner.result import load_result
 from capruner.selection import select_parameters
+from capruner.weights import LinearWeight, linear_weights
 
 
 def verify(
@@ -56,13 +57,13 @@ def verify(
         for name, shape in expected.items()
         if name in weights and tuple(weights[name].shape) == shape
     }
-    names = [name for name in select_parameters(module, params) if name in here]
+    names = [name for name in select_parameters(module, params, trainable=False) if name in here]
     rows = layer_rows(here, names)
     checks.append(_finite(weights))
     if masks is not None:
         checks.append(_masks(masks, weights))
     if wanted is not None:
-        checks.append(_pattern(wanted, here, rows))
+        checks.append(_pattern(wanted, here, rows, linear_weights(module)))
     checks.append(_loads(path, model, kwargs))
     zeros, count = sum(row["zeros"] for row in rows), sum(row["numel"] for row in rows)
     zeros_all, count_all = sum(int((w == 0).sum()) for w in here.values()), sum(w.numel() for w in here.values())
@@ -163,7 +164,12 @@ def read_masks(path: Path, weights: Mapping[str, Tensor]) -> tuple[dict[str, Ten
     return result.masks(nearest), f"{path.name} at {nearest:g}"
 
 
-def _pattern(pattern: Pattern, weights: Mapping[str, Tensor], rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _pattern(
+    pattern: Pattern,
+    weights: Mapping[str, Tensor],
+    rows: list[dict[str, Any]],
+    linear: Mapping[str, LinearWeight],
+) -> dict[str, Any]:
     """Adds to each row what it makes of the pattern."""
     broken: list[str] = []
     held = 0
@@ -171,13 +177,12 @@ def _pattern(pattern: Pattern, weights: Mapping[str, Tensor], rows: list[dict[st
         name = row["name"]
         if not row["zeros"]:
             row["pattern"] = "dense"
-        elif unsupported(pattern, {name: weights[name]}):
+        elif unsupported(pattern, {name: weights[name]}, linear):
             row["pattern"] = "impossible"
-            broken.append(
-                f"{name} ({weights[name].shape[1] if weights[name].dim() > 1 else 1} inputs are no multiple of {pattern.group})"
-            )
+            broken.append(f"{name} ({tuple(weights[name].shape)}: its inputs are not a multiple of {pattern.group})")
         else:
-            groups = BlockLayout.of(weights[name].shape, pattern.group, channels_last=True).to_blocks(
+            inputs = linear[name].inputs if name in linear else 1
+            groups = BlockLayout.of(weights[name].shape, pattern.group, inputs).to_blocks(
                 weights[name] != 0, torch.bool
             )
             wrong = int((groups.sum(dim=1) > pattern.stay).sum())

@@ -21,6 +21,7 @@ from sparseml.pytorch.utils import NamedLayerParam
 from sparseml.utils import FROM_PARAM_TOKEN, interpolate
 from torch import Tensor, nn
 
+from capruner.methods import MethodName
 from capruner.patterns import parse_mask_type, supporting
 from capruner.pruning import prune
 from capruner.result import PruningResult
@@ -28,6 +29,7 @@ from capruner.selection import select_parameters
 from capruner.sparseml.sampling import GradSamplerBatches
 from capruner.sparseml.state import load_modifier_state, modifier_state
 from capruner.state import StateError, remove_state
+from capruner.weights import linear_weights
 from capruner.wrappers import owner
 
 _LOGGER = logging.getLogger(__name__)
@@ -62,7 +64,7 @@ class _Unused(PruningParamsScorer, PruningMaskCreator):
 class CorrelationAwareModifier(BaseGradualPruningModifier):
     """The life cycle; subclasses name their method and their recipe parameters."""
 
-    method: ClassVar[str]
+    method: ClassVar[MethodName]
     _recipe: ClassVar[dict[str, Callable[[Any], Any]]]
     """Recipe parameters that :func:`capruner.prune` takes by the same name, and what makes a value of YAML one of ours."""
 
@@ -265,7 +267,9 @@ class CorrelationAwareModifier(BaseGradualPruningModifier):
             for name, parameter in select_parameters(module, names).items():
                 found.setdefault(name, sparsity)
                 parameters[name] = parameter
-        _, skipped = supporting(parse_mask_type(self._mask_type), parameters, self._skip_unsupported)
+        _, skipped = supporting(
+            parse_mask_type(self._mask_type), parameters, self._skip_unsupported, linear_weights(module)
+        )
         for name in skipped:
             _LOGGER.info("%s cannot hold mask_type %s and stays dense", name, self._mask_type)
             del found[name]
