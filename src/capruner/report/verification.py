@@ -179,7 +179,9 @@ def _pattern(
             row["pattern"] = "dense"
         elif unsupported(pattern, {name: weights[name]}, linear):
             row["pattern"] = "impossible"
-            broken.append(f"{name} ({tuple(weights[name].shape)}: its inputs are not a multiple of {pattern.group})")
+            shape = weights[name].shape
+            inputs = linear[name].reduction if name in linear else shape[1] if len(shape) > 1 else 1
+            broken.append(f"{name} ({inputs} inputs are no multiple of {pattern.group})")
         else:
             inputs = linear[name].inputs if name in linear else 1
             groups = BlockLayout.of(weights[name].shape, pattern.group, inputs).to_blocks(
