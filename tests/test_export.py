@@ -178,3 +178,51 @@ def test_a_zero_that_the_file_has_not_is_found(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(RuntimeError, match=r"zeros of 1\.weight got lost"):
         export.to_onnx(model, tmp_path / "m.onnx", (3, 2, 2))
     assert list(tmp_path.iterdir()) == []
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs, self.outputs = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.norm, self.both = nn.RMSNorm(6), nn.RMSNorm((3, 6), eps=1e-5, elementwise_affine=False)
+        nn.init.normal_(self.norm.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.outputs(self.both(self.norm(self.inputs(x)))).mean(1)
+
+
+def test_rms_norms_are_exported(tmp_path: Path) -> None:
+    assert export.to_onnx(Normed(), tmp_path / "m.onnx", (3, 4))["difference"] < 1e-5
+
+
+def test_timms_rms_norms_are_exported(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("convnext_zepto_rms", num_classes=5, depths=(1, 1, 1, 1), dims=(8, 8, 16, 16))
+    assert export.to_onnx(model, tmp_path / "m.onnx", (3, 32, 32))["difference"] < 1e-4
+
+
+def test_an_operator_that_onnx_has_not_is_one_line(tmp_path: Path) -> None:
+    class Bessel(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.special.bessel_j0(super().forward(x))
+
+    with pytest.raises(RuntimeError, match=r"cannot be written as ONNX \(opset 16\): .*bessel_j0") as found:
+        export.to_onnx(Bessel(4, 3), tmp_path / "m.onnx", (4,))
+    assert len(str(found.value).splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_transposed_convolutions_attention_and_recurrent_layers_keep_their_zeros(tmp_path: Path) -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.gru = nn.ConvTranspose2d(3, 8, 2), nn.GRU(8, 8, batch_first=True)
+            self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.gru(self.up(x).flatten(2).transpose(1, 2))[0]
+            return self.attn(h, h, h, need_weights=False)[0].mean(1)
+
+    model = Mixed().eval()
+    capruner.prune(model, None, method="magnitude").apply(model)
+    assert export.to_onnx(model, tmp_path / "m.onnx", (3, 2, 2))["zeros"] > 300

@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from capruner.cli.arguments import describe
 from capruner.files import replacing
@@ -58,20 +60,7 @@ def to_onnx(model: nn.Module, path: str | Path, input_size: Sequence[int], toler
             "transformers are built for one size, --model-kwargs img_size=N"
         ) from error
     with replacing(path) as partial:
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # the tracer warns of every shape that it turns into a constant; the check below is what counts
-            torch.onnx.export(
-                model,
-                (images,),
-                str(partial),
-                dynamo=False,  # the graph of the tracer is the one that sparse runtimes recognise
-                opset_version=OPSET,
-                input_names=["input"],
-                output_names=["output"],
-                dynamic_axes={"input": {0: "batch"}, "output": {0: "batch"}},
-            )
+        _trace(model, images, partial)
         lost = _lost_zeros(onnx.load(str(partial)), model)
         if lost:
             raise RuntimeError(f"{path}: zeros of {', '.join(lost[:3])} got lost in the export; please report this")
@@ -83,6 +72,42 @@ def to_onnx(model: nn.Module, path: str | Path, input_size: Sequence[int], toler
             )
     zeros = sum(int((p == 0).sum()) for p in model.parameters() if p.dim() > 1)
     return {"zeros": zeros, "difference": difference, "bytes": path.stat().st_size}
+
+
+def _trace(model: nn.Module, images: Tensor, path: Path) -> None:
+    """``torch.onnx.export`` by its tracer, whose graph is the one that sparse runtimes recognise."""
+    try:
+        with warnings.catch_warnings(), _PlainNorms():
+            # The tracer warns of every shape that it turns into a constant; the checks of the file are what counts.
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                model,
+                (images,),
+                str(path),
+                dynamo=False,
+                opset_version=OPSET,
+                input_names=["input"],
+                output_names=["output"],
+                dynamic_axes={"input": {0: "batch"}, "output": {0: "batch"}},
+            )
+    except Exception as error:  # of the tracer, or of the model while it is traced
+        raise RuntimeError(f"the model cannot be written as ONNX (opset {OPSET}): {describe(error)}") from error
+
+
+class _PlainNorms(TorchFunctionMode):
+    """``rms_norm``, which the tracer does not know, as the products and the root that it is made of."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (_rms_norm if func in (torch.rms_norm, F.rms_norm) else func)(*args, **(kwargs or {}))
+
+
+def _rms_norm(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    dims = list(range(-len(normalized_shape), 0))
+    small = torch.finfo(input.dtype).eps if eps is None else eps
+    normed = input * torch.rsqrt(input.square().mean(dims, keepdim=True) + small)
+    return normed if weight is None else normed * weight
 
 
 def _unfuse_attention(model: nn.Module) -> None:
