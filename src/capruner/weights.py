@@ -145,7 +145,7 @@ def _reasons(model: nn.Module) -> dict[str, str]:
             elif name in linear:
                 found[name] = computed.get(linear[name].name, NOT_SELECTED)
             elif isinstance(module, ParametrizationList) or any(prefix + used in computed for used in _used(module)):
-                found[name] = "a weight is computed from it (parametrization, weight norm or torch.nn.utils.prune)"
+                found[name] = "a weight is computed from it"
             elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
                 found[name] = "an embedding"
             elif isinstance(module, _NORMS):
