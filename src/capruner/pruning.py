@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -20,7 +21,7 @@ from capruner.gradients import GradientMode, LossFunction, OnBadBatch
 from capruner.identity import loss_digest
 from capruner.labels import Chances, loss_of_model_labels
 from capruner.memory import parse_bytes
-from capruner.methods import METHODS, OBS, MethodName, Settings
+from capruner.methods import METHODS, OBS, MethodName, Settings, Target
 from capruner.modes import weights_restored
 from capruner.patterns import parse_mask_type, supporting
 from capruner.refine.distill import of_logits
@@ -41,6 +42,102 @@ INTERPOLATIONS: dict[str, Callable[[float, float, float], float]] = {
     # The same share of what is left leaves at each step.
     "geometric": lambda start, end, t: 1 - (1 - start) ** (1 - t) * (1 - end) ** t,
 }
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a call of :func:`prune` is going to do: its arguments, checked and resolved.
+
+    Attributes:
+        model: without wrappers.
+        passed: parameters that were not selected, with the reasons that there was a warning about.
+        dense: rows about what is not pruned, see :func:`capruner.weights.left_dense`.
+        groups: with a dict of sparsities, the target of each parameter.
+        rungs: per sparsity, ascending, its targets.
+        kept: masks of what earlier pruning has left.
+    """
+
+    model: nn.Module
+    data: Batches | None
+    budget: int | None
+    parameters: Mapping[str, nn.Parameter]
+    passed: Mapping[str, str]
+    skipped: list[str]
+    dense: list[dict[str, Any]]
+    settings: Settings
+    groups: Mapping[str, float] | None
+    rungs: list[tuple[float, list[Target]]]
+    kept: Mapping[str, Tensor]
+
+
+def checked(arguments: Mapping[str, Any]) -> Work:
+    """Check everything about a call of :func:`prune` that can be checked before any data is drawn.
+
+    Args:
+        arguments: all of them, by name.
+
+    Raises:
+        ValueError: as :func:`prune`.
+    """
+    check_arguments(arguments)
+    a = SimpleNamespace(**arguments)
+    model = unwrap(a.model)
+    check_finite(model)
+    if a.method not in METHODS:
+        raise ValueError(f"method must be one of {sorted(METHODS)}, got {a.method!r}")
+    if a.recomputation_inter_func not in INTERPOLATIONS:
+        raise ValueError(
+            f"recomputation_inter_func must be one of {sorted(INTERPOLATIONS)}, got {a.recomputation_inter_func!r}"
+        )
+    if a.batches is None and METHODS[a.method].uses_gradients:
+        raise ValueError(f"method {a.method!r} needs calibration data: give `batches`")
+    if a.shrinkage is not None and not METHODS[a.method].competing:
+        raise ValueError(f"shrinkage is for the Fisher blocks of method cap or obs, got method={a.method!r}")
+    if a.labels not in ("data", "model"):
+        raise ValueError(f"labels must be 'data' or 'model', got {a.labels!r}")
+    if a.batches is None and a.distill_passes:
+        raise ValueError(f"distill_passes={a.distill_passes:g} needs data: give `batches`")
+    if a.distill_passes and isinstance(a.batches, Iterator):
+        a.batches = Replay(a.batches, a.batch_fn)
+    data = None if a.batches is None else Batches(a.batches, a.batch_fn, Chances() if a.labels == "model" else None)
+    pattern = parse_mask_type(a.mask_type)
+    budget = None if a.memory_budget is None else parse_bytes(a.memory_budget)
+    for what, size in (("fisher_block_size", a.fisher_block_size), ("block_size", a.block_size)):
+        if isinstance(size, int) and size > 0 and size % pattern.group:
+            raise ValueError(f"{what} must be a multiple of {pattern.group} for mask_type {pattern}, got {size}")
+    selection, groups = selected(model, a.params, a.sparsity, a.exclude, METHODS[a.method].uses_gradients)
+    parameters, skipped = supporting(pattern, selection.parameters, a.skip_unsupported, linear_weights(model))
+    dense = left_dense(model, parameters, selection.passed | dict.fromkeys(skipped, f"cannot hold {pattern}"))
+    if a.costs is not None:
+        a.costs = by_first_name(model, a.costs, "costs") if isinstance(a.costs, Mapping) else a.costs
+        a.costs = checked_costs(a.costs, parameters)
+        if not a.global_sparsity or groups is not None or pattern.n_m is not None or not METHODS[a.method].competing:
+            raise ValueError(
+                "costs say how layers compete for one target over all of them: they need global_sparsity=True, no sparsities per layer, no N:M mask "
+                f"type, and method cap or obs (got global_sparsity={a.global_sparsity}, mask_type={pattern}, method={a.method!r})"
+            )
+    settings = Settings(
+        num_grads=a.num_grads,
+        fisher_block_size=a.fisher_block_size,
+        damp=METHODS[a.method].default_damp if a.damp is None else float(a.damp),
+        relative_damp=a.relative_damp or a.damp is None,
+        shrinkage=0.0 if a.shrinkage is None and not (METHODS[a.method].shrinks and a.damp is None) else a.shrinkage,
+        solver=a.solver,
+        score=a.score,
+        blocks_in_parallel=a.blocks_in_parallel,
+        fisher_inv_device=a.fisher_inv_device,
+        block_size=a.block_size,
+        costs=a.costs,
+        pattern=pattern,
+    )
+    rungs = rungs_of(parameters, groups, a.sparsity, a.global_sparsity, pattern)
+    kept = initial_masks(model, parameters, a.masks)
+    check_not_below(rungs[0][1], kept, pattern)
+    if a.num_recomputations > 1 and pattern.n_m is not None:
+        raise ValueError(
+            f"mask_type {pattern} is reached in one step; num_recomputations must be 1, got {a.num_recomputations}"
+        )
+    return Work(model, data, budget, parameters, selection.passed, skipped, dense, settings, groups, rungs, kept)
 
 
 @agreeing
@@ -141,71 +238,21 @@ def prune(
         ValueError: an argument, a parameter selection, data, or a state folder that cannot be; the message says which and what to do.
         NotPositiveDefiniteError: a Fisher block will not factor; the message says where and what damping to try.
     """
-    check_arguments(locals())  # nothing but the arguments yet
-    model = unwrap(model)
-    check_finite(model)
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {sorted(METHODS)}, got {method!r}")
-    if recomputation_inter_func not in INTERPOLATIONS:
-        raise ValueError(
-            f"recomputation_inter_func must be one of {sorted(INTERPOLATIONS)}, got {recomputation_inter_func!r}"
-        )
-    if batches is None and METHODS[method].uses_gradients:
-        raise ValueError(f"method {method!r} needs calibration data: give `batches`")
-    if shrinkage is not None and not METHODS[method].competing:
-        raise ValueError(f"shrinkage is for the Fisher blocks of method cap or obs, got method={method!r}")
-    if labels not in ("data", "model"):
-        raise ValueError(f"labels must be 'data' or 'model', got {labels!r}")
-    if batches is None and distill_passes:
-        raise ValueError(f"distill_passes={distill_passes:g} needs data: give `batches`")
-    if distill_passes and isinstance(batches, Iterator):
-        batches = Replay(batches, batch_fn)
-    data = None if batches is None else Batches(batches, batch_fn, Chances() if labels == "model" else None)
-    pattern = parse_mask_type(mask_type)
-    budget = None if memory_budget is None else parse_bytes(memory_budget)
-    for what, size in (("fisher_block_size", fisher_block_size), ("block_size", block_size)):
-        if isinstance(size, int) and size > 0 and size % pattern.group:
-            raise ValueError(f"{what} must be a multiple of {pattern.group} for mask_type {pattern}, got {size}")
-    selection, groups = selected(model, params, sparsity, exclude, METHODS[method].uses_gradients)
-    parameters, skipped = supporting(pattern, selection.parameters, skip_unsupported, linear_weights(model))
-    dense = left_dense(model, parameters, selection.passed | dict.fromkeys(skipped, f"cannot hold {pattern}"))
-    log_selection(model, parameters, dense, selection.passed)
-    if costs is not None:
-        costs = by_first_name(model, costs, "costs") if isinstance(costs, Mapping) else costs
-        costs = checked_costs(costs, parameters)
-        if not global_sparsity or groups is not None or pattern.n_m is not None or not METHODS[method].competing:
-            raise ValueError(
-                "costs say how layers compete for one target over all of them: they need global_sparsity=True, no sparsities per layer, no N:M mask "
-                f"type, and method cap or obs (got global_sparsity={global_sparsity}, mask_type={pattern}, method={method!r})"
-            )
-    settings = Settings(
-        num_grads=num_grads,
-        fisher_block_size=fisher_block_size,
-        damp=METHODS[method].default_damp if damp is None else float(damp),
-        relative_damp=relative_damp or damp is None,
-        shrinkage=0.0 if shrinkage is None and not (METHODS[method].shrinks and damp is None) else shrinkage,
-        solver=solver,
-        score=score,
-        blocks_in_parallel=blocks_in_parallel,
-        fisher_inv_device=fisher_inv_device,
-        block_size=block_size,
-        costs=costs,
-        pattern=pattern,
-    )
-    rungs = rungs_of(parameters, groups, sparsity, global_sparsity, pattern)
-    kept = initial_masks(model, parameters, masks)
-    check_not_below(rungs[0][1], kept, pattern)
+    work = checked(locals())
+    model, data, parameters, settings = work.model, work.data, work.parameters, work.settings
+    rungs, kept = work.rungs, dict(work.kept)
+    log_selection(model, parameters, work.dense, work.passed)
     arguments: dict[str, Any] = {
         "method": method,
         "num_recomputations": num_recomputations,
         "recomputation_inter_func": recomputation_inter_func,
         "gradients": gradients,
         "labels": labels,
-        "memory_budget": budget,
+        "memory_budget": work.budget,
         "on_bad_batch": on_bad_batch,
         "distill_passes": distill_passes,
         "global_sparsity": global_sparsity,
-        "sparsity": [s for s, _ in rungs] if groups is None else groups,
+        "sparsity": [s for s, _ in rungs] if work.groups is None else work.groups,
         **knobs(settings, kept),
     }
     given = {"params": list(parameters), "batches": batches is not None, "state_dir": state_dir is not None}
@@ -219,7 +266,7 @@ def prune(
     if distill_passes:
         loss_fn = of_logits(loss_fn)  # refused at the first batch, and not after the calibration
     calibration = Calibration(
-        model, data, loss_fn, parameters, settings, gradients, progress, budget, on_bad_batch, state
+        model, data, loss_fn, parameters, settings, gradients, progress, work.budget, on_bad_batch, state
     )
     if state is not None:
         recall(state, calibration.notes, calibration.clock.seconds)
@@ -227,10 +274,6 @@ def prune(
     if num_recomputations == 1:
         levels = calibration.levels(METHODS[method], kept, rungs)
     else:
-        if pattern.n_m is not None:
-            raise ValueError(
-                f"mask_type {pattern} is reached in one step; num_recomputations must be 1, got {num_recomputations}"
-            )
         climb = INTERPOLATIONS[recomputation_inter_func]
         with weights_restored(model), torch.no_grad():
             for s, targets in rungs:
@@ -260,16 +303,16 @@ def prune(
         total_weights=sum(p.numel() for p in model.parameters()),
         settings=asdict(settings)
         | {
-            "pattern": str(pattern),
+            "pattern": str(settings.pattern),
             "num_recomputations": num_recomputations,
             "recomputation_inter_func": recomputation_inter_func,
             "gradients": gradients,
             "labels": labels,
             "global_sparsity": global_sparsity,
-            "skipped": skipped,
+            "skipped": work.skipped,
             "distill_passes": distill_passes,
             "distill": notes,
-            "left_dense": dense,
+            "left_dense": work.dense,
             **calibration.notes,
         },
         timings=calibration.clock.seconds,
