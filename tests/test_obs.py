@@ -190,3 +190,15 @@ def test_a_block_on_the_edge_of_its_rounding_error_is_lifted_by_just_that() -> N
     good = torch.eye(B)[None] * 2  # its neighbour is not lifted
     both = capruner.compensate(w.repeat(2, 1), torch.cat([good, H]), keep.repeat(2, 1))
     assert torch.equal(both[0], w[0].masked_fill(gone, 0))
+
+
+def test_an_inverse_that_rounding_has_made_indefinite_is_lifted_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    H = torch.eye(4)[None].repeat(2, 1, 1)
+    H[1, 2:, 2:] = torch.tensor([[1.0, 1.0001], [1.0001, 1.0]])  # its smallest eigenvalue is −1e-4
+    keep = torch.tensor([[True, True, False, False]] * 2)
+    weight = capruner.compensate(torch.ones(2, 4), H, keep)
+    assert torch.equal(weight, torch.tensor([[1.0, 1.0, 0.0, 0.0]] * 2))
+    assert "1 inverse Fisher blocks were not positive definite" in caplog.text
+    H[1, 2:, 2:] = torch.tensor([[1.0, 2.0], [2.0, 1.0]])
+    with pytest.raises(NotPositiveDefiniteError, match="inverse Fisher block 1 will not factor"):
+        capruner.compensate(torch.ones(2, 4), H, keep)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -47,10 +48,17 @@ def mlp(dtype: torch.dtype = torch.float64) -> nn.Sequential:
     return nn.Sequential(nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, 4)).to(dtype)
 
 
+SAMPLES = 3
+"""Of each batch of :func:`vectors`. The outer products of their mean gradients are to be multiplied by it to predict the loss of a sample."""
+
+
 def vectors(count: int = 30, dtype: torch.dtype = torch.float64) -> list[tuple[Tensor, Tensor]]:
     torch.manual_seed(1)
     mix = torch.randn(9, 9, dtype=torch.float64)
-    return [((torch.randn(3, 9, dtype=torch.float64) @ mix).to(dtype), torch.randint(4, (3,))) for _ in range(count)]
+    return [
+        ((torch.randn(SAMPLES, 9, dtype=torch.float64) @ mix).to(dtype), torch.randint(4, (SAMPLES,)))
+        for _ in range(count)
+    ]
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -104,8 +112,10 @@ def test_cap_is_the_textbook_end_to_end(B: int, solver: str) -> None:
         for name in masks:
             assert torch.equal(result.masks(s)[name], masks[name])
             torch.testing.assert_close(result.level(s).weights[name], expected[name], rtol=1e-7, atol=1e-9)
-        assert result.predicted_loss(s) == pytest.approx(loss, rel=1e-7)
-        measured = {n: quadratic_loss(weights(model)[n], result.level(s).weights[n], fishers[n]) for n in masks}
+        assert result.predicted_loss(s) == pytest.approx(SAMPLES * loss, rel=1e-7)
+        measured = {
+            n: SAMPLES * quadratic_loss(weights(model)[n], result.level(s).weights[n], fishers[n]) for n in masks
+        }
         assert result.level(s).losses == pytest.approx(measured, rel=1e-6)
 
 
@@ -121,7 +131,7 @@ def test_per_layer_targets_are_the_textbook_layer_by_layer() -> None:
             masks, expected, loss = cap_loop({name: original}, {name: fishers[name]}, round(s * original.numel()))
             assert torch.equal(result.masks()[name], masks[name])
             torch.testing.assert_close(result.level().weights[name], expected[name], rtol=1e-7, atol=1e-9)
-            assert result.level().losses[name] == pytest.approx(loss, rel=1e-7)
+            assert result.level().losses[name] == pytest.approx(SAMPLES * loss, rel=1e-7)
 
 
 def test_of_two_entries_with_the_same_parameter_the_first_counts() -> None:
@@ -150,7 +160,7 @@ def test_cap_costs_less_than_obs_less_than_magnitude(s: float, seed: int) -> Non
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 4)).double()
     mix = torch.randn(12, 12, dtype=torch.float64)
-    data = [(torch.randn(3, 12, dtype=torch.float64) @ mix, torch.randint(4, (3,))) for _ in range(60)]
+    data = [(torch.randn(SAMPLES, 12, dtype=torch.float64) @ mix, torch.randint(4, (SAMPLES,))) for _ in range(60)]
     fishers = {name: fisher_blocks(G, 1000, 1e-4) for name, G in gradients(model, data).items()}
     arguments = {"num_grads": 60, "fisher_block_size": 1000, "damp": 1e-4}
 
@@ -160,8 +170,8 @@ def test_cap_costs_less_than_obs_less_than_magnitude(s: float, seed: int) -> Non
     results = {m: prune(model, data, s, method=m, global_sparsity=False, **arguments) for m in METHODS}
     costs = {m: cost(result) for m, result in results.items()}
     assert costs["cap"] < costs["obs"] < costs["magnitude"]
-    assert results["cap"].predicted_loss() == pytest.approx(costs["cap"], rel=1e-6)
-    assert results["obs"].predicted_loss() == pytest.approx(costs["obs"], rel=1e-6)
+    assert results["cap"].predicted_loss() == pytest.approx(SAMPLES * costs["cap"], rel=1e-6)
+    assert results["obs"].predicted_loss() == pytest.approx(SAMPLES * costs["obs"], rel=1e-6)
     fitted = capruner.compensate_masks(
         model, data, F.cross_entropy, results["magnitude"].masks(), progress=False, **arguments
     )
@@ -388,7 +398,7 @@ def test_masked_weights_are_cut_off_from_the_others() -> None:
             part = slice(position, position + len(block))
             total += quadratic_loss(living[part], after[part], [block])
             position += len(block)
-    assert dirty.predicted_loss() == pytest.approx(total, rel=1e-6)
+    assert dirty.predicted_loss() == pytest.approx(SAMPLES * total, rel=1e-6)
     assert sum(row["zeros"] for row in dirty.layer_report()) == round(0.7 * 91) > gone
 
 
@@ -713,3 +723,45 @@ def test_weights_that_the_loss_does_not_feel_leave_first(method: str) -> None:
     )
     assert not result.masks(0.5)["idle.weight"].any()
     assert result.masks(0.5)["felt.weight"].all()
+
+
+def test_the_predicted_loss_of_recomputations_is_the_sum_over_their_steps() -> None:
+    model, data = mlp(), vectors()
+    arguments = {"num_grads": 30, "num_recomputations": 2, "recomputation_inter_func": "linear"}
+    both = prune(model, data, 0.8, **arguments)
+    first = prune(model, data, 0.4, num_grads=30)
+    halfway = copy.deepcopy(model)
+    first.apply(halfway)
+    second = prune(halfway, data, 0.8, num_grads=30, masks=first.masks())
+    assert same_weights(both, second)
+    for name, loss in both.level().losses.items():
+        assert loss == pytest.approx(first.level().losses[name] + second.level().losses[name])
+
+
+def same_weights(one: capruner.PruningResult, other: capruner.PruningResult) -> bool:
+    return all(torch.equal(weight, other.level().weights[name]) for name, weight in one.level().weights.items())
+
+
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_the_predicted_loss_does_not_depend_on_how_samples_are_batched(size: int) -> None:
+    """Of gradients that are independent of each other, as those to labels from the model are."""
+    torch.manual_seed(0)
+    model = nn.Linear(6, 4).double()
+    x = torch.randn(4096, 6, dtype=torch.float64)
+    batches = [(part, None) for part in x.split(size)]
+    arguments = {"labels": "model", "damp": 1e-6, "fisher_block_size": 24, "num_grads": 4096 // size}
+    predicted = prune(model, batches, 0.5, **arguments).predicted_loss()
+    single = prune(model, [(part, None) for part in x.split(1)], 0.5, **(arguments | {"num_grads": 4096}))
+    assert predicted == pytest.approx(single.predicted_loss(), rel=0.15)
+
+
+def test_absolute_damping_below_the_rounding_of_the_fisher_matrix_is_warned_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    data = [(torch.randn(3, 4), torch.randint(3, (3,))) for _ in range(64)]
+    prune(model, data, num_grads=64, fisher_block_size=4, damp=1e-3)
+    assert "rounding" not in caplog.text
+    prune(model, data, num_grads=64, fisher_block_size=4, damp=1e-12)
+    assert "weight: damp=1e-12 is below the float32 rounding error of 3 of 3 Fisher blocks" in caplog.text

@@ -3,8 +3,9 @@
 A block's weights leave in the order that the elimination found, so an allocation is one number per block. Steps compete by their score:
 
 ``marginal``
-    the loss ``δ`` of the step, made monotone along the block by a running maximum (a later, cheaper step cannot come before an earlier one). A
-    threshold on it minimises the predicted total loss up to that monotonisation.
+    the loss ``δ`` of the step, made monotone along the block by a running maximum (a later, cheaper step cannot come before an earlier one). Where the
+    losses of each block rise by themselves, a threshold on it minimises the predicted total loss; where they do not, the running maximum holds back
+    the cheap steps behind a dear one, and the total is up to some percent above the smallest one.
 ``cumulative``
     the sum of the losses so far in the block, as in the published code.
 

@@ -77,6 +77,7 @@ class Calibration:
     )
     whole: bool = True
     _digests: list[str] = field(default_factory=list, init=False)
+    _samples_per_gradient: float = field(default=1.0, init=False)
 
     def __post_init__(self) -> None:
         size, group = self.settings.fisher_block_size, self.settings.pattern.group
@@ -114,6 +115,11 @@ class Calibration:
             _LOGGER.warning(
                 "%s: %d of %d Fisher blocks would not factor at damp=%g and got more",
                 *(name, count, self.layouts[name].num_blocks, self.settings.damp),
+            )
+        for name, count in pruner.drowned.items():
+            _LOGGER.warning(
+                "%s: damp=%g is below the float32 rounding error of %d of %d Fisher blocks, so their weights may be off: raise damp, or leave it out",
+                *(name, self.settings.damp, count, self.layouts[name].num_blocks),
             )
         return pruner
 
@@ -161,6 +167,7 @@ class Calibration:
                 "skipped %d of %d calibration batches for NaN or Inf: %s", len(position.skipped), position.batches, some
             )
         self.notes["skipped_batches"] += int(shards.sum(len(position.skipped)))
+        self._samples_per_gradient = shards.sum(position.averaged) / shards.sum(position.taken)
 
     def _share(self, shards: Shards) -> int:
         """Of ``num_grads`` each process draws its share; the first ones draw what is left over."""
@@ -200,6 +207,7 @@ class Calibration:
                 "taken": position.taken,
                 "batches": position.batches,
                 "samples": position.samples,
+                "averaged": position.averaged,
                 "skipped": position.skipped,
                 "digests": self._digests,
             }
@@ -351,7 +359,8 @@ class Calibration:
             weights[name] = self.layouts[name].from_blocks(shards.gather(name, solution.weight)).to(p)
             if not torch.isfinite(weights[name]).all():
                 raise ValueError(f"the pruned weights of {name} are not finite in {p.dtype}; raise damp")
-            losses[name] = shards.sum(solution.loss)
+            # The outer product of a mean over b independent gradients is 1/b of the mean of their outer products.
+            losses[name] = shards.sum(solution.loss) * self._samples_per_gradient
         return Level(sparsity, weights, masks, losses)
 
 

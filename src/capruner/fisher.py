@@ -68,6 +68,7 @@ class BlockFisher:
 
     Attributes:
         damped: blocks that needed more than ``damp``, after :meth:`inverse`.
+        drowned: blocks whose absolute ``damp`` is less than the rounding error of the matrix that it was added to, after :meth:`inverse`.
         shares: ``(num_blocks,)`` float64, the share of the common Fisher matrix in each block, after :meth:`inverse`.
         units: ``(num_blocks,)`` float64, after :meth:`inverse`: what it returns is the inverse of ``F / units``, and losses from it are to be multiplied
             by them. Powers of two; 1 unless the gradients of a block are extremely small or large.
@@ -114,6 +115,7 @@ class BlockFisher:
         self.relative_damp = relative_damp
         self.count = 0
         self.damped = 0
+        self.drowned = 0
         self.shrinkage = shrinkage
         self.shares = torch.zeros(num_blocks, dtype=torch.float64, device=device)
         self._fourth = torch.zeros(num_blocks, dtype=torch.float64, device=device)  # sum of the fourth powers of norms
@@ -283,7 +285,7 @@ class BlockFisher:
             blocks.copy_(blocks.triu() + blocks.triu(1).mT)
         chunk = chunk_size(None, blocks.shape[1], 8, blocks.device)
 
-        def work(part: slice) -> int:
+        def work(part: slice) -> tuple[int, int]:
             gone = None if dead is None else dead[part]
             if self.solver == "accumulate":
                 return self._invert(blocks[part], gone, part.start, rungs)
@@ -291,13 +293,14 @@ class BlockFisher:
                 self._decouple_inverse(blocks[part], gone)
             if self._scales is not None:
                 self._unscale_inverse(blocks[part], gone, part.start)
-            return 0
+            return 0, 0
 
-        self.damped = sum(in_chunks(len(blocks), chunk, work, "inverting Fisher blocks", blocks.device))
+        found = in_chunks(len(blocks), chunk, work, "inverting Fisher blocks", blocks.device)
+        self.damped, self.drowned = (sum(counts) for counts in zip(*found)) if found else (0, 0)
         return blocks
 
-    def _invert(self, F: Tensor, gone: Tensor | None, first_block: int, rungs: int) -> int:
-        """Replace ``F`` by its inverse; how many blocks needed more damping."""
+    def _invert(self, F: Tensor, gone: Tensor | None, first_block: int, rungs: int) -> tuple[int, int]:
+        """Replace ``F`` by its inverse; how many blocks needed more damping, and in how many ``damp`` drowned in rounding."""
         part = slice(first_block, first_block + len(F))
         A = self._doubled(F, part)
         diagonal = A.diagonal(dim1=1, dim2=2)
@@ -311,6 +314,7 @@ class BlockFisher:
         damp, size = torch.full_like(diagonal[:, 0], self.damp), _mean_diagonal(A, gone)
         if self.relative_damp:
             damp = damp * size
+        drowned = int((damp < torch.finfo(F.dtype).eps * diagonal.sum(dim=1)).sum())
         # A block without any gradient has no scale of its own; the loss does not feel its weights.
         none = damp == 0
         damp = damp.masked_fill(none, 1)
@@ -342,7 +346,7 @@ class BlockFisher:
                 f"try damp={max(scale, 1e-12) * 1e-3:.1g} or more"
             )
         F.copy_(torch.cholesky_inverse(factor))
-        return damped
+        return damped, drowned
 
     def _unscale_inverse(self, H: Tensor, gone: Tensor | None, first_block: int) -> None:
         assert self._scales is not None

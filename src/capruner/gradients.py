@@ -57,12 +57,14 @@ class Position:
         taken: gradients that came out.
         batches: batches drawn, bad ones included.
         samples: ``sample`` mode: samples of the last batch that are used up.
+        averaged: samples that the gradients taken are means over, all together.
         skipped: numbers of the batches that were left out, in whole or in part, for NaN or Inf.
     """
 
     taken: int = 0
     batches: int = 0
     samples: int = 0
+    averaged: int = 0
     skipped: list[int] = field(default_factory=list)
 
 
@@ -184,6 +186,7 @@ class _BatchGradients(_Source):
             for name, p in self.parameters.items()
         }
         filled: list[int] = []  # the batch of each row
+        averaged = 0
         while at.taken + len(filled) < self.num_grads:
             item = next(self.batches, None)
             if item is None:
@@ -198,12 +201,15 @@ class _BatchGradients(_Source):
             for row, gradient in zip(rows.values(), gradients):
                 row[len(filled)].copy_(gradient)
             filled.append(item[0])
+            averaged += next((len(leaf) for leaf in tree_leaves(item[1]) if is_batched(leaf)), 1)
             if len(filled) == slab:
                 at.taken += slab
+                at.averaged += averaged
                 yield checked(rows, filled)
-                filled = []
+                filled, averaged = [], 0
         if filled:
             at.taken += len(filled)
+            at.averaged += averaged
             yield checked({name: row[: len(filled)] for name, row in rows.items()}, filled)
 
 
@@ -303,6 +309,7 @@ class _SampleGradients(_Source):
                 at.samples = stop
                 found = len(next(iter(slab.values())))
                 at.taken += found
+                at.averaged += found
                 if found:
                     yield slab
             at.samples = 0

@@ -1,27 +1,38 @@
-"""Labels drawn from the model itself: the Fisher matrix, not the empirical one, and no labelled data needed.
+"""The Fisher matrix of the model's own output distribution: no labelled data needed, and less noise than with the data's labels.
 
-The Fisher matrix is the mean of ``g gᵀ`` over labels drawn from the model's own distribution ``p(y | x)``; it equals the Gauss-Newton matrix of the
-cross-entropy. The empirical Fisher matrix takes the labels of the data instead. The two part where the model is sure of its labels, as it is after training:
-gradients to the data's labels then nearly vanish, and what is left of them says little about curvature.
+The Fisher matrix is the mean of ``g gᵀ`` over labels drawn from the model's distribution ``p(y | x)``; for the cross-entropy it equals the Gauss-Newton matrix.
+The empirical Fisher matrix takes the labels of the data instead. The two part where the model is sure of its labels, as it is after training: gradients to
+the data's labels then nearly vanish, but for the few samples that the model gets wrong, and what is left says little about curvature.
+
+A drawn label gives an unbiased estimate of that mean, but a noisy one: of a model that is sure nearly all draws are its favourite. For the cross-entropy
+all classes ``c`` are weighed at once instead: the gradient of ``Σ_c ε_c √p_c ℓ(z, c)`` with ``E[ε εᵀ] = I`` has the outer product
+
+    E[g gᵀ] = Σ_c p_c ∇ℓ(z, c) ∇ℓ(z, c)ᵀ,
+
+the Fisher matrix again. ``ε_c = √2 cos(2π (c + 1) u)`` needs a single uniform random number ``u`` per sample: cosines of different
+frequencies are orthonormal.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from capruner.batches import BatchError, batch_size, describe, logits_of
+from capruner.batches import BatchError, batch_size, default_loss, describe, logits_of
 from capruner.distributed import world
 from capruner.gradients import LossFunction
 
 
 def loss_of_model_labels(loss_fn: LossFunction) -> LossFunction:
-    """``loss_fn`` with labels drawn from the outputs, by the uniform random numbers of :class:`Chances` that come as targets.
+    """A loss whose gradients estimate the Fisher matrix of ``loss_fn``, from the uniform random numbers of :class:`Chances` that come as targets.
 
-    A label needs the model's outputs, which only the loss sees. It turns each random number into the class at that place of the cumulative distribution.
+    Cross-entropy, without weights or smoothing: all classes at once, see the module's docstring. Any other loss: each random number becomes the class at
+    that place of the cumulative distribution, which needs the model's outputs, and only the loss sees these.
 
     Args:
         loss_fn: of logits ``(batch, classes)`` and int64 labels ``(batch,)``.
@@ -33,11 +44,28 @@ def loss_of_model_labels(loss_fn: LossFunction) -> LossFunction:
             raise BatchError(
                 f"labels='model' draws classes from logits (batch, classes), and the model gave {describe(outputs)}; use labels='data'"
             )
+        if is_cross_entropy(loss_fn):
+            return _of_all_classes(logits, chances)
         cumulative = logits.detach().double().softmax(dim=1).cumsum(dim=1)
         drawn = (cumulative < chances[:, None]).sum(dim=1).clamp(max=logits.shape[1] - 1)
         return loss_fn(logits, drawn)
 
     return loss
+
+
+def is_cross_entropy(loss_fn: LossFunction) -> bool:
+    """Whether a loss is the plain cross-entropy of logits and labels."""
+    if isinstance(loss_fn, nn.CrossEntropyLoss):
+        return loss_fn.weight is None and loss_fn.label_smoothing == 0 and loss_fn.reduction == "mean"
+    return loss_fn in (F.cross_entropy, default_loss)
+
+
+def _of_all_classes(logits: Tensor, chances: Tensor) -> Tensor:
+    """Mean over samples of ``Σ_c ε_c √p_c (−log p_c)``, weights held constant."""
+    log_p = logits.log_softmax(dim=1)
+    frequencies = torch.arange(1, logits.shape[1] + 1, device=chances.device, dtype=chances.dtype)
+    signs = 2**0.5 * torch.cos(2 * math.pi * chances[:, None] * frequencies)
+    return -(signs.to(log_p) * (log_p.detach() / 2).exp() * log_p).sum(dim=1).mean()
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ the pivot is brought up to date), after it one matrix product updates what remai
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,11 @@ from torch import Tensor
 from capruner.chunks import chunk_size, in_chunks
 from capruner.kernels import kernel_for
 from capruner.numerics import NotPositiveDefiniteError, full_precision
+
+_LOGGER = logging.getLogger(__name__)
+
+LIFTS = 3
+"""Times that the lift of an inverse block that will not factor may grow tenfold."""
 
 PANEL = 32
 """Pivots per panel. 16 to 64 are alike on CPUs; measured by ``benchmarks/speed.py``."""
@@ -278,20 +284,31 @@ def compensate_prefixes(
 
 
 def _factor(H: Tensor, first_block: int, eps: float) -> Tensor:
-    """Cholesky factors ``(n, B, B)`` of ``H``; blocks on the edge of their own rounding error are lifted by just that error."""
+    """Cholesky factors ``(n, B, B)`` of ``H``; blocks that are not positive definite within their rounding error are lifted until they are.
+
+    A float32 inverse is known to about ``eps · max(diag)``: a first shift of that size changes nothing that is known. Where it is not enough, because
+    rounding has added up over many updates, it grows tenfold, up to ``LIFTS`` times.
+    """
     factor, info = torch.linalg.cholesky_ex(H)
-    if not info.any():
-        return factor
     bad = info.nonzero()[:, 0]
-    # A float32 inverse is known to eps·max(diag) at best: a shift of that size changes nothing that is known.
-    lifted = H[bad]
-    shift = 4 * eps * lifted.diagonal(dim1=1, dim2=2).amax(dim=1)
-    lifted.diagonal(dim1=1, dim2=2).add_(shift[:, None])
-    factor[bad], info = torch.linalg.cholesky_ex(lifted)
-    if info.any():
-        worst = int(bad[int(info.nonzero()[0])]) + first_block
+    unit = 4 * eps * H.diagonal(dim1=1, dim2=2).amax(dim=1)
+    for lift in range(LIFTS + 1):
+        if not len(bad):
+            return factor
+        lifted = H[bad]
+        lifted.diagonal(dim1=1, dim2=2).add_(unit[bad, None] * 10**lift)
+        found, info = torch.linalg.cholesky_ex(lifted)
+        good = info == 0
+        factor[bad[good]] = found[good]
+        if lift and good.any():
+            _LOGGER.warning(
+                "%d inverse Fisher blocks were not positive definite to working precision, and got %.0e of their largest diagonal entry added; raise damp",
+                *(int(good.sum()), 4 * eps * 10**lift),
+            )
+        bad = bad[~good]
+    if len(bad):
         raise NotPositiveDefiniteError(
-            f"inverse Fisher block {worst} will not factor ({int((info > 0).sum())} blocks in all): it is not positive definite to working "
+            f"inverse Fisher block {int(bad[0]) + first_block} will not factor ({len(bad)} blocks in all): it is not positive definite to working "
             "precision; raise `damp` tenfold, or take more gradients"
         )
     return factor

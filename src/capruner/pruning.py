@@ -210,8 +210,8 @@ def prune(
             ``batches``, which are held in memory; see :func:`capruner.distill`. Masks do not change. For every method, and models that return logits.
             ``result.settings["distill"]`` has the divergence before and after; predicted losses are those before it. 0: off.
         gradients: ``"batch"`` (one gradient from each batch) or ``"sample"``.
-        labels: ``"data"`` takes the targets of the batches; ``"model"`` draws labels from the model's own softmax, see :mod:`capruner.labels`; then the
-            data needs no labels (anything may stand in their place).
+        labels: ``"data"`` takes the targets of the batches; ``"model"`` the model's own softmax, see :mod:`capruner.labels`: then the data needs no labels
+            (anything may stand in their place), and few images say more. For losses of logits and int64 labels.
         score: ``"marginal"`` or ``"cumulative"``, see :mod:`capruner.allocation`.
         costs: ``{parameter name: cost of one of its weights}``; weights then leave by loss per cost instead of loss.
             ``capruner.multiply_adds(model, input_size).per_weight(model)`` makes a network with fewer multiply-adds at the same accuracy (and more weights).
@@ -278,6 +278,7 @@ def prune(
         with weights_restored(model), torch.no_grad():
             for s, targets in rungs:
                 starts = [pruned_share(target.names, kept) for target in targets]
+                losses = dict.fromkeys(parameters, 0.0)
                 for step in range(1, num_recomputations + 1):
                     now = [
                         # The last step takes the target itself: interpolation can miss it by a rounding error, and the count by one weight.
@@ -288,9 +289,10 @@ def prune(
                     ]
                     level = calibration.levels(METHODS[method], kept, [(s, now)])[0]
                     kept = dict(level.masks)
+                    losses = {name: losses[name] + loss for name, loss in level.losses.items()}
                     for name, p in parameters.items():
                         p.copy_(level.weights[name])
-                levels.append(level)
+                levels.append(replace(level, losses=losses))
     notes: list[dict[str, Any]] = []
     if distill_passes and data is not None:
         distiller = Distiller(model, data, distill_passes, on_bad_batch == "skip", state, calibration.clock, progress)

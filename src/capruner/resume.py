@@ -114,7 +114,7 @@ def position_of(place: Mapping[str, Any], num_grads: int) -> tuple[Position, lis
     Raises:
         ValueError: it cannot be.
     """
-    numbers = {key: place[key] for key in ("taken", "batches", "samples")}
+    numbers = {key: place[key] for key in ("taken", "batches", "samples", "averaged")}
     skipped = place["skipped"]
     if not isinstance(skipped, list) or not all(map(_is_count, (*numbers.values(), *skipped))):
         raise ValueError(f"{numbers} and {skipped} are no counts")

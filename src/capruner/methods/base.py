@@ -136,6 +136,8 @@ class Method(ABC):
         self.layouts = shards.layouts
         self.settings = settings
         self.clock = clock
+        self.drowned: dict[str, int] = {}
+        """Blocks of each layer, other processes' too, whose absolute damping is less than the rounding error of their Fisher matrix."""
         self.shares: dict[str, float] = {}
         """Mean share of the common Fisher matrix in the blocks of each layer, other processes' too; see :mod:`capruner.shrinkage`."""
         self.damped: dict[str, int] = {}
@@ -312,6 +314,7 @@ class SecondOrderMethod(RankedMethod):
                 if self.settings.shrinkage != 0:
                     self.shares[name] = self.shards.sum(float(fisher.shares.sum())) / layout.num_blocks
                 self._count_damped(name, fisher.damped)
+                self._count_drowned(name, fisher.drowned)
                 with self.clock("eliminate"):
                     weight = weights[name].to(H)
                     self._rank(name, self._order(weight, H, gone, padding), fisher.units)
@@ -335,6 +338,10 @@ class SecondOrderMethod(RankedMethod):
             )
         if damped:
             self.damped[name] = damped
+
+    def _count_drowned(self, name: str, own: int) -> None:
+        if drowned := self.shards.total(own, "inverting Fisher blocks"):
+            self.drowned[name] = drowned
 
     def solve_masks(self, gone: Mapping[str, Tensor]) -> dict[str, LayerSolution]:
         """The weights for given masks: ``(n, B)`` bool per layer, True = leaves."""

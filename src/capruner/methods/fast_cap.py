@@ -7,13 +7,14 @@ With ``H = F⁻¹`` of the average Fisher block and ``U`` its upper Cholesky fac
 columns to its left decided, the conditional variance ``U_ii²``. In each column-block the cheapest ``w² / U_ii²`` leave; then from left to right
 ``e = (w_i − q_i) / U_ii`` is spread over the columns to the right, ``W ← W − e U[i, :]``.
 
-Beyond the published method each block keeps one number of its own, its mean squared gradient relative to the layer's, ``s_b``: the Fisher matrix of block ``b``
-is taken to be ``s_b F``. Updates do not depend on it, but scores do: ``s_b w² / U_ii²``. Without it all neurons of a layer would count as equally sensitive.
+Beyond the published method each block keeps one number of its own, ``s_b = (q_b / mean(q) + λ) / (1 + λ)`` with its mean squared gradient ``q_b`` and the
+relative damping ``λ``: the Fisher matrix of block ``b`` is taken to be ``s_b F``. Updates do not depend on it, but scores do: ``s_b w² / U_ii²``. Without
+it all neurons of a layer would count as equally sensitive. The last block of a layer may be shorter than ``B``: it has the factor of its own columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -47,6 +48,8 @@ class FastCAP(Method):
         super().__init__(shards, settings, clock)
         self._fishers: dict[str, BlockFisher] = {}
         self._factors: dict[str, Tensor] = {}
+        self._last: dict[str, Tensor] = {}
+        """Factor of a layer's last block, where that is padded: of the inverse for its real columns alone, 1 on the diagonal elsewhere."""
         self._units: dict[str, float] = {}
         self._scales: dict[str, Tensor] = {}  # (n, 1) per layer
         self._weights: Mapping[str, Tensor] = {}
@@ -99,12 +102,13 @@ class FastCAP(Method):
                 except NotPositiveDefiniteError as error:
                     raise NotPositiveDefiniteError(f"{name}: {error}") from None
                 self._factors[name] = torch.linalg.cholesky(H, upper=True).to(weights[name])
+                if self.layouts[name].padding:
+                    self._last[name] = _factor_of_first(H, H.shape[0] - self.layouts[name].padding).to(weights[name])
                 self._units[name] = float(fisher.units)
-                mean = self._scales[name].mean()
+                squares = self._scales[name] / (~self._padding(name)).sum(dim=1, keepdim=True)
+                mean, damp = squares.mean(), self.settings.damp
                 # A layer without any gradient has no scale; a block without one is damped like the others, so that it still costs something.
-                scales = (
-                    self._scales[name] / mean + self.settings.damp if mean > 0 else torch.ones_like(self._scales[name])
-                )
+                scales = (squares / mean + damp) / (1 + damp) if mean > 0 else torch.ones_like(squares)
                 self._scales[name] = scales.to(weights[name].dtype)
             self._fishers.clear()
 
@@ -128,7 +132,7 @@ class FastCAP(Method):
             for name in target.names:
                 saliency = torch.zeros_like(self._weights[name])
                 if name in self._factors:
-                    variance = self._factors[name].square().sum(dim=0)  # diagonal of H = UᵀU
+                    variance = self._by_block(name, lambda U: U.square().sum(dim=0))  # diagonal of H = UᵀU
                     saliency = self._scales[name] * self._weights[name].square() / (2 * variance)
                 ranked = rank_once(saliency, self.settings.pattern, self._dead[name], self._padding(name)).losses
                 ranked = (
@@ -142,6 +146,13 @@ class FastCAP(Method):
             counts |= {name: int(k) for name, k in zip(target.names, taken)}
         return counts
 
+    def _by_block(self, name: str, of: Callable[[Tensor], Tensor]) -> Tensor:
+        """``(n, B)`` values of a layer's factor, those of the last block from a factor of its own if it is padded."""
+        values = of(self._factors[name]).repeat(len(self._weights[name]), 1)
+        if name in self._last:
+            values[-1] = of(self._last[name])
+        return values
+
     def _padding(self, name: str) -> Tensor:
         return self.layouts[name].is_padding(self._weights[name].device)[self.shards.own(name)]
 
@@ -152,6 +163,9 @@ class FastCAP(Method):
         if name not in self._factors:  # another process's layer: no blocks of it here
             return LayerSolution(self._weights[name].clone(), ~dead, 0.0)
         U, n_m = self._factors[name], self.settings.pattern.n_m
+        diagonal = self._by_block(name, Tensor.diagonal).T.contiguous()
+        # What the last block has to get back of the updates that suit the others.
+        excess = U - self._last[name] if name in self._last else None
         # (B, n): a step works on one column of all blocks, which should lie together in memory.
         W, gone = self._weights[name].T.clone(memory_format=torch.contiguous_format), dead.T.contiguous()
         B = len(W)
@@ -172,23 +186,37 @@ class FastCAP(Method):
                 for i in range(first, last):
                     if n_m is not None and i % n_m[1] == 0:
                         group = slice(i, i + n_m[1])
-                        saliency = W[group].T.square() / U.diagonal()[group].square()
+                        saliency = W[group].T.square() / diagonal[group].T.square()
                         order = rank_once(saliency, self.settings.pattern, dead[:, group], padding[:, group])
                         gone[group] = ~order.keep_mask((order.losses < torch.inf).sum(dim=1)).T
-                    torch.mul(W[i], gone[i], out=errors[i - first]).div_(U[i, i])
+                    torch.mul(W[i], gone[i], out=errors[i - first]).div_(diagonal[i])
                     W[i:last].addr_(U[i, i:last], errors[i - first], alpha=-1)
+                    if excess is not None:
+                        W[i:last, -1] += excess[i, i:last] * errors[i - first, -1]
                 W[last:].addmm_(U[first:last, last:].mT, errors, alpha=-1)
+                if excess is not None:
+                    W[last:, -1] += errors[:, -1] @ excess[first:last, last:]
                 loss += float((self._scales[name][:, 0] * errors.double().square()).sum()) / 2
         return LayerSolution(W.masked_fill_(gone, 0).T.contiguous(), ~gone.T.contiguous(), loss * self._units[name])
 
     def _cheapest(self, name: str, W: Tensor, columns: slice, count: int) -> Tensor:
         """``(n, width)`` bool: the ``count`` cheapest weights of a column-block of ``W`` ``(B, n)``, the dead first, padding never."""
-        saliency = self._scales[name] * W[columns].T.square() / self._factors[name].diagonal()[columns].square()
+        variance = self._by_block(name, Tensor.diagonal)[:, columns].square()
+        saliency = self._scales[name] * W[columns].T.square() / variance
         saliency = saliency.masked_fill(self._dead[name][:, columns], -torch.inf)
         saliency = saliency.masked_fill(self._padding(name)[:, columns], torch.inf)
         chosen = saliency.flatten().argsort(stable=True)[:count]
         flat = torch.zeros(saliency.numel(), dtype=torch.bool, device=W.device)
         return flat.index_fill_(0, chosen, True).view(saliency.shape)
+
+
+def _factor_of_first(H: Tensor, real: int) -> Tensor:
+    """Upper Cholesky factor of the inverse Fisher matrix of the first ``real`` columns alone, from ``H`` of all of them; ``(B, B)`` float64."""
+    rest = H[real:, real:]
+    first = H[:real, :real] - H[:real, real:] @ torch.cholesky_solve(H[real:, :real], torch.linalg.cholesky(rest))
+    U = torch.eye(len(H), dtype=H.dtype, device=H.device)
+    U[:real, :real] = torch.linalg.cholesky((first + first.T) / 2, upper=True)
+    return U
 
 
 def _share(count: int, taken: int, stop: int, start: int, dead: Tensor, padding: Tensor) -> int:
