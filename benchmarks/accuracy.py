@@ -46,39 +46,36 @@ DEFAULTS: dict[str, Any] = {
     "recomputations": 1,
     "each": "share",
     "bn_batches": 0,
+    "classes": 10,
     "mask_type": "unstructured",
     "fisher_block_size": None,
     "damp": None,
     "relative_damp": None,
 }
 """None: the method's own default. Any other keyword of ``capruner.prune`` can be set too. ``each``: every recomputation draws its ``share`` of the
-images, or ``all`` of them again."""
+images, or ``all`` of them again. ``classes``: calibrate on images of the first so many classes only."""
 
 # Not keywords of `prune`: what data there is and how it is used.
-HERE = ("images", "batch", "labels", "recomputations", "each", "bn_batches")
+HERE = ("images", "batch", "recomputations", "each", "bn_batches", "classes")
 
 
 class Batches:
     """Calibration data: ``(inputs, targets)`` from the start at each iteration, as a loader does."""
 
-    def __init__(self, images: Tensor, labels: Tensor, batch: int) -> None:
-        self.images, self.labels, self.batch = images, labels, batch
+    def __init__(self, images: Tensor, labels: Tensor, batch: int, model: str) -> None:
+        self.images, self.labels, self.batch, self.model = images, labels, batch, model
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for x, y in zip(self.images.split(self.batch), self.labels.split(self.batch), strict=True):
-            yield normalise(x), y
+            yield normalise(x, self.model), y
 
 
-def calibration(data: tuple[Tensor, Tensor], case: dict[str, Any], model: nn.Module) -> Batches:
+def calibration(data: tuple[Tensor, Tensor], case: dict[str, Any]) -> Batches:
     images, labels = (t[HELD_OUT:] for t in data)
+    images, labels = images[labels < case["classes"]], labels[labels < case["classes"]]
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(case["seed"]))[: case["images"]]
     images, labels = images[chosen], labels[chosen]
-    if case["labels"] == "model":
-        generator = torch.Generator().manual_seed(case["seed"])
-        with torch.no_grad():
-            chances = torch.cat([model(normalise(x)).softmax(dim=1) for x in images.split(500)])
-        labels = chances.multinomial(1, generator=generator)[:, 0]
-    return Batches(images, labels, case["batch"])
+    return Batches(images, labels, case["batch"], case["model"])
 
 
 def given(case: dict[str, Any]) -> dict[str, Any]:
@@ -144,23 +141,24 @@ def run_case(case: dict[str, Any], data: dict[str, tuple[Tensor, Tensor]], weigh
     model = load_model(case["model"], weights if case["model"] == "vit" else None)
     images, labels = data["val"] if case["split"] == "val" else tuple(t[:HELD_OUT] for t in data["train"])
     images, labels = images[: case["limit"]], labels[: case["limit"]]
-    batches = calibration(data["train"], case, model)
+    batches = calibration(data["train"], case)
     rows = []
     for sparsity, pruned, seconds, predicted in pruned_models(case, model, batches):
         chosen = select_parameters(pruned, PRUNED[case["model"]]).values()
         row = {
             "sparsity": sparsity,
             "reached": sum(int((p == 0).sum()) for p in chosen) / sum(p.numel() for p in chosen),
-            "top1": accuracy(pruned, images, labels),
+            "top1": accuracy(pruned, images, labels, case["model"]),
             "predicted_loss": predicted,
             "seconds": seconds,
         }
         if case["bn_batches"]:
-            recalibration = Batches(batches.images, batches.labels, 256)
-            capruner.recalibrate_bn(pruned, recalibration, min(case["bn_batches"], len(batches.images) // 256))
-            row["top1_bn"] = accuracy(pruned, images, labels)
+            size = min(256, len(batches.images))
+            recalibration = Batches(batches.images, batches.labels, size, case["model"])
+            capruner.recalibrate_bn(pruned, recalibration, min(case["bn_batches"], len(batches.images) // size))
+            row["top1_bn"] = accuracy(pruned, images, labels, case["model"])
         rows.append(row)
-    return {"case": case, "dense": accuracy(model, images, labels), "rows": rows}
+    return {"case": case, "dense": accuracy(model, images, labels, case["model"]), "rows": rows}
 
 
 def cases(args: argparse.Namespace) -> Iterator[dict[str, Any]]:

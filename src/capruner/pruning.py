@@ -202,7 +202,7 @@ def prune(
         damp: ``λ`` added to the diagonal of the Fisher matrix, absolute (a squared gradient) unless ``relative_damp``; always
             relative to the mean diagonal for ``fast_cap``. None: the method's default, relative, 0.01, and 0.5 for ``fast_cap``.
         shrinkage: share of the layer's common Fisher matrix in each block, from 0 (the empirical Fisher matrix as it is) to 1. None: for ``cap`` with
-            ``damp=None`` estimated from the noise of the gradients, near 1 for few gradients and near 0 for many, see :mod:`capruner.shrinkage`;
+            ``damp=None`` estimated from the noise of the gradients, near 0.5 for few gradients and near 0 for many, see :mod:`capruner.shrinkage`;
             0 for ``obs`` and where ``damp`` is given. ``result.settings["shrinkage_by_layer"]`` has the shares.
         num_recomputations: climb to each sparsity in that many steps, each with a fresh calibration at the weights reached.
         recomputation_inter_func: how sparsity climbs over them: ``"linear"``, ``"cubic"``, ``"geometric"``.
