@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from untouched import same, snapshot
 
 import capruner
-from capruner.result import Level, PruningResult
+from capruner.result import Level, PruningResult, _checksum
 
 
 def net(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -80,8 +80,8 @@ def test_apply_to_a_model_that_does_not_fit_touches_nothing() -> None:
 
 
 @pytest.mark.parametrize("method", ["apply", "masks", "predicted_loss", "layer_report", "model_sparsity", "level"])
-@pytest.mark.parametrize("asked", [0.75, 0.0, 50, None])
-def test_a_sparsity_that_is_not_in_reach(method: str, asked: float | None) -> None:
+@pytest.mark.parametrize("asked", [0.75, 0.0, 50])
+def test_a_sparsity_that_is_not_in_reach(method: str, asked: float) -> None:
     result, model = pruned(), net()
     before = snapshot(model)
     with pytest.raises(ValueError, match=rf"sparsity {asked} is not in reach: this result holds \[0\.3, 0\.5, 0\.9\]"):
@@ -216,7 +216,8 @@ def test_the_format_is_as_written_here(tmp_path: Path) -> None:
     assert level.masks["w"].tolist() == [True, False, True, False]
     assert level.others == {}  # version 1
     levels = [GOOD["levels"][0] | {"others": ["b"]}]
-    path = write(tmp_path / "r", GOOD | {"version": 2, "levels": levels}, TENSORS | {"0/other/b": torch.tensor([3.0])})
+    header, tensors = GOOD | {"version": 2, "levels": levels}, TENSORS | {"0/other/b": torch.tensor([3.0])}
+    path = write(tmp_path / "r", header | {"sha256": _checksum(header, sorted(tensors.items()))}, tensors)
     assert capruner.load_result(path).level().others["b"].tolist() == [3]
 
 
@@ -287,3 +288,12 @@ def test_levels_made_by_hand() -> None:
     result.apply(model)
     assert model.weight.tolist() == [[1, 0]]
     assert result.model_sparsity() == (0.5, 1 / 3)
+
+
+def test_a_result_shows_what_it_is_and_asks_which_sparsity() -> None:
+    model = nn.Linear(8, 4)
+    result = capruner.prune(model, None, sparsity=[0.25, 0.5], method="magnitude")
+    text = "PruningResult(method='magnitude', sparsities=[0.25, 0.5], layers=1, prunable_weights=32, total_weights=36)"
+    assert repr(result) == text
+    with pytest.raises(ValueError, match=r"holds several sparsities, \[0.25, 0.5\]: say which one"):
+        result.apply(model)

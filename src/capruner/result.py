@@ -42,7 +42,7 @@ class Level:
     others: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(repr=False)
 class PruningResult:
     """The outcome of :func:`capruner.prune`: one calibration, any sparsity of its list.
 
@@ -60,6 +60,13 @@ class PruningResult:
     settings: dict[str, Any] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        sizes = [mask.numel() for mask in self.levels[0].masks.values()] if self.levels else []
+        return (
+            f"PruningResult(method={self.method!r}, sparsities={self.sparsities}, layers={len(sizes)}, "
+            f"prunable_weights={sum(sizes)}, total_weights={self.total_weights})"
+        )
+
     @property
     def sparsities(self) -> list[float]:
         """The sparsities in reach, ascending."""
@@ -75,8 +82,10 @@ class PruningResult:
             raise ValueError(f"sparsity must be a number, one of {self.sparsities}, got {sparsity!r}")
         if sparsity is None and len(self.levels) == 1:
             return self.levels[0]
+        if sparsity is None:
+            raise ValueError(f"this result holds several sparsities, {self.sparsities}: say which one")
         for level in self.levels:
-            if sparsity is not None and abs(level.sparsity - sparsity) < 1e-9:
+            if abs(level.sparsity - sparsity) < 1e-9:
                 return level
         raise ValueError(
             f"sparsity {sparsity} is not in reach: this result holds {self.sparsities}; put it into the list that prune() solves for"
