@@ -20,12 +20,14 @@ from capruner.refine.distill import distill
 from capruner.refine.training import Distillation
 from capruner.result import PruningResult, load_result
 from capruner.state import StateError, remove_state
+from capruner.training.gradual import GradualPruner
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Distillation",
     "Elimination",
+    "GradualPruner",
     "MaskHandle",
     "MultiplyAdds",
     "NotPositiveDefiniteError",

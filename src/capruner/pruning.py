@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +89,9 @@ def checked(arguments: Mapping[str, Any]) -> Work:
         raise ValueError(
             f"recomputation_inter_func must be one of {sorted(INTERPOLATIONS)}, got {a.recomputation_inter_func!r}"
         )
+    for name, words in (("gradients", GradientMode), ("on_bad_batch", OnBadBatch), ("solver", Solver)):
+        if arguments[name] not in get_args(words):
+            raise ValueError(f"{name} must be one of {get_args(words)}, got {arguments[name]!r}")
     if a.batches is None and METHODS[a.method].uses_gradients:
         raise ValueError(f"method {a.method!r} needs calibration data: give `batches`")
     if a.shrinkage is not None and not METHODS[a.method].competing:

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from capruner.bits import pack, unpack
 from capruner.checks import check_model
 from capruner.files import digest, replacing
 from capruner.wrappers import all_parameters, find
@@ -158,8 +158,7 @@ class PruningResult:
         for index, level in enumerate(self.levels):
             for name, weight in level.weights.items():
                 tensors[f"{index}/weight/{name}"] = weight.detach().cpu().contiguous()
-                bits = np.packbits(level.masks[name].cpu().numpy().reshape(-1))
-                tensors[f"{index}/mask/{name}"] = torch.from_numpy(bits)
+                tensors[f"{index}/mask/{name}"] = pack(level.masks[name])
             for name, value in level.others.items():
                 tensors[f"{index}/other/{name}"] = value.detach().cpu().contiguous()
         header = {
@@ -254,12 +253,8 @@ def _read_level(file: Any, index: int, entry: Mapping[str, Any]) -> Level:
     weights = {name: file.get_tensor(f"{index}/weight/{name}") for name in entry["losses"]}
     masks = {}
     for name, weight in weights.items():
-        packed = file.get_tensor(f"{index}/mask/{name}").numpy()
-        if not weight.is_floating_point() or packed.dtype != np.uint8 or packed.ndim != 1:
-            raise TypeError(f"{name} is {weight.dtype}, its mask {packed.dtype}")
-        if packed.size != -(-weight.numel() // 8):
-            raise TypeError(f"the mask of {name} holds {packed.size} bytes for {weight.numel()} weights")
-        bits = np.unpackbits(packed, count=weight.numel())
-        masks[name] = torch.from_numpy(bits).bool().view(weight.shape)
+        if not weight.is_floating_point():
+            raise TypeError(f"{name} is {weight.dtype}")
+        masks[name] = unpack(file.get_tensor(f"{index}/mask/{name}"), weight.shape, name)
     others = {name: file.get_tensor(f"{index}/other/{name}") for name in entry.get("others", [])}  # version 1 has none
     return Level(entry["sparsity"], weights, masks, entry["losses"], others)
