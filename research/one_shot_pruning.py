@@ -4,13 +4,14 @@
   python research/one_shot_pruning.py --data-dir DATA --model deit_small_patch16_224 --pretrained \\
       --sparseml-recipe research/recipes/one_shot/cap/vit.yaml --sparsities 0.5 0.75 0.9
 
-DATA holds train/<class>/*.jpg and val/<class>/*.jpg. The recipe may use any SparseML pruning modifier: CAP and FastCAP serve the whole list from one
-calibration, SparseML's own (OBSPruningModifier, MFACPruningModifier, GlobalMagnitudePruningModifier, ...) are applied anew at each sparsity.
+DATA holds train/<class>/*.jpg and val/<class>/*.jpg. A recipe of CAP or FastCAP is carried out by capruner, which serves the whole list from one
+calibration. SparseML's own pruning modifiers (OBSPruningModifier, MFACPruningModifier, GlobalMagnitudePruningModifier, ...) are applied anew at each sparsity
+by SparseML where it can be imported; without it, or with --engine native, those that capruner has a method for are carried out by that.
 
-Without a recipe --method, --num-grads, --damp, --fisher-block-size, --num-recomputations, --mask-type and --params make one.
+Without a recipe --method, --num-grads, --damp, --fisher-block-size, --num-recomputations, --mask-type and --params say what to do.
 
-Written to OUTPUT/EXPERIMENT: report.html, summary.json and summary.csv, accuracy_vs_sparsity.png, layer_sparsity.png, the recipe, result.safetensors (CAP,
-FastCAP), and checkpoints/sparsity_0.75.safetensors, ... which timm.create_model(..., checkpoint_path=...) loads.
+Written to OUTPUT/EXPERIMENT: report.html, summary.json and summary.csv, accuracy_vs_sparsity.png, layer_sparsity.png, the recipe, result.safetensors
+(where capruner has pruned), and checkpoints/sparsity_0.75.safetensors, ... which timm.create_model(..., checkpoint_path=...) loads.
 """
 
 from __future__ import annotations
@@ -20,9 +21,8 @@ import copy
 import platform
 import resource
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -35,26 +35,20 @@ from research.utils import cli  # first: it sets what SparseML reads when it is 
 # isort: split
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 import capruner
+from capruner import recipes
 from capruner.macs import multiply_adds
 from capruner.report import write_report
-from capruner.sparseml.base import CorrelationAwareModifier
-from capruner.sparseml.modifiers import CAPruningModifier
-from capruner.sparseml.sampling import GradSamplerBatches
 from research.utils import data as images
-from research.utils import evaluate, modeling, one_shot_arguments, output, plots, recipe
+from research.utils import engines, evaluate, modeling, one_shot_arguments, output, plots
 from research.utils.wandb_log import WandbLog
 
-KNOBS = {
-    "gradients": "gradients",
-    "labels": "labels",
-    "on_bad_batch": "on_bad_batch",
-    "state_dir": "traces_backup_dir",
-    "memory_budget": "memory_budget",
-}
-"""Flags that stand above the recipe, and what they are called there."""
+FLAGS = ("gradients", "labels", "on_bad_batch", "state_dir", "memory_budget", "distill_passes", "allocate_by")
+"""Flags that stand above the recipe."""
+NOTHING = {"allocate_by": "weights"}
+"""Values of flags that ask for nothing, besides None."""
 COLUMNS = {
     "method": "method",
     "requested": "sparsity",
@@ -78,67 +72,57 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 class Run:
     """One invocation: the dense model, its data, and the rows of the summary so far."""
 
-    def __init__(self, args: argparse.Namespace, folder: Path, recipe_path: str) -> None:
+    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self.args = args
         self.folder = folder
-        self.recipe_path = recipe_path
         self.stages: list[dict[str, Any]] = []
         self._stage_began = time.perf_counter()
-        self.manager = recipe.load_manager(recipe_path)  # kept: SparseML empties a manager that is collected
-        self.modifier = recipe.pruning_modifier(self.manager, recipe_path)
-        recipe.keep_inside(self.modifier, folder)
-        for flag, knob in KNOBS.items():
-            if getattr(args, flag):
-                if not isinstance(self.modifier, CorrelationAwareModifier) or not hasattr(self.modifier, knob):
-                    shown = flag.replace("_", "-")
-                    raise cli.UserError(f"--{shown} means nothing to {type(self.modifier).__name__}; leave it out")
-                setattr(self.modifier, knob, getattr(args, flag))
-        if args.distill_passes is not None and isinstance(self.modifier, CorrelationAwareModifier):
-            self.modifier.distill_passes = args.distill_passes
-        if args.allocate_by != "weights" and not isinstance(self.modifier, CAPruningModifier):
-            raise cli.UserError(
-                f"--allocate-by {args.allocate_by} means nothing to {type(self.modifier).__name__}; leave it out"
-            )
+        path = args.sparseml_recipe
+        if path:
+            self.recipe = engines.open_recipe(path, args.engine, folder)
+            text = recipes.read(path)
+        else:
+            self.recipe = engines.Native(one_shot_arguments.one_shot(args), folder, "--params")
+            text = one_shot_arguments.recipe_text(args)
+        for flag in FLAGS:
+            value = getattr(args, flag)
+            if value not in (None, "", NOTHING.get(flag)):
+                self.recipe.set_flag(flag, value)
         self.device = modeling.pick_device(args.device)
         modeling.seed_everything(args.seed)
         self.model = modeling.build_model(args.model, args.model_kwargs, args.checkpoint, args.pretrained).to(
             self.device
         )
-        recipe.check_patterns(self.manager, self.model)
-        self.names = recipe.selected_names(self.modifier, self.model)
+        self.names = self.recipe.names(self.model)
         self.train, val = images.open_splits(args.data_dir, args.dataset, self.model)
         self.config = images.preprocessing(args, self.model)
         self.val = images.loader(val, self.config, args.val_batch_size, args.workers, limit=args.val_limit)
-        recipe.check_sparsities(self.modifier, self.model, args.sparsities, recipe_path)
+        self.recipe.check_sparsities(self.model, args.sparsities)
         modeling.check_forward(self.model, self.config["input_size"], args.model)
         self.rows: list[dict[str, Any]] = []
         self.layers: dict[float, list[dict[str, Any]]] = {}
         self.wandb = (
-            WandbLog(name=args.experiment, dir=str(folder), config=vars(args) | {"recipe": recipe.read(recipe_path)})
+            WandbLog(name=args.experiment, dir=str(folder), config=vars(args) | {"recipe": text})
             if args.log_wandb
             else None
         )
         self.macs = multiply_adds(self.model, self.config["input_size"])
-        content = Path(recipe_path).read_bytes()
         output.remove_earlier(folder)
-        output.write_atomically(folder / "recipe.yaml", lambda partial: partial.write_bytes(content))
+        output.write_atomically(folder / "recipe.yaml", lambda partial: partial.write_text(text, encoding="utf-8"))
         self.stage_done("load model and data")
 
     @property
     def method(self) -> str:
         ours = {"cap": "CAP", "fast_cap": "FastCAP"}
-        name = ours.get(
-            getattr(self.modifier, "method", ""), type(self.modifier).__name__.removesuffix("PruningModifier")
-        )
-        passes = getattr(self.modifier, "distill_passes", self.args.distill_passes)
-        return f"{name} + distillation" if passes else name
+        name = ours.get(self.recipe.method, self.recipe.modifier.removesuffix("PruningModifier"))
+        return f"{name} + distillation" if self.recipe.distill_passes else name
 
-    def grad_sampler(self, loss: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Any]:
+    def calibration_batches(self) -> images.CalibrationBatches:
+        """Images of the training split, in an order that follows from ``--seed`` alone."""
         args = self.args
-        batches = images.CalibrationBatches(
+        return images.CalibrationBatches(
             self.train, self.config, args.gs_batch_size, args.workers, args.gs_aug, args.seed, self.device
         )
-        return {"data_loader_builder": batches, "loss_function": loss}
 
     def stage_done(self, stage: str, parts: dict[str, float] | None = None) -> None:
         """A stage ends and the next begins. ``parts``: seconds of what it consisted of."""
@@ -211,12 +195,15 @@ class Run:
             output.write_atomically(path, lambda partial: save_file(state, partial))
 
     def write(self, finished: bool = False) -> None:
-        packages = ("capruner", "torch", "torchvision", "timm", "sparseml", "numpy")
+        packages = ["capruner", "torch", "torchvision", "timm", "numpy"] + ["sparseml"] * (
+            self.recipe.name == "sparseml"
+        )
         versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
         summary = {
             "finished": finished,
             "arguments": vars(self.args),
-            "recipe": recipe.read(self.folder / "recipe.yaml"),
+            "recipe": recipes.read(self.folder / "recipe.yaml"),
+            "engine": self.recipe.name,
             "versions": versions,
             "device": str(self.device),
             "macs": asdict(self.macs),
@@ -255,14 +242,6 @@ class Run:
             self.wandb.finish()
 
 
-def finite_cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
-    """For SparseML's own modifiers, which would prune on NaN without a word; ours check, and differentiate what has no branches."""
-    loss = nn.functional.cross_entropy(outputs, labels)
-    if not torch.isfinite(loss):
-        raise ValueError(f"the calibration loss is {loss.item()}: look at the images, or at the checkpoint's weights")
-    return loss
-
-
 def peak_memory(device: torch.device) -> float:
     """High-water mark of this process in GiB: the GPU's allocations, or resident memory."""
     if device.type == "cuda":
@@ -273,8 +252,7 @@ def peak_memory(device: torch.device) -> float:
 def prune_by_one_calibration(run: Run) -> None:
     start = time.perf_counter()
     costs = run.macs.per_weight(run.model) if run.args.allocate_by == "macs" else None
-    sampler = run.grad_sampler(nn.functional.cross_entropy)
-    result = run.modifier.one_shot(run.model, run.args.sparsities, sampler, costs=costs)
+    result = run.recipe.prune(run.model, run.args.sparsities, run.calibration_batches(), costs=costs)
     seconds = time.perf_counter() - start
     output.write_atomically(run.folder / "result.safetensors", result.save)
     run.stage_done("calibrate and prune", result.timings)
@@ -292,37 +270,28 @@ def prune_by_one_calibration(run: Run) -> None:
 
 
 def prune_anew_at_each(run: Run) -> None:
-    wanted = run.args.sparsities or [run.modifier.final_sparsity]
+    wanted = run.args.sparsities or [run.recipe.final_sparsity]
     for sparsity in sorted(set(wanted)):
         model = copy.deepcopy(run.model)
         modeling.seed_everything(run.args.seed)
         start = time.perf_counter()
-        recipe.apply_at(run.recipe_path, model, sparsity, run.grad_sampler(finite_cross_entropy))
-        if run.args.distill_passes:  # of the modifiers here only ours do it themselves
-            batches = GradSamplerBatches(run.grad_sampler(finite_cross_entropy))
-            capruner.distill(model, run.model, batches, passes=run.args.distill_passes)
+        run.recipe.apply_at(str(run.folder / "recipe.yaml"), model, sparsity, run.calibration_batches)
         run.stage_done(f"prune to {100 * sparsity:g} %")
         run.record(model, sparsity, time.perf_counter() - start, {})
 
 
 def prune(args: argparse.Namespace) -> None:
     """Prune as the arguments (of :mod:`research.utils.one_shot_arguments`) say."""
-    with output.new_folder(args.output, args.experiment) as folder, tempfile.TemporaryDirectory() as made:
+    with output.new_folder(args.output, args.experiment) as folder:
         output.check_unused(folder, args.overwrite, args.checkpoint)
-        path = args.sparseml_recipe
-        if not path:
-            path = f"{made}/recipe.yaml"
-            Path(path).write_text(one_shot_arguments.recipe_text(args), encoding="utf-8")
-        run = Run(args, folder, path)
-    run.recipe_path = str(folder / "recipe.yaml")
+        run = Run(args, folder)
     run.record(run.model, None, 0.0, {})
     dense = run.rows[0]
     print(f"dense: top-1 {dense['top1']:.2f} % of {dense['images']} images; {len(run.names)} layers to prune")
-    once = isinstance(run.modifier, CorrelationAwareModifier)
-    (prune_by_one_calibration if once else prune_anew_at_each)(run)
+    (prune_by_one_calibration if run.recipe.once else prune_anew_at_each)(run)
     run.finish()
-    if once:
-        run.modifier.remove_state()
+    if run.recipe.once:
+        run.recipe.remove_state()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

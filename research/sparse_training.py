@@ -40,12 +40,12 @@ from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import nn
 
+from capruner.recipes import read as read_recipe
 from capruner.report import write_report
 from capruner.sparseml.state import load_manager_state, manager_state
 from research.utils import data as images
 from research.utils import modeling, output, training_resume
 from research.utils.recipe import check_patterns, keep_inside, quiet_loggers
-from research.utils.recipe import read as read_recipe
 from research.utils.training_arguments import parse
 from research.utils.training_checkpoint import load_training, save_state, save_weights
 from research.utils.training_data import GradientSamples, seed_everything, train_loader, validation_loader

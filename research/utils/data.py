@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -203,3 +203,15 @@ class CalibrationBatches:
         while True:
             for images, labels in batches:
                 yield [images.to(self._device)], {}, labels.to(self._device)
+
+
+class PlainBatches:
+    """The same batches as ``(images, labels)``, for :func:`capruner.prune`; each pass is a fresh call of the builder."""
+
+    def __init__(self, builder: CalibrationBatches, kwargs: Mapping[str, Any]) -> None:
+        self._builder = builder
+        self._kwargs = dict(kwargs)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for (images,), _, labels in self._builder(self._kwargs):
+            yield images, labels

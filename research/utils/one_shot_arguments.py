@@ -10,8 +10,12 @@ from typing import Any
 
 from capruner.methods import METHODS
 from capruner.patterns import parse_mask_type
+from capruner.recipes import one_shot as recipes
+from capruner.recipes.document import Modifier
+from capruner.recipes.one_shot import OneShot
 from research.utils import cli, output
 from research.utils import data as images
+from research.utils.engines import ENGINES
 
 MODIFIERS = {
     "cap": "CAPruningModifier",
@@ -41,6 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--sparseml-recipe",
         help="YAML with one pruning modifier; see research/recipes/one_shot (default: one made from the flags below)",
+    )
+    how.add_argument(
+        "--engine",
+        choices=ENGINES,
+        help="who carries out a recipe: capruner itself, or SparseML (default: SparseML for recipes with modifiers of its own, where it can be imported)",
     )
     how.add_argument(
         "--sparsities",
@@ -130,7 +139,7 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
         "--method",
         choices=MODIFIERS,
         help="cap: correlation-aware, the most accurate; fast_cap: one Fisher matrix per layer, quicker; to compare with: "
-        "obs (SparseML's WoodFisher), magnitude (default cap)",
+        "obs (WoodFisher), magnitude (default cap)",
     )
     group.add_argument("--num-grads", type=int, help="gradients to calibrate from (default 4096; fast_cap 256)")
     group.add_argument(
@@ -181,6 +190,8 @@ def checked(args: argparse.Namespace) -> argparse.Namespace:
     if args.sparseml_recipe and given:
         flags = ", ".join(_flag(key) for key in given)
         raise cli.UserError(f"{flags} and --sparseml-recipe: a recipe says these things itself; leave one of them out")
+    if args.engine == "sparseml" and not args.sparseml_recipe:
+        raise cli.UserError("--engine sparseml is about recipes: give --sparseml-recipe, or leave it out")
     if args.sparseml_recipe:
         name = f"{Path(args.sparseml_recipe).parent.name}-{Path(args.sparseml_recipe).stem}"
     else:
@@ -193,13 +204,24 @@ def _flag(key: str) -> str:
     return "--" + key.replace("_", "-")
 
 
-def recipe_text(args: argparse.Namespace) -> str:
-    """A recipe for the flags that stand in for one.
+def one_shot(args: argparse.Namespace) -> OneShot:
+    """What the flags that stand in for a recipe ask for.
 
     Raises:
         UserError: a flag that the method does not know.
-        ValueError: no such mask type.
+        ValueError: no such mask type; another value that cannot be.
     """
+    return recipes.one_shot(Modifier(*_modifier(args)))
+
+
+def recipe_text(args: argparse.Namespace) -> str:
+    """The same as a recipe."""
+    name, values = _modifier(args)
+    lines = [f"      {key}: {json.dumps(value)}" for key, value in values.items()]
+    return "\n".join(["# Made from the flags of the command line.", "modifiers:", f"  - !{name}", *lines, ""])
+
+
+def _modifier(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     idle = [_flag(key) for key in DEFAULTS if getattr(args, key) is not None and args.method not in DEFAULTS[key]]
     if idle:
         raise cli.UserError(f"{', '.join(idle)} means nothing to --method {args.method}; leave it out")
@@ -208,20 +230,12 @@ def recipe_text(args: argparse.Namespace) -> str:
         for key, default in DEFAULTS.items()
         if args.method in default
     }
-    if args.method in ("obs", "magnitude"):
-        named = [values["params"]] if isinstance(values["params"], str) else values["params"]
-        modules = [entry for entry in named if not entry.startswith(("re:", "__")) and not entry.endswith("weight")]
-        if modules:
-            raise cli.UserError(
-                f"--params {' '.join(modules)}: --method {args.method} is SparseML's, which takes names of weights and patterns, not of modules; "
-                f"write 're:{modules[0]}.*weight$'"
-            )
     pattern = parse_mask_type(values["mask_type"])
     sparsity = args.sparsities[-1] if args.sparsities else 0.5 if pattern.sparsity is None else pattern.sparsity
-    modifier, globally = MODIFIERS[args.method], pattern.n_m is None
+    name, globally = MODIFIERS[args.method], pattern.n_m is None
     if args.method == "magnitude":
-        # The global one decides over all layers together, and knows no pattern.
-        modifier = modifier if pattern.group == 1 else "MagnitudePruningModifier"
+        # A pattern is decided in each layer.
+        name = name if pattern.group == 1 else "MagnitudePruningModifier"
         if pattern.group == 1:
             del values["mask_type"]
     elif args.method != "fast_cap":  # which prunes each layer alike, as published
@@ -229,6 +243,4 @@ def recipe_text(args: argparse.Namespace) -> str:
     if values.get("num_recomputations", 1) != 1:
         values["recomputation_inter_func"] = "geometric"
     values |= {"init_sparsity": sparsity, "final_sparsity": sparsity}
-    values |= {"start_epoch": 0.0, "end_epoch": 1.0, "update_frequency": 1.0}
-    lines = [f"      {key}: {json.dumps(value)}" for key, value in values.items()]
-    return "\n".join(["# Made from the flags of the command line.", "modifiers:", f"  - !{modifier}", *lines, ""])
+    return name, values | {"start_epoch": 0.0, "end_epoch": 1.0, "update_frequency": 1.0}

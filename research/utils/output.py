@@ -96,6 +96,21 @@ def new_folder(output: str, experiment: str) -> Iterator[Path]:
         raise
 
 
+def folder_inside(folder: Path, named: str) -> Path:
+    """A recipe's ``traces_backup_dir`` in ``folder``, the experiment's: a recipe is data, and writes nowhere else.
+
+    Raises:
+        UserError: it leads out of it.
+    """
+    place = (folder / named).resolve()
+    if Path(named).is_absolute() or folder.resolve() not in place.parents:
+        raise UserError(
+            f"traces_backup_dir: {named} leads out of the experiment's folder; a recipe names a folder inside it (state, say); the one-shot script's "
+            "--state-dir may lie anywhere"
+        )
+    return place
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """``write`` a file beside ``path`` and put it there in one step: a killed run leaves the old file or the new one.
 

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-import ast
+import copy
 import importlib
 import logging
-import math
 import os
-import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+import capruner
+from capruner.recipes import checked_text
+from capruner.recipes.arithmetic import OPERATIONS
+from capruner.result import PruningResult
 from capruner.selection import check_time
 from capruner.sparseml.base import CorrelationAwareModifier  # first: importing it registers our modifiers
+from capruner.sparseml.modifiers import CAPruningModifier
+from capruner.sparseml.sampling import GradSamplerBatches
+from research.utils import engines
 from research.utils.cli import UserError
+from research.utils.data import CalibrationBatches
+from research.utils.output import folder_inside
 
 # isort: split
 import torch
 from sparseml.pytorch.optim import ScheduledModifierManager
 from sparseml.pytorch.sparsification.pruning import BasePruningModifier, MFACPruningModifier
 from sparseml.pytorch.utils import GradSampler, PythonLogger
-from torch import nn
+from torch import Tensor, nn
 
 restricted_eval = importlib.import_module("sparseml.utils.restricted_eval")  # a function of the package has its name
 
@@ -33,11 +39,6 @@ _QUIET = logging.getLogger("research.sparseml")
 _QUIET.addHandler(logging.NullHandler())
 _QUIET.propagate = False
 logging.getLogger("sparseml").setLevel(os.environ.get("SPARSEML_LOG_LEVEL", "WARNING"))
-
-LARGEST = 1_000_000
-DEEPEST, MOST_KEYS, LARGEST_NUMBER = 30, 1_000, 1e18
-MOST_VALUES = 100_000
-"""Bytes of a recipe, and its values after each reference is replaced by what it refers to: references to references explode."""
 
 
 def quiet_loggers() -> list[PythonLogger]:
@@ -51,11 +52,10 @@ def load_manager(path: str) -> ScheduledModifierManager:
     Raises:
         UserError: no such file, not YAML, an unknown modifier, arguments that a modifier does not take.
     """
-    if not Path(path).is_file():
-        raise UserError(f"--sparseml-recipe {path}: no such file; ready-made ones are in research/recipes")
-    _check_harmless(path)
+    text = checked_text(path)
     try:
-        manager = ScheduledModifierManager.from_yaml(_recipe_text(path))
+        # Not the path, which it would read in the locale's encoding. Line breaks tell it that this is none.
+        manager = ScheduledModifierManager.from_yaml(f"\n{text}\n")
     except yaml.constructor.ConstructorError as error:
         raise UserError(
             f"{path}: {error.problem}; pruning modifiers that exist: {', '.join(known_modifiers())}"
@@ -73,123 +73,8 @@ def load_manager(path: str) -> ScheduledModifierManager:
     return manager
 
 
-def read(path: str | Path) -> str:
-    """The text of a recipe, UTF-8 whatever the locale."""
-    return Path(path).read_text(encoding="utf-8-sig")
-
-
-def _recipe_text(path: str) -> str:
-    """What to hand to SparseML in place of a path, which it would read in the locale's encoding. Line breaks tell it that this is no path.
-
-    Raises:
-        UserError: neither .yaml nor .md, or a .md without YAML in front.
-    """
-    text, suffix = read(path), Path(path).suffix.lower()
-    if suffix not in (".yaml", ".md"):
-        raise UserError(f"{path}: recipes are .yaml, or .md with YAML in front")
-    if suffix == ".yaml":
-        text = re.sub(r"^---(?=\s|$)", "", text, flags=re.MULTILINE)  # else it would look for a Markdown front
-    elif not re.search(r"^\s*(---|\+\+\+).*?(---|\+\+\+)", text, flags=re.DOTALL | re.MULTILINE):
-        raise UserError(f"{path} has no YAML in front, between two lines of ---")
-    return f"\n{text}\n"
-
-
-def _expanded_size(text: str) -> float:
-    """Number of values of a YAML document when each reference is replaced by what it refers to; infinite for one that contains itself."""
-    sizes: dict[str, float] = {}
-    nested: list[tuple[str | None, float]] = [(None, 0)]
-    with suppress(yaml.YAMLError):  # SparseML will say what is wrong with it, or take the front of a .md
-        for event in yaml.parse(text):
-            if isinstance(event, yaml.CollectionStartEvent):
-                nested.append((event.anchor, 1))
-                if event.anchor:
-                    sizes[event.anchor] = math.inf
-                continue
-            if isinstance(event, yaml.CollectionEndEvent):
-                anchor, size = nested.pop()
-            elif isinstance(event, yaml.AliasEvent):
-                anchor, size = None, sizes.get(str(event.anchor), 1)
-            elif isinstance(event, yaml.ScalarEvent):
-                anchor, size = event.anchor, 1
-            else:
-                continue
-            if anchor:
-                sizes[anchor] = size
-            nested[-1] = (nested[-1][0], nested[-1][1] + size)
-    return sum(size for _, size in nested)
-
-
-def _check_harmless(path: str) -> None:
-    """A recipe of a few lines can keep a machine busy for ever: by powers (SparseML calculates), and by references to references.
-
-    Raises:
-        UserError: so it does, or it is no text.
-    """
-    if Path(path).stat().st_size > LARGEST:
-        raise UserError(f"{path} has more than {LARGEST:,} bytes; that is no recipe")
-    try:
-        text = read(path)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not YAML: it is no text ({error.reason} at byte {error.start})") from error
-    _check_size(path, text)
-    if _expanded_size(text) > MOST_VALUES:
-        raise UserError(
-            f"{path}: its references (*name) make it more than {MOST_VALUES:,} values, or refer to themselves; write fewer"
-        )
-
-
-def _check_size(path: str, text: str) -> None:
-    """YAML readers take quadratic time or more for these.
-
-    Raises:
-        UserError: the recipe is nested too deeply, or has too many keys or values.
-    """
-    depth = keys = 0
-    for count, token in enumerate(_tokens(text)):
-        depth += isinstance(token, _OPENING) - isinstance(token, _CLOSING)
-        keys += isinstance(token, yaml.KeyToken)
-        if depth > DEEPEST:
-            raise UserError(f"{path} nests more than {DEEPEST} levels deep; that is no recipe")
-        if keys > MOST_KEYS or count > 20 * MOST_KEYS:
-            raise UserError(
-                f"{path} has more than {MOST_KEYS:,} keys or {20 * MOST_KEYS:,} YAML tokens; that is no recipe"
-            )
-
-
-_OPENING = (
-    yaml.BlockSequenceStartToken,
-    yaml.BlockMappingStartToken,
-    yaml.FlowSequenceStartToken,
-    yaml.FlowMappingStartToken,
-)
-_CLOSING = (yaml.BlockEndToken, yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken)
-
-
-def _bounded(calculate: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """An operation whose result has to be small: a few products of products would fill any memory."""
-
-    def bounded(a: Any, b: Any) -> Any:
-        result = calculate(a, b)
-        if abs(result) > LARGEST_NUMBER:
-            raise ValueError(f"a result is larger than {LARGEST_NUMBER:g}")
-        return result
-
-    return bounded
-
-
-def _power(a: Any, b: Any) -> Any:
-    raise ValueError("** is not calculated here, since its result can be too large for any machine; write the number")
-
-
-# What SparseML calculates in eval(...), however the recipe spells it.
-_OPERATIONS = restricted_eval._VALID_BINOPS_TO_EVAL
-_OPERATIONS.update({operator: _bounded(calculate) for operator, calculate in _OPERATIONS.items()})
-_OPERATIONS[ast.Pow] = _power
-
-
-def _tokens(text: str) -> Iterator[Any]:
-    with suppress(yaml.YAMLError):  # SparseML will say what is wrong with it, or take the front of a .md
-        yield from yaml.scan(text)
+# What SparseML calculates in eval(...).
+restricted_eval._VALID_BINOPS_TO_EVAL.update(OPERATIONS)
 
 
 def known_modifiers() -> list[str]:
@@ -221,15 +106,8 @@ def keep_inside(modifier: Any, folder: Path) -> None:
         UserError: it leads out of it.
     """
     named = getattr(modifier, "traces_backup_dir", None)
-    if not isinstance(modifier, CorrelationAwareModifier) or not named:
-        return
-    place = (folder / named).resolve()
-    if Path(named).is_absolute() or folder.resolve() not in place.parents:
-        raise UserError(
-            f"traces_backup_dir: {named} leads out of the experiment's folder; a recipe names a folder inside it (state, say); the one-shot script's "
-            "--state-dir may lie anywhere"
-        )
-    modifier._traces_backup_dir = str(place)
+    if isinstance(modifier, CorrelationAwareModifier) and named:
+        modifier._traces_backup_dir = str(folder_inside(folder, named))
 
 
 def check_sparsities(modifier: Any, model: nn.Module, sparsities: Sequence[float], path: str) -> None:
@@ -243,20 +121,10 @@ def check_sparsities(modifier: Any, model: nn.Module, sparsities: Sequence[float
             f"{path}: {type(modifier).__name__} has no final_sparsity, so it cannot prune in one shot; it acts in a training, "
             "research/sparse_training.py. One-shot pruning takes CAPruningModifier, OBSPruningModifier or GlobalMagnitudePruningModifier, for example"
         )
-    if isinstance(modifier.final_sparsity, dict) and (sparsities or not isinstance(modifier, CorrelationAwareModifier)):
-        raise UserError(
-            f"{path}: final_sparsity is a dict, one sparsity per layer, so --sparsities cannot replace it; "
-            "leave --sparsities out (CAP, FastCAP), or write one number into the recipe"
-        )
-    parameters = dict(model.named_parameters())
-    chosen = [parameters[name] for name in selected_names(modifier, model)]
-    zeros, total = sum(int((p == 0).sum()) for p in chosen), sum(p.numel() for p in chosen)
-    low = [s for s in sparsities if round(s * total) < zeros]
-    if low:
-        raise UserError(
-            f"--sparsities {' '.join(map(str, low))}: {zeros:,} of the {total:,} weights that {path} prunes are zero already "
-            f"({zeros / total:.4f}), and pruned weights do not come back; ask for more"
-        )
+    once = isinstance(modifier, CorrelationAwareModifier)
+    engines.check_sparsities(
+        modifier.final_sparsity, selected_names(modifier, model), model, sparsities, path, dict_is_fine=once
+    )
 
 
 def apply_at(path: str, model: nn.Module, sparsity: float, grad_sampler: dict[str, Any]) -> None:
@@ -288,3 +156,79 @@ def check_patterns(manager: ScheduledModifierManager, model: nn.Module) -> None:
 def selected_names(modifier: Any, model: nn.Module) -> list[str]:
     """Names of the parameters that a modifier prunes."""
     return [f"{p.layer_name}.{p.param_name}" for p in modifier._create_named_layers_and_params(model)]
+
+
+FLAGS = {"state_dir": "traces_backup_dir"}
+"""Flags that are called otherwise in recipes."""
+
+
+class BySparseML:
+    """A one-shot recipe in SparseML's hands; see :mod:`research.utils.engines`."""
+
+    name = "sparseml"
+
+    def __init__(self, path: str, folder: Path) -> None:
+        self._path = path
+        self._manager = load_manager(path)  # kept: SparseML empties a manager that is collected
+        self._modifier = pruning_modifier(self._manager, path)
+        keep_inside(self._modifier, folder)
+        self.once = isinstance(self._modifier, CorrelationAwareModifier)
+        self.modifier = type(self._modifier).__name__
+        self.method = self._modifier.method if self.once else None
+        self.final_sparsity = self._modifier.final_sparsity if hasattr(self._modifier, "final_sparsity") else None
+        self.distill_passes = self._modifier.distill_passes if self.once else 0.0
+
+    def set_flag(self, flag: str, value: Any) -> None:
+        """A flag that stands above the recipe.
+
+        Raises:
+            UserError: it means nothing to the modifier.
+        """
+        knob = FLAGS.get(flag, flag)
+        if flag == "distill_passes":
+            self.distill_passes = value
+            if not self.once:
+                return
+        elif flag == "allocate_by":
+            if not isinstance(self._modifier, CAPruningModifier):
+                raise engines.means_nothing(flag, value, self.modifier)
+            return
+        elif not self.once or not hasattr(self._modifier, knob):
+            raise engines.means_nothing(flag, value, self.modifier)
+        setattr(self._modifier, knob, value)
+
+    def names(self, model: nn.Module) -> list[str]:
+        """Names of the parameters that are pruned."""
+        check_patterns(self._manager, model)
+        return selected_names(self._modifier, model)
+
+    def check_sparsities(self, model: nn.Module, sparsities: Sequence[float]) -> None:
+        """See :func:`check_sparsities`."""
+        check_sparsities(self._modifier, model, sparsities, self._path)
+
+    def prune(
+        self, model: nn.Module, sparsities: list[float], batches: CalibrationBatches, costs: Any = None
+    ) -> PruningResult:
+        """One calibration for the whole list; ``model`` is not changed."""
+        sampler = {"data_loader_builder": batches, "loss_function": nn.functional.cross_entropy}
+        return self._modifier.one_shot(model, sparsities, sampler, costs=costs)
+
+    def apply_at(self, path: str, model: nn.Module, sparsity: float, builder: Callable[[], CalibrationBatches]) -> None:
+        """Prune in place with the recipe of ``path`` (the same, where it lies now), and distil where asked for."""
+        dense = copy.deepcopy(model) if self.distill_passes else None
+        apply_at(path, model, sparsity, {"data_loader_builder": builder(), "loss_function": finite_cross_entropy})
+        if dense is not None:
+            sampler = {"data_loader_builder": builder(), "loss_function": finite_cross_entropy}
+            capruner.distill(model, dense, GradSamplerBatches(sampler), passes=self.distill_passes)
+
+    def remove_state(self) -> None:
+        """Delete what a killed calibration would go on from: the result is safe."""
+        self._modifier.remove_state()
+
+
+def finite_cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
+    """For SparseML's own modifiers, which would prune on NaN without a word; ours check, and differentiate what has no branches."""
+    loss = nn.functional.cross_entropy(outputs, labels)
+    if not torch.isfinite(loss):
+        raise ValueError(f"the calibration loss is {loss.item()}: look at the images, or at the checkpoint's weights")
+    return loss

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from capruner.recipes import read as read_recipe
 from research.utils import output
 from research.utils.plots import COLOURS, plt
-from research.utils.recipe import read as read_recipe
 from research.utils.training_recipe import layer_sparsities, sparsity_of
 from research.utils.wandb_log import WandbLog
 

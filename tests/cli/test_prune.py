@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,6 @@ import capruner
 from capruner.cli.main import COMMANDS, main
 
 timm = pytest.importorskip("timm")
-pytest.importorskip("sparseml")
 
 CAPRUNER = [sys.executable, "-m", "capruner"]
 KWARG_WORDS = [f"{key}={value}" for key, value in KWARGS.items()]
@@ -125,7 +125,7 @@ def test_recomputations_climb_geometrically(place: Path) -> None:
     assert set(result.level().others) == set(dict(model.named_parameters())) - set(result.masks())
 
 
-def test_modifiers_of_sparseml_are_distilled_too(place: Path) -> None:
+def test_magnitude_is_distilled_too(place: Path) -> None:
     flags = {"method": "magnitude", "num_grads": None, "damp": None, "fisher_block_size": None, "save_model": True}
     weights = {}
     for passes in (0, 1):
@@ -139,6 +139,40 @@ def test_modifiers_of_sparseml_are_distilled_too(place: Path) -> None:
     for key in changed:
         if ".mlp.fc" in key and "weight" in key:
             assert torch.equal(weights[0][key] == 0, weights[1][key] == 0)
+
+
+def test_without_a_recipe_sparseml_is_not_imported(place: Path, tmp_path: Path) -> None:
+    """Not with a recipe of our own modifiers either; each of the methods works."""
+    code = (
+        "import sys; sys.modules['sparseml'] = None; from capruner.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def run(*words: str) -> dict[str, Any]:
+        line = [sys.executable, "-c", code, *words]
+        done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        return json.loads((place / "output" / "bare" / "summary.json").read_text())
+
+    bare = {"experiment": "bare", "overwrite": True, "sparsities": [0.5]}
+    found = run(*words(place, **bare))
+    assert (found["engine"], "sparseml" in found["versions"]) == ("native", False)
+    none = dict.fromkeys(("num_grads", "damp", "fisher_block_size", "params"))
+    recipe = place / "output" / "bare" / "recipe.yaml"
+    copied = tmp_path / "again.yaml"
+    copied.write_text(recipe.read_text())
+    again = run(*words(place, **(bare | none | {"sparseml_recipe": copied})))
+    assert again["rows"][1]["loss"] == found["rows"][1]["loss"]
+
+
+def test_modules_and_methods_to_compare_with(place: Path) -> None:
+    none = dict.fromkeys(("num_grads", "damp", "fisher_block_size"))
+    for method, flags in (("obs", {}), ("magnitude", none)):
+        given = {"method": method, "params": ["blocks"], "experiment": method, "overwrite": True}
+        assert main(words(place, **given, **flags)) == 0
+        summary = json.loads((place / "output" / method / "summary.json").read_text())
+        assert [round(row["reached_prunable"], 4) for row in summary["rows"]] == [0, 0.5, 0.75]
+        assert all(row["name"].startswith("blocks.") for row in summary["layers"][0]["layers"])
 
 
 def test_overview_and_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,10 +196,10 @@ def test_no_such_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 BAD = {
     "no data": ({"data_dir": None}, "required: --data-dir"),
+    "an engine without a recipe": ({"engine": "sparseml"}, "--engine sparseml is about recipes"),
     "percent": ({"sparsities": [50]}, "write 0.9 for 90 %"),
     "recipe and flags": ({"sparseml_recipe": "a.yaml"}, "--num-grads, --damp, --fisher-block-size, --params and --sparseml-recipe"),
     "no such knob": ({"method": "magnitude"}, "--num-grads, --damp, --fisher-block-size means nothing to --method magnitude"),
-    "modules": ({"method": "obs", "params": ["blocks", "head.weight"]}, "--params blocks: --method obs is SparseML's"),
     "mask type": ({"mask_type": "4:2"}, "mask_type must be"),
     "no match": ({"params": ["blocks.7"]}, "no parameter or module is called 'blocks.7'"),
     "no steps": ({"num_recomputations": 0}, "num_recomputations must be a whole number, at least 1, got 0"),
@@ -187,6 +221,7 @@ def test_a_mistake_is_one_line(case: str, place: Path, capsys: pytest.CaptureFix
 
 
 def test_every_method_s_recipe_is_one_that_sparseml_reads(tmp_path: Path) -> None:
+    pytest.importorskip("sparseml")
     from research.utils import one_shot_arguments
     from research.utils.recipe import load_manager, pruning_modifier
 

@@ -15,9 +15,9 @@ from torch import nn
 
 pytest.importorskip("sparseml")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from research.one_shot_pruning import finite_cross_entropy
 from research.utils import recipe
 from research.utils.cli import UserError
+from research.utils.recipe import finite_cross_entropy
 
 SCHEDULE = "init_sparsity: 0.5\n      start_epoch: 0.0\n      end_epoch: 1.0\n      update_frequency: 1.0"
 WEIGHTS = 8 * 12 + 12 * 4

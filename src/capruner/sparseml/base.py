@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from capruner.methods import MethodName
 from capruner.patterns import parse_mask_type, supporting
 from capruner.pruning import prune
+from capruner.recipes import values
 from capruner.result import PruningResult
 from capruner.selection import select_parameters
 from capruner.sparseml.sampling import GradSamplerBatches
@@ -83,17 +84,12 @@ class CorrelationAwareModifier(BaseGradualPruningModifier):
         traces_backup_dir: str | None,
         **recipe: Any,
     ) -> None:
-        if isinstance(final_sparsity, Mapping):
-            if global_sparsity:
-                raise ValueError(
-                    "final_sparsity as a dict gives each layer a target of its own, global_sparsity: True gives all one; set global_sparsity: False"
-                )
-            final: Any = {float(s): list(names) for s, names in final_sparsity.items()}
-        else:
-            final = float(final_sparsity)  # SparseML itself trips over an int
+        who = type(self).__name__
+        final: Any = values.final_sparsity(who, final_sparsity, global_sparsity)
+        first = init_sparsity if init_sparsity == FROM_PARAM_TOKEN else values.sparsity(who, init_sparsity)
         super().__init__(
             params=params,
-            init_sparsity=init_sparsity if init_sparsity == FROM_PARAM_TOKEN else float(init_sparsity),
+            init_sparsity=first,
             final_sparsity=final,
             inter_func=inter_func,
             start_epoch=start_epoch,
@@ -103,22 +99,12 @@ class CorrelationAwareModifier(BaseGradualPruningModifier):
             leave_enabled=leave_enabled,
             parent_class_kwarg_names=[],
         )
-        numbers = [*(final if isinstance(final, dict) else [final]), self._init_sparsity]
-        if wrong := [s for s in numbers if isinstance(s, float) and not 0 <= s < 1]:
-            raise ValueError(f"{type(self).__name__}: a sparsity must lie in [0, 1), got {wrong[0]:g}")
-        flag(leave_enabled)
+        values.check_schedule(who, leave_enabled, grad_sampler_kwargs, traces_backup_dir)
         interpolate(0.0, 0.0, 1.0, 0.0, 1.0, inter_func)  # raises for one that it does not know
-        if not isinstance(grad_sampler_kwargs or {}, Mapping):
-            raise ValueError(f"{type(self).__name__}: grad_sampler_kwargs must be a dict, got {grad_sampler_kwargs!r}")
-        if traces_backup_dir is not None and not isinstance(traces_backup_dir, str):
-            raise ValueError(f"{type(self).__name__}: traces_backup_dir must be a folder, got {traces_backup_dir!r}")
         self._grad_sampler_kwargs = grad_sampler_kwargs or {}
-        self._traces_backup_dir = none_or(str)(traces_backup_dir)
+        self._traces_backup_dir = values.none_or(str)(traces_backup_dir)
         for name, value in recipe.items():
-            try:
-                setattr(self, f"_{name}", self._recipe[name](value))
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{type(self).__name__}: {name} cannot be {value!r} ({error})") from None
+            setattr(self, f"_{name}", values.converted(who, name, self._recipe[name], value))
         self._batches: GradSamplerBatches | None = None
         self._reached_epoch = 0.0
         self._state_served = False
@@ -382,29 +368,3 @@ def _masks_on(layer: nn.Module, param: str, besides: ModuleParamPruningMask) -> 
             if owner.param_names[index] == param:
                 found.append(owner.param_masks[index])
     return found
-
-
-def none_or(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """A converter that lets None pass, also as the words ``None`` and ``null`` that public recipes write."""
-    return lambda value: None if value is None or value in ("None", "null") else convert(value)
-
-
-def flag(value: Any) -> bool:
-    """A YAML boolean; anything else is an error and not the truth of a non-empty string."""
-    if not isinstance(value, bool):
-        raise ValueError("expected true or false")
-    return value
-
-
-def number(value: Any) -> float:
-    """A number; true and false are not."""
-    if isinstance(value, bool):
-        raise ValueError("expected a number")
-    return float(value)
-
-
-def whole(value: Any) -> int:
-    """A whole number; 4096.0 is one, 0.5 is not."""
-    if isinstance(value, bool) or int(value) != float(value):
-        raise ValueError("expected a whole number")
-    return int(value)

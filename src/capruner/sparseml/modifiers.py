@@ -7,12 +7,8 @@ from typing import Any
 from sparseml.pytorch.sparsification.modifier import PyTorchModifierYAML
 
 from capruner.patterns import parse_mask_type
-from capruner.sparseml.base import CorrelationAwareModifier, flag, none_or, number, recipe_parameter, whole
-
-
-def _blocks(value: Any) -> int | None:
-    """-1 is how public recipes say "all at once"; the engine chooses then."""
-    return None if value is None or whole(value) == -1 else whole(value)
+from capruner.recipes import values
+from capruner.sparseml.base import CorrelationAwareModifier, recipe_parameter
 
 
 @PyTorchModifierYAML()
@@ -65,25 +61,7 @@ class CAPruningModifier(CorrelationAwareModifier):
     """
 
     method = "cap"
-    _recipe = {  # noqa: RUF012 (typed in the base class)
-        "mask_type": str,
-        "num_grads": whole,
-        "damp": none_or(float),
-        "shrinkage": none_or(float),
-        "fisher_block_size": none_or(whole),
-        "num_recomputations": whole,
-        "recomputation_inter_func": str,
-        "distill_passes": number,
-        "blocks_in_parallel": _blocks,
-        "fisher_inv_device": none_or(str),
-        "gradients": str,
-        "labels": str,
-        "score": str,
-        "relative_damp": flag,
-        "skip_unsupported": flag,
-        "on_bad_batch": str,
-        "memory_budget": none_or(str),
-    }
+    _recipe = values.CAP
 
     def __init__(
         self,
@@ -181,21 +159,7 @@ class FastCAPruningModifier(CorrelationAwareModifier):
     """
 
     method = "fast_cap"
-    _recipe = {  # noqa: RUF012 (typed in the base class)
-        "mask_type": str,
-        "num_grads": whole,
-        "damp": float,
-        "fisher_block_size": none_or(whole),
-        "block_size": none_or(whole),
-        "num_recomputations": whole,
-        "recomputation_inter_func": str,
-        "distill_passes": number,
-        "fisher_inv_device": none_or(str),
-        "gradients": str,
-        "labels": str,
-        "skip_unsupported": flag,
-        "on_bad_batch": str,
-    }
+    _recipe = values.FAST_CAP
 
     def __init__(
         self,

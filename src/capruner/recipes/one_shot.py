@@ -1,0 +1,226 @@
+"""A recipe with one pruning modifier, as a call of :func:`capruner.prune`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+
+from capruner.cli.arguments import UserError
+from capruner.methods import METHODS, MethodName
+from capruner.patterns import parse_mask_type, supporting
+from capruner.pruning import prune
+from capruner.recipes import values
+from capruner.recipes.document import Modifier, modifiers
+from capruner.recipes.text import checked_text
+from capruner.result import PruningResult
+from capruner.targets import selected
+from capruner.weights import linear_weights
+
+SCHEDULE: dict[str, values.Convert] = {
+    "start_epoch": values.number,
+    "end_epoch": values.number,
+    "update_frequency": values.number,
+}
+INTERPOLATIONS = ("linear", "cubic", "inverse_cubic")
+"""Between the updates of a training; one shot has none, and reads them only to find mistakes."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A modifier that can be carried out here.
+
+    Attributes:
+        method: of :func:`capruner.prune`.
+        knobs: its parameters that :func:`capruner.prune` takes by the same name.
+        globally: one target over all layers, where the recipe does not say.
+        says_globally: whether a recipe can say it.
+        ours: the modifier is our own; the others are SparseML's, whose modifiers have no ``traces_backup_dir``.
+        flags: flags of the one-shot script that mean something to it.
+    """
+
+    method: MethodName
+    knobs: Mapping[str, values.Convert]
+    globally: bool
+    says_globally: bool
+    ours: bool
+    flags: frozenset[str]
+
+    @property
+    def parameters(self) -> set[str]:
+        """All that a recipe can say."""
+        found = {*self.knobs, *SCHEDULE, "params", "init_sparsity", "final_sparsity", "inter_func", "leave_enabled"}
+        found |= {"global_sparsity"} if self.says_globally else set()
+        found |= {"grad_sampler_kwargs"} if METHODS[self.method].uses_gradients else set()
+        return found | ({"traces_backup_dir", "n", "m"} if self.ours else set())
+
+
+_SECOND_ORDER = frozenset({"gradients", "labels", "on_bad_batch", "state_dir"})
+_COMPETING = _SECOND_ORDER | {"memory_budget", "allocate_by"}
+KINDS = {
+    "CAPruningModifier": Kind("cap", values.CAP, True, True, True, _COMPETING),
+    "FastCAPruningModifier": Kind("fast_cap", values.FAST_CAP, False, True, True, _SECOND_ORDER),
+    "OBSPruningModifier": Kind("obs", values.OBS, True, True, False, _COMPETING),
+    "GlobalMagnitudePruningModifier": Kind("magnitude", values.MAGNITUDE, True, False, False, frozenset()),
+    "MagnitudePruningModifier": Kind("magnitude", values.MAGNITUDE, False, False, False, frozenset()),
+}
+OURS = frozenset(name for name, kind in KINDS.items() if kind.ours)
+_TRAINING = ("EpochRange", "LearningRate", "WeightDecay", "TrainableParams", "Distillation", "ConstantPruning")
+
+
+@dataclass
+class OneShot:
+    """What one pruning modifier asks for.
+
+    Attributes:
+        modifier: its name.
+        params: what to prune; not looked at where ``final_sparsity`` is a dict.
+        final_sparsity: a share, or ``{share: [params]}``.
+        global_sparsity: one target over all layers.
+        knobs: further keywords of :func:`capruner.prune`.
+        grad_sampler_kwargs: for whoever loads calibration data, ``batch_size`` say.
+        traces_backup_dir: the recipe's state folder.
+    """
+
+    modifier: str
+    params: str | list[str]
+    final_sparsity: float | dict[float, list[str]]
+    global_sparsity: bool
+    knobs: dict[str, Any]
+    grad_sampler_kwargs: dict[str, Any] = field(default_factory=dict)
+    traces_backup_dir: str | None = None
+
+    @property
+    def kind(self) -> Kind:
+        """What the modifier is."""
+        return KINDS[self.modifier]
+
+    @property
+    def method(self) -> MethodName:
+        """The method of :func:`capruner.prune`."""
+        return self.kind.method
+
+    def selected(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters that are pruned.
+
+        Raises:
+            SelectionError: ``params`` do not fit the model, or a layer cannot hold the mask type.
+        """
+        needs_gradients = METHODS[self.method].uses_gradients
+        selection, _ = selected(model, self.params, self.final_sparsity, (), needs_gradients)
+        skip = self.knobs.get("skip_unsupported", False)
+        pattern = parse_mask_type(self.knobs["mask_type"])
+        return supporting(pattern, selection.parameters, skip, linear_weights(model))[0]
+
+    def prune(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any] | None,
+        loss_fn: Any,
+        sparsities: Sequence[float] = (),
+        **more: Any,
+    ) -> PruningResult:
+        """:func:`capruner.prune` with what the recipe says; ``sparsities`` stand above its own, and ``more`` above its knobs."""
+        return prune(
+            model,
+            batches,
+            loss_fn,
+            sparsities or self.final_sparsity,
+            method=self.method,
+            params=self.params,
+            global_sparsity=self.global_sparsity,
+            **(self.knobs | more),
+        )
+
+
+def load(path: str | Path) -> OneShot:
+    """The pruning modifier of a recipe file.
+
+    Raises:
+        UserError: it is no recipe, has another modifier, or a parameter that cannot be.
+    """
+    text = checked_text(path)
+    try:
+        found = modifiers(text)
+    except yaml.constructor.ConstructorError as error:
+        raise UserError(f"{path}: {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} does not load: {error}") from error
+    for modifier in found:
+        if modifier.name not in KINDS:
+            raise UserError(f"{path}: {_refusal(modifier.name)}")
+    if len(found) != 1:
+        names = ", ".join(m.name for m in found) or "none"
+        raise UserError(
+            f"{path}: one-shot pruning takes a recipe with exactly one pruning modifier, this one has {names}"
+        )
+    try:
+        return one_shot(found[0])
+    except ValueError as error:
+        raise UserError(f"{path} does not load: {error}") from error
+
+
+def one_shot(modifier: Modifier) -> OneShot:
+    """A modifier of :data:`KINDS` with its parameters read.
+
+    Raises:
+        ValueError: a parameter is missing, is not one of the modifier's, or has a value that cannot be.
+    """
+    kind, who, given = KINDS[modifier.name], modifier.name, dict(modifier.values)
+    unknown = [name for name in given if name not in kind.parameters]
+    if unknown:
+        raise ValueError(f"{who} has no parameter {', '.join(unknown)}; it has {', '.join(sorted(kind.parameters))}")
+    missing = [name for name in ("params", "final_sparsity") if name not in given]
+    if missing:
+        raise ValueError(f"{who} has no {' and no '.join(missing)}")
+    globally = given.pop("global_sparsity", kind.globally) if kind.says_globally else kind.globally
+    values.converted(who, "global_sparsity", values.flag, globally)
+    final = values.final_sparsity(who, given.pop("final_sparsity"), globally)
+    first = given.pop("init_sparsity", values.FROM_WEIGHTS)
+    if first != values.FROM_WEIGHTS:
+        values.sparsity(who, first)
+    params = _params(who, given.pop("params"))
+    sampler = given.pop("grad_sampler_kwargs", None)
+    folder = values.none_or(lambda v: v)(given.pop("traces_backup_dir", None))
+    given["mask_type"] = parse_mask_type(
+        given.get("mask_type", "unstructured"), given.pop("n", None), given.pop("m", None)
+    )
+    values.check_schedule(who, given.pop("leave_enabled", True), sampler, folder)
+    if (climb := given.pop("inter_func", "cubic")) not in INTERPOLATIONS:
+        raise ValueError(f"{who}: inter_func must be one of {', '.join(INTERPOLATIONS)}, got {climb!r}")
+    for name, convert in SCHEDULE.items():
+        if name in given:
+            values.converted(who, name, convert, given.pop(name))
+    knobs = values.DEFAULTS[kind.method] | given
+    read = {name: values.converted(who, name, kind.knobs[name], value) for name, value in knobs.items()}
+    return OneShot(who, params, final, globally, read, dict(sampler or {}), folder)
+
+
+def _params(who: str, given: Any) -> str | list[str]:
+    if isinstance(given, str):
+        return given
+    flat = (
+        [entry for item in given for entry in (item if isinstance(item, list) else [item])]
+        if isinstance(given, list)
+        else None
+    )
+    if flat is None or not all(isinstance(entry, str) for entry in flat):
+        raise ValueError(f"{who}: params must be a list of names and patterns, got {given!r}")
+    return flat
+
+
+def _refusal(name: str) -> str:
+    if "Quantization" in name:
+        return f"{name} does not run here; take it out, and quantize the exported model"
+    if any(word in name for word in _TRAINING):
+        return f"{name} acts in a training; take it out for one-shot pruning, which has no epochs"
+    return (
+        f"{name} is none of the pruning modifiers that capruner carries out itself, {', '.join(KINDS)}; use one of them, or SparseML "
+        "(Python 3.11, pip install 'capruner[sparseml]') with --engine sparseml"
+    )
