@@ -183,9 +183,8 @@ def one_shot(args: argparse.Namespace, place: Path) -> bool:
         return start(place, experiment, [*words, "--workers", "0", "--device", "cpu", "--gs-aug", *more])
 
     def outcome(experiment: str) -> str:
-        content = (place / experiment / "result.safetensors").read_bytes()
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        return str(json.loads(header["__metadata__"]["capruner"])["sha256"])
+        levels = capruner.load_result(place / experiment / "result.safetensors").levels
+        return digest(part for v in levels for name in sorted(v.masks) for part in (v.masks[name], v.weights[name]))
 
     began = time.monotonic()
     if begin("whole").wait():
@@ -214,9 +213,12 @@ def one_shot(args: argparse.Namespace, place: Path) -> bool:
             tally.lost.append(time.time() - max(saved, woke))
             for path in folder.glob("*/manifest-*.json"):
                 tally.read(lambda path=path: state.read_manifest(path))
-        if begin(experiment, "--state-dir", str(folder)).wait():
+        # Killed in its last moments a run is finished all the same, and would refuse to begin again.
+        summary = place / experiment / "summary.json"
+        finished = summary.is_file() and bool(json.loads(summary.read_bytes())["finished"])
+        if not finished and begin(experiment, "--state-dir", str(folder)).wait():
             sys.exit((place / f"{experiment}.log").read_text()[-3000:])
-        tally.ended(outcome(experiment) == expected and not folder.exists(), kills)
+        tally.ended(outcome(experiment) == expected and (finished or not folder.exists()), kills)
     return tally.report()
 
 
