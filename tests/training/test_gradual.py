@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -99,6 +100,16 @@ def test_updates_that_were_skipped_are_not_made_up_for_one_by_one() -> None:
     assert pruner.step(1) is None  # an earlier epoch does not bring weights back
     assert pruner.step(6.9999999) is not None  # a loop that counts in floats
     assert [row["sparsity"] for row in pruner.history] == [0.6, 0.9]
+
+
+def test_numbers_of_numpy_are_plain_numbers_in_the_state() -> None:
+    model = net()
+    pruner = pruner_of(model, sparsity={np.int64(0): np.float64(0.5), np.float32(1.5): np.float32(0.75)})
+    assert pruner.step(np.int64(0)) is not None  # type: ignore[arg-type]
+    file = io.BytesIO()
+    torch.save(pruner.state_dict(), file)
+    file.seek(0)
+    assert torch.load(file, weights_only=True)["schedule"] == [[0, 0.5], [1.5, 0.75]]
 
 
 def test_step_keeps_gradients_modes_and_optimizer_state() -> None:
@@ -241,6 +252,25 @@ def test_moving_averages_keep_the_zeros_after_apply_to() -> None:
                 assert torch.equal(p == 0, ~pruner.masks[name])
     with pytest.raises(ValueError, match=r"0.weight has shape \(20, 8\), and the model does not have it"):
         pruner.apply_to(nn.Linear(8, 20))
+
+
+def test_a_loader_that_accelerate_has_prepared_is_not_left_in_the_middle_of_an_epoch() -> None:
+    accelerate = pytest.importorskip("accelerate", exc_type=ImportError)
+    accelerator = accelerate.Accelerator(cpu=True)
+    model = net()
+    dataset = [(torch.randn(8), torch.randint(5, ())) for _ in range(12)]
+    model, optimizer, loader = accelerator.prepare(
+        model, OPTIMIZERS["adamw"](model.parameters()), torch.utils.data.DataLoader(dataset, batch_size=2)
+    )
+    pruner = capruner.GradualPruner(model, loader, sparsity={0: 0.5}, num_grads=3, progress=False)
+    accelerator.register_for_checkpointing(pruner)
+    pruner.step(0)
+    assert not accelerator.gradient_state.in_dataloader
+    for x, y in loader:
+        optimizer.zero_grad()
+        accelerator.backward(F.cross_entropy(model(x), y))
+        optimizer.step()
+        assert zeros(model) == 130
 
 
 def _rank(rank: int, folder: str) -> None:

@@ -40,7 +40,7 @@ from capruner.masking import MaskHandle, mask_model
 from capruner.pruning import Work, checked, prune
 from capruner.result import PruningResult
 from capruner.state import remove_state
-from capruner.training.schedules import SAME_EPOCH, Schedule, check_schedule
+from capruner.training.schedules import SAME_EPOCH, Schedule, check_schedule, plain_number
 from capruner.wrappers import all_parameters, find, first_names
 
 _LOGGER = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class GradualPruner:
         work = _check(model, batches, loss_fn, list(self.schedule.values()), knobs)
         self.model = work.model
         self.history: list[dict[str, Any]] = []
-        self._batches, self._loss_fn = batches, loss_fn
+        self._batches, self._loss_fn = plain_loader(batches), loss_fn
         self._knobs = {name: value for name, value in knobs.items() if name not in ("masks", "state_dir")}
         self._state_dir = None if knobs.get("state_dir") is None else Path(knobs["state_dir"])
         self._masks: dict[str, Tensor] = dict(work.kept)
@@ -124,6 +124,7 @@ class GradualPruner:
         Raises:
             ValueError: ``epoch`` is not a number, the pruner was removed, or the data cannot be used; see :func:`capruner.prune`.
         """
+        epoch = plain_number(epoch)
         if isinstance(epoch, bool) or not isinstance(epoch, int | float) or not math.isfinite(epoch):
             raise ValueError(f"epoch must be a number, got {epoch!r}")
         due = [update for update in self._ahead() if update <= epoch + SAME_EPOCH]
@@ -145,8 +146,8 @@ class GradualPruner:
     def apply_to(self, model: nn.Module) -> None:
         """Zero the pruned weights of another copy of the model, once.
 
-        For a moving average of the weights (``AveragedModel``, timm's ``ModelEma``): call it after each update, and the average keeps the zeros. A deep copy
-        that is trained itself needs ``capruner.mask_model(copy, masks=pruner.masks)`` instead.
+        For a moving average of the weights (``AveragedModel``, or the ``module`` of timm's ``ModelEmaV3``): call it after each update, and the average keeps
+        the zeros. A deep copy that is trained itself needs ``capruner.mask_model(copy, masks=pruner.masks)`` instead.
 
         Raises:
             ValueError: the model does not have the pruned parameters.
@@ -264,6 +265,11 @@ class GradualPruner:
                     f"the state of the GradualPruner was saved with {name}={there[name]}, and this one has {name}={here[name]}; construct it "
                     "with the same arguments"
                 )
+
+
+def plain_loader(batches: Any) -> Any:
+    """The loader inside one that Accelerate has prepared: Accelerate counts every iteration of its own as one of the training loop."""
+    return getattr(batches, "base_dataloader", batches)
 
 
 def _check(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from numbers import Integral, Real
 from typing import Any
 
 from capruner.checks import check_number
@@ -68,16 +69,24 @@ def check_schedule(sparsity: Any) -> Schedule:
     """
     if not isinstance(sparsity, Mapping) or not sparsity:
         raise ValueError(f"sparsity must be a dict {{epoch: sparsity}}, such as {{0: 0.5, 2: 0.75}}, got {sparsity!r}")
+    sparsity = {plain_number(epoch): plain_number(value) for epoch, value in sparsity.items()}
     for epoch, value in sparsity.items():
         check_number("an epoch of the sparsity schedule", epoch, least=0)
         check_number(f"the sparsity at epoch {epoch:g}", value, least=0)
         if value >= 1:
             hint = ": write 0.9 for 90 %" if 1 < value <= 100 else ""
             raise ValueError(f"the sparsity at epoch {epoch:g} must be below 1, got {value:g}{hint}")
-    ordered = {epoch: float(sparsity[epoch]) for epoch in sorted(sparsity)}
+    ordered = {epoch: sparsity[epoch] for epoch in sorted(sparsity)}
     for (before, low), (after, high) in zip(list(ordered.items()), list(ordered.items())[1:]):
         if high <= low:
             raise ValueError(
                 f"sparsity must rise from epoch to epoch, got {low:g} at epoch {before:g} and {high:g} at epoch {after:g}"
             )
     return ordered
+
+
+def plain_number(value: Any) -> Any:
+    """NumPy's numbers as Python's, which every checkpoint format can hold; anything else as it is."""
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return int(value) if isinstance(value, Integral) else float(value)
+    return value

@@ -23,7 +23,7 @@ from capruner.batches import default_loss
 from capruner.bits import pack
 from capruner.files import digest, replacing
 from capruner.gradients import LossFunction
-from capruner.training.gradual import GradualPruner
+from capruner.training.gradual import GradualPruner, plain_loader
 from capruner.training.schedules import check_schedule
 from capruner.wrappers import first_names, unwrap
 
@@ -139,8 +139,7 @@ class _TrainingBatches:
     loader: Any = None
 
     def __iter__(self) -> Iterator[Any]:
-        # Accelerate's own loader takes every iteration for one of the training's epochs.
-        yield from getattr(self.loader, "base_dataloader", self.loader)
+        yield from plain_loader(self.loader)
 
 
 def _folder(args: TrainingArguments, state: TrainerState) -> Path:
@@ -165,8 +164,8 @@ def _find_masks(
         ValueError: neither are the saved ones.
     """
     folders = [_folder(args, state)]
-    if isinstance(args.resume_from_checkpoint, str):
-        folders.insert(0, Path(args.resume_from_checkpoint))
+    if isinstance(named := args.resume_from_checkpoint, str):
+        folders.insert(0, Path(named))
     for path in (folder / MASKS for folder in folders):
         if path.is_file():
             try:
