@@ -22,7 +22,6 @@ from torch import Tensor
 
 from capruner.layout import BlockLayout
 
-
 TRUST = 0.5
 """Part of Ledoit and Wolf's share that is taken: the whole costs a ResNet two points at 95 %, and wins nothing elsewhere. See docs/studies/shrinkage.md."""
 
