@@ -107,7 +107,7 @@ def test_what_is_no_classifier_is_refused() -> None:
         ValueError, match=r"labels='model' draws classes from logits .* gave float32 \(5, 3, 1\); use labels='data'"
     ):
         capruner.prune(Volume(), data(3), num_grads=3, labels="model", progress=False)
-    with pytest.raises(ValueError, match="labels must be 'data' or 'model', got 'teacher'"):
+    with pytest.raises(ValueError, match=r"labels must be one of .*got 'teacher'"):
         capruner.prune(linear(), data(3), num_grads=3, labels="teacher", progress=False)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="batch 0 is a tuple of 3"):
         capruner.prune(linear(), [(torch.ones(2, 4),) * 3], num_grads=1, labels="model", progress=False)

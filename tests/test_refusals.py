@@ -138,10 +138,10 @@ def test_bad_data_behind_a_finite_loss() -> None:
 
 def test_magnitude_takes_no_gradients_and_keeps_none() -> None:
     from capruner.calibration import Shards
-    from capruner.methods import METHODS, Settings
+    from capruner.methods import METHODS
     from capruner.methods.base import Stopwatch
 
-    method = METHODS["magnitude"](Shards({}), Settings(), Stopwatch())
+    method = METHODS["magnitude"](Shards({}), capruner.PruneConfig().settings(), Stopwatch())
     with pytest.raises(TypeError, match="magnitude pruning takes no gradients"):
         method.add({})
     with pytest.raises(ValueError, match=r"method 'magnitude' keeps no gradients of 0\.weight"):

@@ -10,11 +10,13 @@ the recipe modifiers live in ``capruner.sparseml``.
 from capruner import startup  # noqa: F401 - first: what it does has to happen before torch is imported, which takes seconds
 
 # isort: split
+from capruner.calibrated import CalibratedModel, Sparsest
+from capruner.config import PruneConfig
 from capruner.macs import MultiplyAdds, multiply_adds
 from capruner.masking import MaskHandle, mask_model
 from capruner.numerics import NotPositiveDefiniteError
 from capruner.obs import Elimination, compensate, eliminate
-from capruner.pruning import compensate_masks, prune
+from capruner.pruning import calibrate, compensate_masks, prune
 from capruner.refine.batchnorm import recalibrate_bn
 from capruner.refine.distill import distill
 from capruner.refine.training import Distillation
@@ -25,15 +27,19 @@ from capruner.training.gradual import GradualPruner
 __version__ = "0.1.0"
 
 __all__ = [
+    "CalibratedModel",
     "Distillation",
     "Elimination",
     "GradualPruner",
     "MaskHandle",
     "MultiplyAdds",
     "NotPositiveDefiniteError",
+    "PruneConfig",
     "PruningResult",
+    "Sparsest",
     "StateError",
     "__version__",
+    "calibrate",
     "compensate",
     "compensate_masks",
     "distill",

@@ -288,13 +288,7 @@ class Calibration:
         counts: Sequence[Mapping[str, Tensor]] | None = None,
     ) -> list[Level]:
         def calibrate() -> list[Level]:
-            pruner = self.run(method, kept)
-            if counts is None:
-                solutions = pruner.solve([[t for t in ts if t.names[0] in self.parameters] for _, ts in rungs])
-            else:
-                assert isinstance(pruner, RankedMethod)
-                solutions = pruner.solve_counts(counts)
-            return [self.level(pruner.shards, s, solution) for (s, _), solution in zip(rungs, solutions)]
+            return self.solved_by(self.run(method, kept), rungs, counts)
 
         if self.state is None:
             return calibrate()
@@ -305,6 +299,35 @@ class Calibration:
             raise StateError(
                 f"{self.state.folder} holds no outcome of this run ({error}); {self.state.remedy}"
             ) from error
+
+    def whole_run(self, method: type[Method], kept: Mapping[str, Tensor]) -> Method:
+        """Calibrate all layers together, to be solved later with :meth:`solved_by`.
+
+        Raises:
+            ValueError: they do not fit the memory budget together.
+        """
+        parts = self._parts(method)
+        if len(parts) > 1:
+            assert self.budget is not None
+            raise ValueError(
+                f"memory_budget={shown(self.budget)} calibrates the layers in {len(parts)} groups, and calibrate() holds all of them at once; call prune() "
+                "with the sparsities instead, give more memory, a smaller fisher_block_size, or method='fast_cap'"
+            )
+        return self.run(method, kept)
+
+    def solved_by(
+        self,
+        pruner: Method,
+        rungs: Sequence[tuple[float, Sequence[Target]]],
+        counts: Sequence[Mapping[str, Tensor]] | None = None,
+    ) -> list[Level]:
+        """The levels of a calibrated method; ``counts``: what its blocks do, where layers of other calibrations compete too."""
+        if counts is None:
+            solutions = pruner.solve([[t for t in ts if t.names[0] in self.parameters] for _, ts in rungs])
+        else:
+            assert isinstance(pruner, RankedMethod)
+            solutions = pruner.solve_counts(counts)
+        return [self.level(pruner.shards, s, solution) for (s, _), solution in zip(rungs, solutions)]
 
     def _parts(self, method: type[Method]) -> list[Calibration]:
         """This calibration cut into groups of layers whose Fisher blocks fit the budget."""

@@ -10,9 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_FLAGS = ("global_sparsity", "relative_damp", "skip_unsupported", "progress")
-_WORDS = ("method", "recomputation_inter_func", "gradients", "labels", "score", "solver", "on_bad_batch")
-
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
     """Of :func:`capruner.prune` and :func:`capruner.compensate_masks`, by name: what has another type than it should.
@@ -23,24 +20,27 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     batches, loss_fn = arguments["batches"], arguments["loss_fn"]
     check_model(arguments["model"])
     if batches is not None and (not isinstance(batches, Iterable) or isinstance(batches, type | str)):
-        raise ValueError(f"batches must be an iterable of (inputs, targets), a DataLoader say, got {_shown(batches)}")
+        raise ValueError(f"batches must be an iterable of (inputs, targets), a DataLoader say, got {show(batches)}")
     if not callable(loss_fn):
-        raise ValueError(f"loss_fn must be a function of outputs and targets, got {_shown(loss_fn)}")
+        raise ValueError(f"loss_fn must be a function of outputs and targets, got {show(loss_fn)}")
     batch_fn = arguments.get("batch_fn")
     if batch_fn is not None and not callable(batch_fn):
-        raise ValueError(
-            f"batch_fn must be a function that turns a batch into (inputs, targets), got {_shown(batch_fn)}"
-        )
-    for name, value in arguments.items():
-        if name in _FLAGS and not isinstance(value, bool):
-            raise ValueError(f"{name} must be True or False, got {_shown(value)}")
-        if name in _WORDS and not isinstance(value, str):
-            raise ValueError(f"{name} must be a word, got {_shown(value)}")
-    check_count("num_recomputations", arguments.get("num_recomputations", 1))
-    check_number("distill_passes", arguments.get("distill_passes", 0), least=0)
-    damp, sparsity, masks = arguments.get("damp"), arguments.get("sparsity", 0.5), arguments.get("masks")
-    if damp is not None and (isinstance(damp, bool) or not isinstance(damp, int | float)):
-        raise ValueError(f"damp must be a positive number, got {_shown(damp)}; 1e-8 to 1e-4 are usual")
+        raise ValueError(f"batch_fn must be a function that turns a batch into (inputs, targets), got {show(batch_fn)}")
+    check_flag("progress", arguments["progress"])
+    sparsity, masks = arguments.get("sparsity"), arguments.get("masks")
+    if sparsity is not None:
+        check_sparsity(sparsity)
+    check_names("params", arguments.get("params", ""))
+    if masks is not None and not isinstance(masks, str):
+        check_masks(masks)
+    folder = arguments.get("state_dir")
+    if folder is not None and not (isinstance(folder, str | os.PathLike) and str(folder) and "\0" not in str(folder)):
+        raise ValueError(f"state_dir must be a folder, got {show(folder)}")
+    check_device(arguments["fisher_inv_device"])
+
+
+def check_sparsity(sparsity: Any) -> None:
+    """Raises ``ValueError`` for what is not a number, a list of numbers, or a dict with numbers as keys."""
     listed = (
         [sparsity]
         if isinstance(sparsity, int | float)
@@ -50,32 +50,34 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     )
     if isinstance(sparsity, str | bytes) or listed is None or not all(map(_is_number, listed)):
         raise ValueError(
-            f"sparsity must be a number in [0, 1), a list of them, or {{sparsity: [params]}}, got {_shown(sparsity)}"
+            f"sparsity must be a number in [0, 1), a list of them, or {{sparsity: [params]}}, got {show(sparsity)}"
         )
-    for name in ("params", "exclude"):
-        entries = arguments.get(name, "")
-        if not isinstance(entries, str) and not (
-            isinstance(entries, Sequence) and all(isinstance(entry, str) for entry in entries)
-        ):
-            raise ValueError(f"{name} must be a name, a pattern (re:...), or a list of them, got {_shown(entries)}")
-    if masks is not None and not isinstance(masks, str):
-        check_masks(masks)
-    folder = arguments.get("state_dir")
-    if folder is not None and not (isinstance(folder, str | os.PathLike) and str(folder) and "\0" not in str(folder)):
-        raise ValueError(f"state_dir must be a folder, got {_shown(folder)}")
-    check_device(arguments.get("fisher_inv_device"))
+
+
+def check_names(name: str, entries: Any) -> None:
+    """Raises ``ValueError`` for what is not a string or a list of strings."""
+    if not isinstance(entries, str) and not (
+        isinstance(entries, Sequence) and all(isinstance(entry, str) for entry in entries)
+    ):
+        raise ValueError(f"{name} must be a name, a pattern (re:...), or a list of them, got {show(entries)}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raises ``ValueError`` for what is not a bool."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {show(value)}")
 
 
 def check_model(model: Any, name: str = "model") -> None:
     """Raises ``ValueError`` for what is no module."""
     if not isinstance(model, nn.Module):
-        raise ValueError(f"{name} must be a torch.nn.Module, got {_shown(model)}")
+        raise ValueError(f"{name} must be a torch.nn.Module, got {show(model)}")
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
     """Raises ``ValueError`` for what is not a whole number, at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be a whole number, at least {least}, got {_shown(value)}")
+        raise ValueError(f"{name} must be a whole number, at least {least}, got {show(value)}")
 
 
 def check_number(name: str, value: Any, least: float | None = None) -> None:
@@ -83,17 +85,17 @@ def check_number(name: str, value: Any, least: float | None = None) -> None:
     good = _is_number(value) and math.isfinite(value) and (value > 0 if least is None else value >= least)
     if not good:
         raise ValueError(
-            f"{name} must be {'a positive number' if least is None else f'a number, at least {least:g}'}, got {_shown(value)}"
+            f"{name} must be {'a positive number' if least is None else f'a number, at least {least:g}'}, got {show(value)}"
         )
 
 
 def check_masks(masks: Any) -> None:
     """Raises ``ValueError`` for what is not ``{name: tensor}``, or holds NaN."""
     if not isinstance(masks, Mapping):
-        raise ValueError(f"masks must be a dict of bool tensors, 'zeros' or None, got {_shown(masks)}")
+        raise ValueError(f"masks must be a dict of bool tensors, 'zeros' or None, got {show(masks)}")
     for name, mask in masks.items():
         if not isinstance(name, str) or not isinstance(mask, Tensor):
-            raise ValueError(f"masks must be {{parameter name: tensor}}, got {_shown(mask)} for {name!r}")
+            raise ValueError(f"masks must be {{parameter name: tensor}}, got {show(mask)} for {name!r}")
         if mask.is_floating_point() and not torch.isfinite(mask).all():
             raise ValueError(f"the mask of {name} holds NaN or Inf; a mask is True or non-zero where the weight stays")
 
@@ -109,7 +111,7 @@ def check_device(name: Any) -> None:
     except (RuntimeError, TypeError, AssertionError) as error:
         reason = str(error).splitlines()[0][:120]
         raise ValueError(
-            f"fisher_inv_device must be a device of this machine, 'cpu' say, got {_shown(name)} ({reason})"
+            f"fisher_inv_device must be a device of this machine, 'cpu' say, got {show(name)} ({reason})"
         ) from error
 
 
@@ -130,6 +132,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _shown(value: Any) -> str:
+def show(value: Any) -> str:
+    """The value for an error message, shortened where it is long."""
     text = repr(value)
     return text if len(text) <= 60 else f"{type(value).__name__} {text[:50]}..."

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ from torch.nn import functional as F
 from capruner.batches import BatchError, batch_size, default_loss, describe, logits_of
 from capruner.distributed import world
 from capruner.gradients import LossFunction
+
+Labels = Literal["data", "model"]
 
 
 def loss_of_model_labels(loss_fn: LossFunction) -> LossFunction:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,14 @@ def fitting(row: int, group: int = 1, limit: int = PUBLISHED) -> int:
     """
     even = [k for k in range(limit, limit // 2 - 1, -1) if k % group == 0 and (row % k == 0 or k % row == 0)]
     return even[0] if even else limit // group * group
+
+
+def check_block_size(block_size: Any) -> None:
+    """Raises ``ValueError`` for what is not a positive integer or None."""
+    if block_size is not None and (isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1):
+        raise ValueError(
+            f"fisher_block_size must be a positive integer, got {block_size!r}; None takes what fits the rows, from {PUBLISHED} up to {LARGEST}"
+        )
 
 
 @dataclass(frozen=True)
@@ -77,12 +86,7 @@ class BlockLayout:
         Raises:
             ValueError: ``block_size`` is not a positive integer, or the tensor is empty.
         """
-        if block_size is not None and (
-            isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1
-        ):
-            raise ValueError(
-                f"fisher_block_size must be a positive integer, got {block_size!r}; None takes what fits the rows, from {PUBLISHED} up to {LARGEST}"
-            )
+        check_block_size(block_size)
         numel = torch.Size(shape).numel()
         if numel == 0:
             raise ValueError(f"cannot prune an empty tensor of shape {tuple(shape)}; leave it out of `params`")

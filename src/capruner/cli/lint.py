@@ -14,7 +14,7 @@ from capruner.allocation import Score
 from capruner.gradients import GradientMode, OnBadBatch
 from capruner.memory import parse_bytes
 from capruner.patterns import Pattern, parse_mask_type, unsupported
-from capruner.pruning import INTERPOLATIONS
+from capruner.recomputation import INTERPOLATIONS
 from capruner.selection import SelectionError, select_parameters
 from capruner.weights import LinearWeight, linear_weights
 

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import ClassVar, get_args
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,36 +26,20 @@ MOST_DAMPED = 0.05
 
 @dataclass(frozen=True)
 class Settings:
-    """The knobs of a calibration, in the spelling of SparseML's recipes. See :func:`capruner.prune` for their meaning."""
+    """What a method reads of :class:`capruner.PruneConfig`, with the method's own defaults filled in."""
 
-    num_grads: int = 4096
-    fisher_block_size: int | None = None
-    damp: float = 1e-8
-    relative_damp: bool = False
-    shrinkage: float | None = 0.0
-    solver: Solver = "auto"
-    score: Score = "marginal"
-    blocks_in_parallel: int | None = None
-    fisher_inv_device: str | None = None
-    block_size: int | None = None
-    costs: Mapping[str, float] | None = None
-    pattern: Pattern = field(default_factory=Pattern)
-
-    def __post_init__(self) -> None:
-        for what in ("num_grads", "blocks_in_parallel", "block_size"):
-            value = getattr(self, what)
-            optional = what != "num_grads"
-            if not (value is None and optional) and (
-                isinstance(value, bool) or not isinstance(value, int) or value < 1
-            ):
-                raise ValueError(
-                    f"{what} must be a whole number, at least 1{', or None to have it chosen' if optional else ''}, got {value!r}"
-                )
-        share = self.shrinkage
-        if share is not None and (isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1):
-            raise ValueError(f"shrinkage must be a number from 0 to 1, or None to have it estimated, got {share!r}")
-        if self.score not in get_args(Score):  # found here, and not after the calibration
-            raise ValueError(f"score must be one of {get_args(Score)}, got {self.score!r}")
+    num_grads: int
+    fisher_block_size: int | None
+    damp: float
+    relative_damp: bool
+    shrinkage: float | None
+    solver: Solver
+    score: Score
+    blocks_in_parallel: int | None
+    fisher_inv_device: str | None
+    block_size: int | None
+    costs: Mapping[str, float] | None
+    pattern: Pattern
 
 
 @dataclass(frozen=True)

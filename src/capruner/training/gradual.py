@@ -22,7 +22,6 @@ In Accelerate's loop construct the pruner after ``accelerator.prepare``; the pre
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 from collections.abc import Iterable, Mapping
@@ -36,8 +35,9 @@ from capruner.batches import default_loss
 from capruner.bits import pack, unpack
 from capruner.calibration import Calibration
 from capruner.gradients import LossFunction
+from capruner.job import Job
 from capruner.masking import MaskHandle, mask_model
-from capruner.pruning import Work, checked, prune
+from capruner.pruning import checked, prune
 from capruner.result import PruningResult
 from capruner.state import remove_state
 from capruner.training.schedules import SAME_EPOCH, Schedule, check_schedule, plain_number
@@ -76,18 +76,18 @@ class GradualPruner:
         **knobs: Any,
     ) -> None:
         self.schedule: Schedule = check_schedule(sparsity)
-        work = _check(model, batches, loss_fn, list(self.schedule.values()), knobs)
-        self.model = work.model
+        job = _check(model, batches, loss_fn, list(self.schedule.values()), knobs)
+        self.model = job.model
         self.history: list[dict[str, Any]] = []
         self._batches, self._loss_fn = plain_loader(batches), loss_fn
         self._knobs = {name: value for name, value in knobs.items() if name not in ("masks", "state_dir")}
         self._state_dir = None if knobs.get("state_dir") is None else Path(knobs["state_dir"])
-        self._masks: dict[str, Tensor] = dict(work.kept)
-        self._configuration = {
-            "method": knobs.get("method", "cap"),
-            "mask_type": str(work.settings.pattern),
-            "global_sparsity": knobs.get("global_sparsity", True),
-            "shapes": {name: list(p.shape) for name, p in work.parameters.items()},
+        self._masks: dict[str, Tensor] = dict(job.kept)
+        self._configuration: dict[str, Any] = {
+            "method": job.config.method,
+            "mask_type": str(job.settings.pattern),
+            "global_sparsity": job.config.global_sparsity,
+            "shapes": {name: list(p.shape) for name, p in job.parameters.items()},
         }
         self._applied: float | None = None  # the epoch of the schedule's last update so far
         self._handle: MaskHandle | None = None
@@ -274,15 +274,12 @@ def plain_loader(batches: Any) -> Any:
 
 def _check(
     model: nn.Module, batches: Iterable[Any] | None, loss_fn: LossFunction, sparsity: list[float], knobs: dict[str, Any]
-) -> Work:
+) -> Job:
     """Check the arguments of all updates to come."""
-    call = inspect.signature(prune).bind(model, batches, loss_fn, sparsity, **knobs)
-    call.apply_defaults()
-    work = checked(call.arguments)
-    Calibration(
-        work.model, work.data, loss_fn, work.parameters, work.settings
-    )  # cuts every layer into blocks, or raises
-    return work
+    job = checked(model, batches, loss_fn, sparsity, **knobs)
+    # Cuts every layer into blocks, or raises.
+    Calibration(job.model, job.data, loss_fn, job.parameters, job.settings)
+    return job
 
 
 def _shape(shape: list[int] | None) -> str:

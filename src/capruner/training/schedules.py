@@ -15,7 +15,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from capruner.checks import check_number
-from capruner.pruning import INTERPOLATIONS, Interpolation
+from capruner.recomputation import INTERPOLATIONS, Interpolation
 
 Schedule = dict[float, float]
 SAME_EPOCH = 1e-6

@@ -1,0 +1,193 @@
+"""A calibrated model: what :func:`capruner.calibrate` returns. It solves for any sparsity, and searches for the largest that a metric allows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from capruner.agreement import agreeing
+from capruner.calibration import Calibration
+from capruner.checks import check_number, check_sparsity, show
+from capruner.config import check_competition
+from capruner.job import Job
+from capruner.methods import Method
+from capruner.modes import eval_mode, weights_restored
+from capruner.result import PruningResult
+from capruner.targets import Sparsity, pruned_share, selected
+from capruner.wrappers import first_names
+
+Metric = Callable[[nn.Module], Any]
+
+
+@dataclass(frozen=True)
+class Sparsest:
+    """What :meth:`CalibratedModel.sparsest` finds.
+
+    Attributes:
+        sparsity: the largest sparsity found whose metric is within bounds.
+        value: its metric.
+        dense: the metric of the dense model.
+        result: with that one level; ``result.apply(model)`` needs no sparsity.
+        curve: ``(sparsity, value)`` of every sparsity tried, ascending.
+    """
+
+    sparsity: float
+    value: float
+    dense: float
+    result: PruningResult
+    curve: list[tuple[float, float]]
+
+
+class CalibratedModel:
+    """One calibration, solved as often as wanted.
+
+    It holds the inverse Fisher blocks, the order of elimination and a copy of the weights that were calibrated. Changes of the model do not matter to it.
+    On several processes all of them call the same methods with the same arguments.
+
+    Args:
+        job: what was asked.
+        calibration: over all layers, run.
+        pruner: the method, ready to solve.
+    """
+
+    def __init__(self, job: Job, calibration: Calibration, pruner: Method) -> None:
+        self._job, self._calibration, self._pruner = job, calibration, pruner
+        # Copies: results have the device and dtype of these, whatever becomes of the model.
+        self._dense = {n: nn.Parameter(p.detach().clone(), requires_grad=False) for n, p in job.parameters.items()}
+        calibration.parameters = self._dense
+        self._seconds = dict(calibration.clock.seconds)
+
+    @agreeing
+    def solve(self, sparsity: Sparsity | Sequence[float]) -> PruningResult:
+        """Masks and re-fitted weights at one or more sparsities, as :func:`capruner.prune` would compute them.
+
+        Args:
+            sparsity: a number in [0, 1), a list of them, or ``{sparsity: [params]}`` with an entry for every parameter that was calibrated.
+
+        Raises:
+            ValueError: an invalid sparsity, or one below what ``masks`` has pruned already.
+        """
+        check_sparsity(sparsity)
+        own = self._own(sparsity) if isinstance(sparsity, Mapping) else None
+        rungs = self._job.rungs(sparsity, own)
+        self._job.agreed([s for s, _ in rungs] if own is None else own)
+        self._calibration.clock.seconds = dict(self._seconds)
+        levels = self._calibration.solved_by(self._pruner, rungs)
+        return self._job.result(levels, self._calibration)
+
+    def sparsest(
+        self,
+        metric: Metric,
+        within: float = 1.0,
+        *,
+        low: float = 0.0,
+        high: float = 0.99,
+        tolerance: float = 0.005,
+    ) -> Sparsest:
+        """Search for the largest sparsity whose metric is at least that of the dense model minus ``within``.
+
+        This is a bisection, so the metric should fall as sparsity rises. Where it does not (a noisy metric, few validation samples), the sparsity found still
+        meets the bound, but a larger one may meet it too; ``curve`` has all values.
+
+        Args:
+            metric: ``metric(model) -> float``, higher is better, finite. It is called with the model itself, in eval mode and without gradients, with the
+                weights of each sparsity in place; weights, buffers and modes are restored afterwards. Everything else of the model (biases, BatchNorm
+                statistics) is as it is now. On several processes the mean of their values counts.
+            within: how far the metric may fall, in its own unit.
+            low, high: bounds of the search. ``low`` rises to what ``masks`` has pruned already.
+            tolerance: stop when the bounds are that close.
+
+        Raises:
+            ValueError: an invalid argument, a metric that is not a finite number, or one that is out of bounds even at ``low``.
+        """
+        check_number("within", within, least=0)
+        check_number("tolerance", tolerance)
+        check_number("low", low, least=0)
+        if not callable(metric):
+            raise ValueError(f"metric must be a function of the model that returns a number, got {show(metric)}")
+        if self._job.config.pattern.n_m is not None:
+            raise ValueError(f"mask_type {self._job.config.pattern} has one sparsity only; there is nothing to search")
+        low = max(low, self._pruned_already())
+        if not (isinstance(high, int | float) and low < high < 1):
+            raise ValueError(f"high must lie between low={low:g} and 1, got {show(high)}")
+        dense = self._measured(metric, self._dense, "the dense model")
+        curve: list[tuple[float, float]] = []
+        best: tuple[float, float, PruningResult] | None = None
+
+        def meets(sparsity: float) -> bool:
+            nonlocal best
+            result = self.solve(sparsity)
+            value = self._measured(metric, result.level().weights, f"sparsity {sparsity:g}")
+            curve.append((sparsity, value))
+            if good := value >= dense - within:
+                best = sparsity, value, result
+            bar.set_postfix_str(f"{sparsity:.3f}: {value:.4g}, dense {dense:.4g}")
+            bar.update()
+            return good
+
+        rounds = max(0, math.ceil(math.log2((high - low) / tolerance)))
+        start = low
+        hidden = not self._calibration.progress or self._pruner.shards.rank != 0
+        with tqdm(total=1 + rounds, desc="sparsest", disable=hidden) as bar:
+            if not meets(high):
+                while high - low > tolerance:
+                    middle = (low + high) / 2
+                    low, high = (middle, high) if meets(middle) else (low, middle)
+                if best is None:
+                    meets(start)
+        if best is None:
+            raise ValueError(
+                f"even at sparsity {start:g} the metric is {curve[-1][1]:g}, and {dense:g} of the dense model minus within={within:g} is more; raise `within`"
+                + (" or lower `low`" if start > self._pruned_already() else "")
+            )
+        sparsity, value, result = best
+        return Sparsest(sparsity, value, dense, result, sorted(curve))
+
+    def _measured(self, metric: Metric, weights: Mapping[str, Tensor], where: str) -> float:
+        """The metric with these weights in place."""
+        model, shards = self._job.model, self._pruner.shards
+        with shards.together("evaluating the metric"), weights_restored(model), eval_mode(model), torch.no_grad():
+            parameters = first_names(model)
+            for name, weight in weights.items():
+                parameters[name].copy_(weight)
+            value = metric(model)
+            try:
+                number = float(value)
+            except (TypeError, ValueError, RuntimeError):
+                raise ValueError(f"metric must return a number, got {show(value)} for {where}") from None
+            if not math.isfinite(number):
+                raise ValueError(f"metric must return a finite number, got {number} for {where}")
+        return shards.sum(number) / shards.size
+
+    def _pruned_already(self) -> float:
+        """The lowest sparsity that ``masks`` leaves open."""
+        kept = self._job.kept
+        groups = [tuple(kept)] if self._job.config.global_sparsity else [(name,) for name in kept]
+        return max(pruned_share(names, kept) for names in groups)
+
+    def _own(self, sparsity: Mapping[float, Sequence[str]]) -> dict[str, float]:
+        """The target of each calibrated parameter.
+
+        Raises:
+            ValueError: a parameter that was not calibrated, or one without a target.
+        """
+        job = self._job
+        if job.config.costs is not None:
+            check_competition(job.config, per_layer=True)
+        _, own = selected(job.model, "", sparsity, job.config.exclude, False)
+        assert own is not None
+        others = [name for name in own if name not in job.parameters and name not in job.skipped]
+        absent = [name for name in job.parameters if name not in own]
+        if others:
+            raise ValueError(f"{', '.join(others[:5])}: not calibrated; calibrate again with these in `params`")
+        if absent:
+            raise ValueError(
+                f"{', '.join(absent[:5])}: calibrated, but without a sparsity; add an entry, {{0.0: [...]}} leaves them dense"
+            )
+        return own

@@ -1,0 +1,95 @@
+"""Knobs are declared once; keywords win over a config; what is unknown or invalid is named."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from typing import Any
+
+import pytest
+import torch
+from test_pruning import conv_net, images
+from torch.nn import functional as F
+
+import capruner
+from capruner.config import Knobs, help_of, knobs
+
+
+def test_every_function_has_the_defaults_of_the_config() -> None:
+    for function in (capruner.prune, capruner.calibrate, capruner.compensate_masks):
+        parameters = inspect.signature(function).parameters
+        shared = parameters.keys() & knobs().keys()
+        assert shared == knobs().keys() or function is capruner.compensate_masks
+        assert {"num_grads", "damp", "gradients"} <= shared
+        assert {name: parameters[name].default for name in shared} == {name: knobs()[name].default for name in shared}
+
+
+def test_type_checkers_see_the_fields_of_the_config() -> None:
+    assert {name: knob.type for name, knob in knobs().items()} == {
+        name: kind.__forward_arg__ for name, kind in Knobs.__annotations__.items()
+    }
+
+
+def test_every_knob_explains_itself() -> None:
+    for name in knobs():
+        assert help_of(name).endswith(".")
+        assert f"    {name}: {help_of(name)[:20]}" in (capruner.prune.__doc__ or "")
+    with pytest.raises(TypeError, match="no argument 'dampp'; did you mean damp"):
+        help_of("dampp")
+
+
+def test_json_and_back() -> None:
+    config = capruner.PruneConfig(
+        damp=0.1, exclude=["head"], costs={"a": 1.0}, memory_budget="8GiB", fisher_inv_device=torch.device("cpu")
+    )
+    values = json.loads(json.dumps(config.to_dict()))
+    assert capruner.PruneConfig.from_dict(values) == config
+    assert values.keys() == knobs().keys()
+    assert capruner.PruneConfig.from_dict({"num_grads": 3}) == capruner.PruneConfig(num_grads=3)
+
+
+@pytest.mark.parametrize("call", [capruner.PruneConfig, lambda **k: capruner.PruneConfig.from_dict(k)])
+def test_unknown_names(call: Any) -> None:
+    with pytest.raises(TypeError, match=r"PruneConfig\(\) has no argument 'num_grad'; did you mean num_grads\?"):
+        call(num_grad=3)
+
+
+def test_unknown_keywords_of_a_call() -> None:
+    with pytest.raises(TypeError, match=r"prune\(\) has no argument 'sparsities'; did you mean sparsity\?"):
+        capruner.prune(conv_net(), images(), F.cross_entropy, sparsities=0.5)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"calibrate\(\) has no argument 'num_gards'; did you mean num_grads\?"):
+        capruner.calibrate(conv_net(), images(), F.cross_entropy, num_gards=4)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"method": "cab"}, "method must be one of .*got 'cab'"),
+        ({"num_grads": True}, "num_grads must be a whole number, at least 1, got True"),
+        ({"shrinkage": 2}, "shrinkage must be a number from 0 to 1"),
+        ({"shrinkage": 0.5, "method": "magnitude"}, "shrinkage is for the Fisher blocks"),
+        ({"fisher_block_size": 6, "mask_type": "2:4"}, "fisher_block_size must be a multiple of 4"),
+        ({"num_recomputations": 2, "mask_type": "2:4"}, "num_recomputations must be 1, got 2"),
+        ({"costs": {"a": 1.0}, "global_sparsity": False}, "costs say how layers compete"),
+        ({"memory_budget": "lots"}, "memory_budget must be bytes or a size"),
+        ({"global_sparsity": 1}, "global_sparsity must be True or False, got 1"),
+        ({"exclude": [3]}, "exclude must be a name"),
+    ],
+)
+def test_invalid_values_are_refused_when_the_config_is_made(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        capruner.PruneConfig(**values)
+
+
+def test_keywords_win_over_the_config() -> None:
+    config = capruner.PruneConfig(num_grads=5, damp=0.3, fisher_block_size=8, gradients="sample")
+    result = capruner.prune(
+        conv_net(), images(), F.cross_entropy, 0.5, config=config, damp=None, num_grads=7, progress=False
+    )
+    assert (result.settings["num_grads"], result.settings["damp"]) == (
+        7,
+        0.01,
+    )  # None, although it is the default, wins
+    assert (result.settings["fisher_block_size"], result.settings["gradients"]) == (8, "sample")
+    with pytest.raises(ValueError, match=r"config must be a capruner\.PruneConfig"):
+        capruner.prune(conv_net(), images(), F.cross_entropy, 0.5, config={"damp": 1.0})  # type: ignore[arg-type]
