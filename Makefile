@@ -18,7 +18,7 @@ help:  ## Show what there is
 	$(BIN)/pip install --quiet -e '.[sparseml,research,wandb,dev]'
 	touch $@
 
-install: .venv/installed  ## Create .venv with the pinned stack (Python 3.11, about two minutes)
+install: .venv/installed  ## Create .venv with the pinned stack (Python 3.11 if there is one; without SparseML on later ones)
 
 demo: install  ## Prune a small vision transformer with three methods and compare them
 	$(BIN)/python research/demo/run_demo.py

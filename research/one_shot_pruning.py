@@ -195,10 +195,9 @@ class Run:
             output.write_atomically(path, lambda partial: save_file(state, partial))
 
     def write(self, finished: bool = False) -> None:
-        packages = ["capruner", "torch", "torchvision", "timm", "numpy"] + ["sparseml"] * (
-            self.recipe.name == "sparseml"
-        )
-        versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
+        packages = ["torch", "torchvision", "timm", "numpy"] + ["sparseml"] * (self.recipe.name == "sparseml")
+        versions = {"python": platform.python_version(), "capruner": capruner.__version__}
+        versions |= {name: version(name) for name in packages}
         summary = {
             "finished": finished,
             "arguments": vars(self.args),

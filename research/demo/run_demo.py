@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""CAP beside SparseML's OBS beside magnitude pruning, on a vision transformer small enough for any machine.
+"""CAP beside magnitude pruning beside SparseML's OBS (where it can be imported), on a vision transformer small enough for any machine.
 
   python research/demo/run_demo.py
 
@@ -10,6 +10,7 @@ research/one_shot_pruning.py, with a recipe of research/recipes/one_shot/*/digit
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 import time
@@ -56,11 +57,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = output.make_folder(args.output, "demo")
     write_folders(folder / "data")
     summaries = {}
-    for method, label in METHODS.items():
+    for method, label in methods().items():
         print(f"\n=== {label}", flush=True)
         summaries[label] = prune(RECIPES / method / "digits_vit.yaml", folder / "data", folder, method, args.sparsities)
     compare(folder, summaries)
     print(f"{time.perf_counter() - start:.0f} seconds in all")
+
+
+def methods() -> dict[str, str]:
+    """What is compared, by its folder of recipes: SparseML's OBS where SparseML can be imported."""
+    try:
+        importlib.import_module("capruner.sparseml")
+    except ImportError as error:
+        print(f"note: without {METHODS['obs']}: {error}")
+        return {method: label for method, label in METHODS.items() if method != "obs"}
+    return METHODS
 
 
 def compare(folder: Path, summaries: dict[str, dict[str, Any]]) -> None:

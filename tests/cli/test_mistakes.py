@@ -23,8 +23,6 @@ LINES = {
 @pytest.mark.parametrize("command", LINES)
 def test_a_mistake_is_one_line(command: str, tmp_path: Path) -> None:
     words, told = LINES[command]
-    if command == "prune":
-        pytest.importorskip("sparseml")
     line = [sys.executable, "-m", "capruner", command, *words]
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, ""), done.stderr

@@ -55,7 +55,6 @@ def test_mistakes(words: list[str], message: str, capsys: pytest.CaptureFixture[
 
 
 def test_lint_prints_what_a_recipe_prunes(capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("sparseml")
     assert main(["recipes", "lint", "one_shot/cap/vit_2of4", *WORDS]) == 0
     shown = capsys.readouterr().out
     lines = shown.splitlines()
@@ -77,7 +76,6 @@ PROBLEMS = {
 
 @pytest.mark.parametrize("case", PROBLEMS)
 def test_lint_finds(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("sparseml")
     text, message = PROBLEMS[case]
     (tmp_path / "mine.yaml").write_text(text)
     assert main(["recipes", "lint", str(tmp_path / "mine.yaml"), *WORDS]) == 1
@@ -120,3 +118,25 @@ def test_lint_looks_at_other_modifiers_too(tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "mine.yaml").write_text(text.rstrip("\n") + "\n" + extra)
     assert main(["recipes", "lint", str(tmp_path / "mine.yaml"), *WORDS]) == 1
     assert "EpochRangeModifier: end_epoch must be a finite number, got inf" in capsys.readouterr().out
+
+
+def test_lint_of_a_training_without_sparseml(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [
+        name for name in sys.modules if name.startswith(("sparseml", "capruner.sparseml", "research.utils.recipe"))
+    ]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "sparseml", None)
+    name = "gradual_pruning/cap/vit_4ep_small"
+    assert main(["recipes", "lint", name, *WORDS]) == 0
+    assert "8 layers, 6,144 weights:" in capsys.readouterr().out
+    text = (RECIPES / f"{name}.yaml").read_text().replace("update_frequency: 0.5", "update_frequency: 0.0")
+    (tmp_path / "mine.yaml").write_text(text.replace("end_epoch: 4.0", "end_epoch: .inf"))
+    assert main(["recipes", "lint", str(tmp_path / "mine.yaml"), *WORDS]) == 1
+    shown = capsys.readouterr().out
+    assert "CAPruningModifier: update_frequency must be more than 0" in shown
+    assert "EpochRangeModifier: end_epoch must be a finite number" in shown
+    (tmp_path / "other.yaml").write_text(HEAD.replace("CAPruning", "MFACPruning"))
+    assert main(["recipes", "lint", str(tmp_path / "other.yaml"), *WORDS]) == 2
+    assert "MFACPruningModifier is none of the pruning modifiers" in capsys.readouterr().err

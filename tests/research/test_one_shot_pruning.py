@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import subprocess
 import sys
@@ -13,14 +14,13 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "research" / "one_shot_pruning.py"
 MODEL = "vit_tiny_patch16_224"
 KWARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 3}
 
-pytest.importorskip("sparseml")
 sys.path.insert(0, str(ROOT))
 from research import one_shot_pruning  # noqa: E402
 from research.utils import cli  # noqa: E402
@@ -191,6 +191,8 @@ RECIPES = {
 
 @pytest.mark.parametrize("case", RECIPES)
 def test_bad_recipes(case: str, place: Path) -> None:
+    if case in ("unknown modifier", "no pruning modifier"):  # refused in other words without SparseML
+        pytest.importorskip("sparseml")
     text, message = RECIPES[case]
     path = place / "bad.yaml"
     path.write_text(text)
@@ -271,3 +273,48 @@ def test_the_folder_of_a_training_is_not_for_one_shot(place: Path, tmp_path: Pat
     (tmp_path / "trial" / "last.pt").touch()
     with pytest.raises(cli.UserError, match=r"trial holds a run of sparse_training.py"):
         one_shot_pruning.main(arguments(place, output=tmp_path))
+
+
+def weights(place: Path) -> dict[str, torch.Tensor]:
+    return load_file(place / "output" / "trial" / "checkpoints" / "sparsity_0.8.safetensors")
+
+
+@pytest.mark.parametrize("recipe", ["CAPruningModifier", "FastCAPruningModifier", "GlobalMagnitudePruningModifier"])
+def test_both_engines_come_to_the_same_bits(place: Path, recipe: str) -> None:
+    pytest.importorskip("sparseml")
+    found = {}
+    for engine in ("native", "sparseml"):
+        one_shot_pruning.main(arguments(place, recipe, engine=engine, save_model=True))
+        assert summary(place)["engine"] == engine
+        found[engine] = weights(place)
+    assert all(torch.equal(value, found["sparseml"][name]) for name, value in found["native"].items())
+
+
+@pytest.mark.parametrize("recipe", ["CAPruningModifier", "OBSPruningModifier"])
+def test_the_engine_where_none_is_asked_for(
+    place: Path, recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ours are carried out here; SparseML's own by SparseML, and by our method, not without a word, where it cannot be imported."""
+    ours = recipe == "CAPruningModifier"
+    if importlib.util.find_spec("sparseml"):
+        one_shot_pruning.main(arguments(place, recipe, sparsities=[0.5]))
+        assert summary(place)["engine"] == ("native" if ours else "sparseml")
+    monkeypatch.delitem(sys.modules, "research.utils.recipe", raising=False)
+    monkeypatch.setitem(sys.modules, "sparseml", None)
+    for name in [name for name in sys.modules if name.startswith(("sparseml.", "capruner.sparseml"))]:
+        monkeypatch.delitem(sys.modules, name)
+    capsys.readouterr()
+    one_shot_pruning.main(arguments(place, recipe, sparsities=[0.5]))
+    told = "OBSPruningModifier is carried out by capruner's own method obs" in capsys.readouterr().err
+    assert (summary(place)["engine"], told) == ("native", not ours)
+    with pytest.raises(cli.UserError, match="--engine sparseml: SparseML cannot be imported here"):
+        one_shot_pruning.main(arguments(place, recipe, engine="sparseml"))
+
+
+def test_what_the_native_engine_does_not_do(place: Path) -> None:
+    path = place / "mfac.yaml"
+    path.write_text((place / "OBSPruningModifier.yaml").read_text().replace("OBS", "MFAC"))
+    with pytest.raises(
+        cli.UserError, match="MFACPruningModifier is none of the pruning modifiers that capruner carries"
+    ):
+        one_shot_pruning.main(arguments(place, "mfac", engine="native"))

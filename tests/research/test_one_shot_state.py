@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file
 from training_case import ROOT, Line
 
-pytest.importorskip("sparseml")
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning:timm")
 import capruner  # noqa: E402
 from capruner import state  # noqa: E402

@@ -5,20 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from capruner.allocation import Score
+from capruner.cli.arguments import UserError
 from capruner.gradients import GradientMode, OnBadBatch
 from capruner.memory import parse_bytes
 from capruner.patterns import Pattern, parse_mask_type, unsupported
+from capruner.recipes.document import Modifier
+from capruner.recipes.one_shot import OURS, one_shot, read_modifiers, refuse_others
+from capruner.recipes.text import checked_text, modifier_names
+from capruner.recipes.values import FROM_WEIGHTS
 from capruner.recomputation import INTERPOLATIONS
 from capruner.selection import SelectionError, select_parameters
 from capruner.weights import LinearWeight, linear_weights
 
-_FROM_WEIGHTS = "__FROM_PARAM__"  # SparseML's word for the sparsity that a model has already
 _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_grads": (lambda v: v >= 1, "at least 1"),
     "damp": (lambda v: 0 < v < math.inf, "a positive number"),
@@ -38,29 +43,23 @@ _WORDS: dict[str, Collection[str]] = {
     "recomputation_inter_func": INTERPOLATIONS,
 }
 _MOST_UPDATES = 10_000
+_SCHEDULED = ("init_sparsity", "start_epoch", "end_epoch", "update_frequency")
 
 
 def lint(path: Path, model: nn.Module) -> tuple[dict[str, nn.Parameter], list[str]]:
-    """What a recipe prunes in ``model``, and what is wrong with it. SparseML itself reads the recipe, as it will when pruning.
+    """What a recipe prunes in ``model``, and what is wrong with it. Whoever will carry the recipe out reads it: capruner, or SparseML where it can be
+    imported and modifiers are not ours.
 
     Raises:
-        UserError: SparseML cannot read it at all, or it prunes nothing.
+        UserError: the recipe cannot be read at all, or it prunes nothing.
     """
-    from research.utils.cli import UserError  # first: it sets what SparseML reads when it is imported
-    from research.utils.recipe import load_manager
-
-    # isort: split
-    from sparseml.pytorch.sparsification.pruning import BasePruningModifier
-
-    manager = load_manager(str(path))
-    everything = list(manager.iter_modifiers())
-    modifiers = [m for m in everything if isinstance(m, BasePruningModifier)]
+    others, modifiers = _read(path)
     if not modifiers:
         raise UserError(f"{path} has no pruning modifier, so nothing to check")
     found: dict[str, nn.Parameter] = {}
-    problems = [f"{type(m).__name__}: {text}" for m in everything if m not in modifiers for text in _numbers(m)]
+    problems = [f"{_name(m)}: {text}" for m in others for text in _numbers(m)]
     for number, modifier in enumerate(modifiers, 1):
-        where = type(modifier).__name__ + (f" {number}" if len(modifiers) > 1 else "")
+        where = _name(modifier) + (f" {number}" if len(modifiers) > 1 else "")
         chosen: dict[str, nn.Parameter] = {}
         for params in _selections(modifier):
             try:
@@ -71,6 +70,52 @@ def lint(path: Path, model: nn.Module) -> tuple[dict[str, nn.Parameter], list[st
         found |= chosen
     ordered = {name: p for name, p in model.named_parameters() if name in found}
     return ordered, list(dict.fromkeys(problems))
+
+
+def _read(path: Path) -> tuple[list[Any], list[Any]]:
+    """Modifiers of a recipe: those that do not prune, and those that do."""
+    if all(name in OURS for name in modifier_names(checked_text(path))):
+        return _read_here(path)
+    try:
+        # isort: split
+        from sparseml.pytorch.sparsification.pruning import BasePruningModifier
+
+        from research.utils.recipe import load_manager
+    except ImportError:
+        return _read_here(path)
+    manager = load_manager(str(path))
+    everything = list(manager.iter_modifiers())
+    pruning = [m for m in everything if isinstance(m, BasePruningModifier)]
+    return [m for m in everything if m not in pruning], pruning
+
+
+def _read_here(path: Path) -> tuple[list[Any], list[Any]]:
+    found = read_modifiers(path)
+    others = [m for m in found if not m.name.endswith("PruningModifier")]
+    pruning = [m for m in found if m.name.endswith("PruningModifier")]
+    refuse_others(path, pruning)
+    try:
+        return [SimpleNamespace(name=m.name, **m.values) for m in others], [_as_attributes(m) for m in pruning]
+    except ValueError as error:
+        raise UserError(f"{path} does not load: {error}") from error
+
+
+def _as_attributes(modifier: Modifier) -> SimpleNamespace:
+    """A pruning modifier as SparseML would make it."""
+    read = one_shot(modifier)
+    schedule = {"init_sparsity": FROM_WEIGHTS} | {k: modifier.values[k] for k in _SCHEDULED if k in modifier.values}
+    numbers = {k: v if v == FROM_WEIGHTS else float(v) for k, v in schedule.items()}
+    own = {"_recipe": read.kind.knobs} if read.kind.ours else {}
+    given = {
+        "params": read.params,
+        "final_sparsity": read.final_sparsity,
+        "grad_sampler_kwargs": read.grad_sampler_kwargs,
+    }
+    return SimpleNamespace(name=read.modifier, **given, **numbers, **own, **read.knobs)
+
+
+def _name(modifier: Any) -> str:
+    return str(modifier.name) if isinstance(modifier, SimpleNamespace) else type(modifier).__name__
 
 
 def _selections(modifier: Any) -> list[Any]:
@@ -119,7 +164,7 @@ def _values(modifier: Any, chosen: Mapping[str, Tensor], linear: Mapping[str, Li
     problems = _numbers(modifier) + (_words(modifier) if hasattr(modifier, "_recipe") else [])
     final = getattr(modifier, "final_sparsity", None)
     sparsities = [getattr(modifier, "init_sparsity", None), *(final if isinstance(final, Mapping) else [final])]
-    numbers = [float(s) for s in sparsities if s is not None and s != _FROM_WEIGHTS]
+    numbers = [float(s) for s in sparsities if s is not None and s != FROM_WEIGHTS]
     problems += [f"a sparsity must lie in [0, 1), got {s:g}" for s in numbers if not 0 <= s < 1]
     problems += [
         f"backslashes in {entry!r} are doubled when SparseML saves the recipe; write [0-9] for \\d and leave \\. a plain dot"

@@ -137,24 +137,42 @@ class OneShot:
         )
 
 
-def load(path: str | Path) -> OneShot:
-    """The pruning modifier of a recipe file.
+def read_modifiers(path: str | Path) -> list[Modifier]:
+    """All modifiers of a recipe file, of any name.
 
     Raises:
-        UserError: it is no recipe, has another modifier, or a parameter that cannot be.
+        UserError: it is no recipe.
     """
     text = checked_text(path)
     try:
-        found = modifiers(text)
+        return modifiers(text)
     except yaml.constructor.ConstructorError as error:
         raise UserError(f"{path}: {error.problem}") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} does not load: {error}") from error
+
+
+def refuse_others(path: str | Path, found: Iterable[Modifier]) -> None:
+    """Are all modifiers of :data:`KINDS`?
+
+    Raises:
+        UserError: one is not; the message says what to do.
+    """
     for modifier in found:
         if modifier.name not in KINDS:
             raise UserError(f"{path}: {_refusal(modifier.name)}")
+
+
+def load(path: str | Path) -> OneShot:
+    """The pruning modifier of a recipe file.
+
+    Raises:
+        UserError: it is no recipe, has another modifier, or a parameter that cannot be.
+    """
+    found = read_modifiers(path)
+    refuse_others(path, found)
     if len(found) != 1:
         names = ", ".join(m.name for m in found) or "none"
         raise UserError(
