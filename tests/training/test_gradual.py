@@ -229,6 +229,26 @@ def test_magnitude_needs_no_data_and_earlier_masks_hold_from_the_start() -> None
     assert not pruner.masks["0.weight"][:4].any()
 
 
+def test_parameters_that_are_unfrozen_later_stay_dense() -> None:
+    model = net()
+    model[0].weight.requires_grad_(False)
+    pruner = pruner_of(model)
+    pruner.step(0)
+    model[0].weight.requires_grad_(True)
+    pruner.step(2)
+    assert (zeros(model), list(pruner.masks)) == (75, ["2.weight"])
+    assert pruner_of(model, params="2.weight").load_state_dict(pruner.state_dict()) is None
+
+
+def test_step_inside_inference_mode() -> None:
+    model = net()
+    pruner = pruner_of(model)
+    with torch.inference_mode():
+        pruner.step(0)
+    pruner.step(2)
+    assert zeros(model) == 195
+
+
 def test_each_update_has_its_own_state_folder(tmp_path: Path) -> None:
     model = net()
     pruner = pruner_of(model, state_dir=tmp_path / "state")

@@ -46,7 +46,13 @@ def test_unknown_interpolation() -> None:
         schedules.schedule("square", 0.5, 0.9, 0, 4)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("wrong", [{}, 0.5, [0.5], {"0": 0.5}, {0: "0.5"}, {True: 0.5}, {0: {0.5: ["a"]}}, {-1: 0.5}])
+def test_a_sparsity_of_zero_needs_no_update() -> None:
+    assert schedules.check_schedule({0: 0.0, 3: 0.8, 1: 0.4}) == {1: 0.4, 3: 0.8}
+
+
+@pytest.mark.parametrize(
+    "wrong", [{}, {0: 0}, 0.5, [0.5], {"0": 0.5}, {0: "0.5"}, {True: 0.5}, {0: {0.5: ["a"]}}, {-1: 0.5}]
+)
 def test_what_is_not_a_schedule(wrong: object) -> None:
     with pytest.raises(ValueError, match="sparsity"):
         schedules.check_schedule(wrong)

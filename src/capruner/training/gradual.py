@@ -57,7 +57,7 @@ class GradualPruner:
             and call :meth:`step` at the same epochs; all end with the same weights, bit for bit.
         batches: calibration data, see :func:`capruner.prune`. It is iterated again at each update.
         loss_fn: see :func:`capruner.prune`.
-        sparsity: ``{epoch: sparsity}``, rising; :mod:`capruner.training.schedules` computes such schedules.
+        sparsity: ``{epoch: sparsity}``, rising; an entry of 0 needs no update. :mod:`capruner.training.schedules` computes such schedules.
         knobs: those of :func:`capruner.prune`. ``masks`` are the weights that are pruned already; they hold from now on. ``state_dir`` gets a folder for
             each update.
 
@@ -80,7 +80,9 @@ class GradualPruner:
         self.model = job.model
         self.history: list[dict[str, Any]] = []
         self._batches, self._loss_fn = plain_loader(batches), loss_fn
-        self._knobs = {name: value for name, value in knobs.items() if name not in ("masks", "state_dir")}
+        # The parameters of now: some that are unfrozen later would join, without a mask in the states so far.
+        chosen = {"params": list(work.parameters), "exclude": ()}
+        self._knobs = {name: value for name, value in knobs.items() if name not in ("masks", "state_dir")} | chosen
         self._state_dir = None if knobs.get("state_dir") is None else Path(knobs["state_dir"])
         self._masks: dict[str, Tensor] = dict(job.kept)
         self._configuration: dict[str, Any] = {
@@ -134,9 +136,10 @@ class GradualPruner:
             raise ValueError("this pruner was removed and does not prune any more; construct another one")
         if len(due) > 1:
             _LOGGER.info("epoch %g: %d updates are due, only the last is made", epoch, len(due))
-        result = self._prune(due[-1])
-        result.apply(self.model)
-        self._hold(result.masks())
+        with torch.inference_mode(False):
+            result = self._prune(due[-1])
+            result.apply(self.model)
+            self._hold(result.masks())
         self._applied = due[-1]
         self.history.append(
             {"epoch": epoch, "sparsity": self.schedule[due[-1]], "predicted_loss": result.predicted_loss()}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any
 
@@ -62,7 +63,7 @@ def schedule(
 
 
 def check_schedule(sparsity: Any) -> Schedule:
-    """Return ``{epoch: sparsity}`` in ascending order of epochs.
+    """Return the updates, ``{epoch: sparsity}`` in ascending order of epochs; an entry of 0 is not one.
 
     Raises:
         ValueError: not such a dict, or sparsity does not rise from epoch to epoch.
@@ -76,13 +77,16 @@ def check_schedule(sparsity: Any) -> Schedule:
         if value >= 1:
             hint = ": write 0.9 for 90 %" if 1 < value <= 100 else ""
             raise ValueError(f"the sparsity at epoch {epoch:g} must be below 1, got {value:g}{hint}")
-    ordered = {epoch: sparsity[epoch] for epoch in sorted(sparsity)}
-    for (before, low), (after, high) in zip(list(ordered.items()), list(ordered.items())[1:]):
+    ordered = dict(sorted(sparsity.items()))
+    for (before, low), (after, high) in pairwise(ordered.items()):
         if high <= low:
             raise ValueError(
                 f"sparsity must rise from epoch to epoch, got {low:g} at epoch {before:g} and {high:g} at epoch {after:g}"
             )
-    return ordered
+    updates = {epoch: float(value) for epoch, value in ordered.items() if value > 0}
+    if not updates:
+        raise ValueError("sparsity is 0 in the whole schedule; give at least one epoch with more")
+    return updates
 
 
 def plain_number(value: Any) -> Any:

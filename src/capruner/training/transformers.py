@@ -11,6 +11,7 @@ Needs ``transformers``.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ except ImportError as missing:
 
 MASKS = "capruner_masks.safetensors"
 _KEY = "capruner"
+_LOGGER = logging.getLogger(__name__)
 
 
 class PruningCallback(TrainerCallback):
@@ -122,7 +124,9 @@ class PruningCallback(TrainerCallback):
         """Write the masks beside the checkpoint."""
         assert self.pruner is not None
         folder = _folder(args, state)
-        if args.should_save and folder.is_dir():
+        if args.should_save and not folder.is_dir():
+            _LOGGER.warning("%s does not exist, so the masks are not saved; the zeros of the weights have them", folder)
+        elif args.should_save:
             saved = self.pruner.state_dict()
             with replacing(folder / MASKS) as partial:
                 save_file(saved["masks"], partial, metadata={"capruner": json.dumps(_header(saved))})
