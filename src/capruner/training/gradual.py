@@ -81,7 +81,7 @@ class GradualPruner:
         self.history: list[dict[str, Any]] = []
         self._batches, self._loss_fn = plain_loader(batches), loss_fn
         # The parameters of now: some that are unfrozen later would join, without a mask in the states so far.
-        chosen = {"params": list(work.parameters), "exclude": ()}
+        chosen = {"params": list(job.parameters), "exclude": ()}
         self._knobs = {name: value for name, value in knobs.items() if name not in ("masks", "state_dir")} | chosen
         self._state_dir = None if knobs.get("state_dir") is None else Path(knobs["state_dir"])
         self._masks: dict[str, Tensor] = dict(job.kept)
