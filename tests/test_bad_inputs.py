@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from training_case import ROOT
 
-pytest.importorskip("sparseml")
+pytest.importorskip("capruner.sparseml", exc_type=ImportError)
 assert ROOT  # it puts the repository on the path
 from benchmarks import bad_inputs  # noqa: E402
 

@@ -17,7 +17,7 @@ import capruner
 from capruner import state
 from capruner.files import digest
 
-pytest.importorskip("sparseml")
+pytest.importorskip("capruner.sparseml", exc_type=ImportError)
 assert ROOT  # it puts the repository on the path
 from benchmarks import fuzz  # noqa: E402
 from research.utils import recipe  # noqa: E402

@@ -181,7 +181,7 @@ def test_a_command_whose_package_is_missing(
 
 
 def test_a_recipe_without_pruning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("sparseml")
+    pytest.importorskip("capruner.sparseml", exc_type=ImportError)
     from capruner.cli import main
 
     (tmp_path / "idle.yaml").write_text(

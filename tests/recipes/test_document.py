@@ -59,7 +59,7 @@ def test_stages_have_variables_of_their_own_above_shared_ones() -> None:
 
 
 def test_sparseml_reads_the_same() -> None:
-    pytest.importorskip("sparseml")
+    pytest.importorskip("capruner.sparseml", exc_type=ImportError)
     from sparseml.pytorch.optim import ScheduledModifierManager
 
     schedule = "".join(

@@ -134,7 +134,7 @@ def test_two_modifiers(tmp_path: Path) -> None:
 
 
 def test_defaults_are_those_of_the_modifiers() -> None:
-    pytest.importorskip("sparseml")
+    pytest.importorskip("capruner.sparseml", exc_type=ImportError)
     import inspect
 
     from sparseml.pytorch.sparsification import pruning
@@ -163,7 +163,7 @@ def tiny(path: Path, folder: Path) -> Path:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: "/".join(path.parts[-2:]))
 def test_the_same_bits_as_through_sparseml(path: Path, tmp_path: Path, model: nn.Module, monkeypatch: Any) -> None:
     """Of SparseML's own OBS only the number of zeros is the same."""
-    pytest.importorskip("sparseml")
+    pytest.importorskip("capruner.sparseml", exc_type=ImportError)
     import sys
 
     sys.path.insert(0, str(ROOT))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-pytest.importorskip("sparseml")
+pytest.importorskip("capruner.sparseml", exc_type=ImportError)
 pytest.importorskip("timm")
 pytest.importorskip("sklearn")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))

@@ -17,7 +17,7 @@ import pytest
 import torch
 from training_case import Line
 
-pytest.importorskip("sparseml")
+pytest.importorskip("capruner.sparseml", exc_type=ImportError)
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 from research import one_shot_pruning, sparse_training  # noqa: E402
 from research.utils import cli  # noqa: E402

@@ -192,7 +192,7 @@ RECIPES = {
 @pytest.mark.parametrize("case", RECIPES)
 def test_bad_recipes(case: str, place: Path) -> None:
     if case in ("unknown modifier", "no pruning modifier"):  # refused in other words without SparseML
-        pytest.importorskip("sparseml")
+        pytest.importorskip("capruner.sparseml", exc_type=ImportError)
     text, message = RECIPES[case]
     path = place / "bad.yaml"
     path.write_text(text)
@@ -281,7 +281,7 @@ def weights(place: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("recipe", ["CAPruningModifier", "FastCAPruningModifier", "GlobalMagnitudePruningModifier"])
 def test_both_engines_come_to_the_same_bits(place: Path, recipe: str) -> None:
-    pytest.importorskip("sparseml")
+    pytest.importorskip("capruner.sparseml", exc_type=ImportError)
     found = {}
     for engine in ("native", "sparseml"):
         one_shot_pruning.main(arguments(place, recipe, engine=engine, save_model=True))
@@ -296,7 +296,7 @@ def test_the_engine_where_none_is_asked_for(
 ) -> None:
     """Ours are carried out here; SparseML's own by SparseML, and by our method, not without a word, where it cannot be imported."""
     ours = recipe == "CAPruningModifier"
-    if importlib.util.find_spec("sparseml"):
+    if importlib.util.find_spec("sparseml.pytorch"):
         one_shot_pruning.main(arguments(place, recipe, sparsities=[0.5]))
         assert summary(place)["engine"] == ("native" if ours else "sparseml")
     monkeypatch.delitem(sys.modules, "research.utils.recipe", raising=False)

@@ -6,7 +6,7 @@ modules and not from names, so that a pattern and this file cannot share a mista
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import itertools
 import re
 from collections.abc import Callable
@@ -370,9 +370,7 @@ def test_sparseml_loads_it_and_what_it_saves(recipe, sparseml_manager):
 
 @pytest.fixture(scope="session")
 def sparseml_manager():
-    if importlib.util.find_spec("sparseml") is None:  # importorskip would import it with its analytics on
-        pytest.skip("SparseML is not installed")
-    importlib.import_module("capruner.sparseml")  # registers the modifiers
+    pytest.importorskip("capruner.sparseml", exc_type=ImportError)  # registers the modifiers
     return importlib.import_module("sparseml.pytorch.optim").ScheduledModifierManager
 
 

@@ -13,7 +13,7 @@ import timm
 import torch
 from training_case import KWARGS, MODEL, PRUNABLE, RECIPES, ROOT, Line, rows, updates
 
-pytest.importorskip("sparseml")
+pytest.importorskip("capruner.sparseml", exc_type=ImportError)
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning:timm")
 from research import sparse_training  # noqa: E402
 from research.utils import cli  # noqa: E402

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import nn
 from training_case import ROOT, Line, rows, same_weights, updates
 
-pytest.importorskip("sparseml")
+pytest.importorskip("capruner.sparseml", exc_type=ImportError)
 from capruner.methods import CAP
 from research import sparse_training
 from research.utils import cli, training_resume, training_watch

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("sparseml")
+pytest.importorskip("capruner.sparseml", exc_type=ImportError)
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from research.utils import recipe
 from research.utils.cli import UserError

@@ -18,7 +18,7 @@ import yaml
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-pytest.importorskip("sparseml")
+pytest.importorskip("capruner.sparseml", exc_type=ImportError)
 from sparseml.pytorch.optim import ScheduledModifierManager
 from sparseml.pytorch.utils import GradSampler
 from untouched import same, snapshot

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("sparseml")
+pytest.importorskip("capruner.sparseml", exc_type=ImportError)
 from sparseml.pytorch.optim import ScheduledModifierManager
 
 import capruner.sparseml  # noqa: F401  (registers the modifiers)
