@@ -16,7 +16,7 @@ from capruner.config import Knobs, help_of, knobs
 
 
 def test_every_function_has_the_defaults_of_the_config() -> None:
-    for function in (capruner.prune, capruner.calibrate, capruner.compensate_masks):
+    for function in (capruner.prune, capruner.calibrate, capruner.plan, capruner.compensate_masks):
         parameters = inspect.signature(function).parameters
         shared = parameters.keys() & knobs().keys()
         assert shared == knobs().keys() or function is capruner.compensate_masks
@@ -93,3 +93,12 @@ def test_keywords_win_over_the_config() -> None:
     assert (result.settings["fisher_block_size"], result.settings["gradients"]) == (8, "sample")
     with pytest.raises(ValueError, match=r"config must be a capruner\.PruneConfig"):
         capruner.prune(conv_net(), images(), F.cross_entropy, 0.5, config={"damp": 1.0})  # type: ignore[arg-type]
+
+
+def test_recipes_and_the_command_line_have_the_same_number_of_gradients() -> None:
+    from capruner.recipes.values import DEFAULTS
+    from research.utils import one_shot_arguments
+
+    number = capruner.PruneConfig.num_grads
+    assert {DEFAULTS[method]["num_grads"] for method in ("cap", "fast_cap")} == {number}
+    assert set(one_shot_arguments.DEFAULTS["num_grads"].values()) == {number}

@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from capruner.config import PruneConfig
 from capruner.methods import METHODS
 from capruner.patterns import parse_mask_type
 from capruner.recipes import one_shot as recipes
@@ -25,7 +26,7 @@ MODIFIERS = {
 }
 # What stands in for a recipe, and each flag's default by method; absent: the method has no such knob.
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "num_grads": {"cap": 4096, "fast_cap": 256, "obs": 4096},
+    "num_grads": dict.fromkeys(("cap", "fast_cap", "obs"), PruneConfig.num_grads),
     "damp": {"cap": None, "fast_cap": METHODS["fast_cap"].default_damp, "obs": 1e-6},
     "fisher_block_size": {"cap": None, "fast_cap": None, "obs": 192},
     "mask_type": dict.fromkeys(MODIFIERS, "unstructured"),
@@ -141,7 +142,7 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
         help="cap: correlation-aware, the most accurate; fast_cap: one Fisher matrix per layer, quicker; to compare with: "
         "obs (WoodFisher), magnitude (default cap)",
     )
-    group.add_argument("--num-grads", type=int, help="gradients to calibrate from (default 4096; fast_cap 256)")
+    group.add_argument("--num-grads", type=int, help=f"gradients to calibrate from (default {PruneConfig.num_grads})")
     group.add_argument(
         "--damp",
         type=float,

@@ -16,6 +16,7 @@ from capruner.macs import MultiplyAdds, multiply_adds
 from capruner.masking import MaskHandle, mask_model
 from capruner.numerics import NotPositiveDefiniteError
 from capruner.obs import Elimination, compensate, eliminate
+from capruner.planning import Plan, plan
 from capruner.pruning import calibrate, compensate_masks, prune
 from capruner.refine.batchnorm import recalibrate_bn
 from capruner.refine.distill import distill
@@ -34,6 +35,7 @@ __all__ = [
     "MaskHandle",
     "MultiplyAdds",
     "NotPositiveDefiniteError",
+    "Plan",
     "PruneConfig",
     "PruningResult",
     "Sparsest",
@@ -47,6 +49,7 @@ __all__ = [
     "load_result",
     "mask_model",
     "multiply_adds",
+    "plan",
     "prune",
     "recalibrate_bn",
     "remove_state",

@@ -144,7 +144,7 @@ class Calibration:
                 self.parameters,
                 mine,
                 mode=self.gradients,
-                slab=max(1, self._slab() // shards.size),
+                slab=max(1, self.slab() // shards.size),
                 on_bad_batch=self.on_bad_batch,
                 position=position,
                 progress=self.progress and shards.rank == 0,
@@ -244,7 +244,7 @@ class Calibration:
 
         Within the memory budget: layers that do not fit together are calibrated one group after the other.
         """
-        parts = self._parts(method)
+        parts = self.parts(method)
         found = self._levels(parts, method, kept, rungs)
         if set(self.notes["layers_without_gradient"]) >= self.parameters.keys():
             raise ValueError(NO_GRADIENT)
@@ -306,7 +306,7 @@ class Calibration:
         Raises:
             ValueError: they do not fit the memory budget together.
         """
-        parts = self._parts(method)
+        parts = self.parts(method)
         if len(parts) > 1:
             assert self.budget is not None
             raise ValueError(
@@ -329,12 +329,12 @@ class Calibration:
             solutions = pruner.solve_counts(counts)
         return [self.level(pruner.shards, s, solution) for (s, _), solution in zip(rungs, solutions)]
 
-    def _parts(self, method: type[Method]) -> list[Calibration]:
+    def parts(self, method: type[Method]) -> list[Calibration]:
         """This calibration cut into groups of layers whose Fisher blocks fit the budget."""
         if self.budget is None or not issubclass(method, SecondOrderMethod):
             return [self]
         size = world()[1]
-        need = {name: self._bytes(layout) // size for name, layout in self.layouts.items()}
+        need = {name: self._bytes(name) // size for name in self.layouts}
         dearest = max(need, key=need.__getitem__)
         if need[dearest] + WORKING_SET > self.budget:
             raise ValueError(
@@ -365,11 +365,32 @@ class Calibration:
             replace(self, parameters={name: self.parameters[name] for name in group}, whole=whole) for group in groups
         ]
 
-    def _bytes(self, layout: BlockLayout) -> int:
-        """Fisher blocks, a slab of gradients, and what else is kept per weight (order, losses, weights, masks)."""
-        return layout.num_blocks * layout.block_size * (layout.block_size + self._slab() + 8) * 4
+    def memory(self, method: type[Method], parts: Sequence[Calibration]) -> tuple[int, int]:
+        """Bytes of this process's share of all Fisher blocks, and the most that one of ``parts`` takes beside the model."""
+        size = world()[1]
+        fisher = {name: self._fisher_bytes(name, method) for name in self.layouts}
+        if issubclass(method, SecondOrderMethod):
+            peak = max(sum(part._bytes(name) for name in part.layouts) for part in parts) // size + WORKING_SET
+        else:
+            rows = 8 + (self.slab() if method.uses_gradients else 0)
+            peak = sum(fisher[name] + self._row_bytes(name) * rows for name in self.layouts) // size
+        return sum(fisher.values()) // size, peak
 
-    def _slab(self) -> int:
+    def _bytes(self, name: str) -> int:
+        """Fisher blocks, a slab of gradients, and what else is kept per weight (order, losses, weights, masks)."""
+        return self._row_bytes(name) * (self.layouts[name].block_size + self.slab() + 8)
+
+    def _fisher_bytes(self, name: str, method: type[Method]) -> int:
+        blocks = self.layouts[name].num_blocks if issubclass(method, SecondOrderMethod) else int(method.uses_gradients)
+        return blocks * self.layouts[name].block_size ** 2 * working_dtype(self.parameters[name]).itemsize
+
+    def _row_bytes(self, name: str) -> int:
+        """One number for each weight of a layer."""
+        layout = self.layouts[name]
+        return layout.num_blocks * layout.block_size * working_dtype(self.parameters[name]).itemsize
+
+    def slab(self) -> int:
+        """Gradients that are kept before they are added to the Fisher blocks."""
         # Enough rows for efficient matrix products, few enough to stay a small share of the d·B of the Fisher blocks.
         return max(6, max(layout.block_size for layout in self.layouts.values()) // 12)
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from capruner.config import PruneConfig
+from capruner.methods import METHODS
+
 Convert = Callable[[Any], Any]
 FROM_WEIGHTS = "__FROM_PARAM__"
 """SparseML's word for the sparsity that a model has already."""
@@ -86,40 +89,8 @@ MAGNITUDE: dict[str, Convert] = {"mask_type": str}
 """Parameters that :func:`capruner.prune` takes by the same name, and what makes a value of YAML one of ours."""
 
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "cap": {
-        "mask_type": "unstructured",
-        "num_grads": 1024,
-        "damp": None,
-        "shrinkage": None,
-        "fisher_block_size": None,
-        "num_recomputations": 1,
-        "recomputation_inter_func": "linear",
-        "distill_passes": 0.0,
-        "blocks_in_parallel": None,
-        "fisher_inv_device": None,
-        "gradients": "batch",
-        "labels": "data",
-        "score": "marginal",
-        "relative_damp": False,
-        "skip_unsupported": False,
-        "on_bad_batch": "raise",
-        "memory_budget": None,
-    },
-    "fast_cap": {
-        "mask_type": "unstructured",
-        "num_grads": 1024,
-        "damp": 0.5,
-        "fisher_block_size": None,
-        "block_size": None,
-        "num_recomputations": 1,
-        "recomputation_inter_func": "linear",
-        "distill_passes": 0.0,
-        "fisher_inv_device": None,
-        "gradients": "batch",
-        "labels": "data",
-        "skip_unsupported": False,
-        "on_bad_batch": "raise",
-    },
+    "cap": {name: getattr(PruneConfig, name) for name in CAP},
+    "fast_cap": {name: getattr(PruneConfig, name) for name in FAST_CAP} | {"damp": METHODS["fast_cap"].default_damp},
     "obs": {
         "mask_type": "unstructured",
         "num_grads": 1024,

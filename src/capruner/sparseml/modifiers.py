@@ -6,6 +6,7 @@ from typing import Any
 
 from sparseml.pytorch.sparsification.modifier import PyTorchModifierYAML
 
+from capruner.config import PruneConfig
 from capruner.patterns import parse_mask_type
 from capruner.recipes import values
 from capruner.sparseml.base import CorrelationAwareModifier, recipe_parameter
@@ -75,7 +76,7 @@ class CAPruningModifier(CorrelationAwareModifier):
         inter_func: str = "cubic",
         global_sparsity: bool = True,
         mask_type: str | int = "unstructured",
-        num_grads: int = 1024,
+        num_grads: int = PruneConfig.num_grads,
         damp: float | None = None,
         shrinkage: float | None = None,
         fisher_block_size: int | None = None,
@@ -173,7 +174,7 @@ class FastCAPruningModifier(CorrelationAwareModifier):
         inter_func: str = "cubic",
         global_sparsity: bool = False,
         mask_type: str | int = "unstructured",
-        num_grads: int = 1024,
+        num_grads: int = PruneConfig.num_grads,
         damp: float = 0.5,
         fisher_block_size: int | None = None,
         block_size: int | None = None,

@@ -1,0 +1,209 @@
+"""``plan``: what a calibration would do, need and take, before anything is done."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Unpack
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from capruner.agreement import agreeing
+from capruner.batches import BatchFunction, default_loss
+from capruner.calibration import Calibration
+from capruner.config import Knobs, PruneConfig, resolve, takes_knobs
+from capruner.distributed import Shards
+from capruner.gradients import LossFunction, gradient_slabs
+from capruner.job import Job
+from capruner.layout import BlockLayout
+from capruner.memory import shown
+from capruner.methods import Stopwatch, Target
+from capruner.modes import eval_mode
+from capruner.numerics import working_dtype
+
+SAMPLE = 4
+"""Blocks of a size that are timed together."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a calibration would do. ``print(plan)`` shows it as a table.
+
+    Attributes:
+        layers: rows of what is pruned: ``name, shape, numel, block_size``.
+        left_dense: rows of the other weights of two or more dimensions: ``name, shape, numel, reason``.
+        memory: bytes of one process beside the model: ``fisher_blocks``, of all layers; ``peak``, with gradients and working memory, and with the largest
+            group of layers where a memory budget cuts them into groups; ``groups`` of layers.
+        seconds: an estimate: gradients and blocks that were timed, scaled up. Of one sparsity, without distillation. None without ``batches``.
+        total_weights: weights of the whole model.
+        config: the knobs.
+    """
+
+    layers: list[dict[str, Any]]
+    left_dense: list[dict[str, Any]]
+    memory: dict[str, int]
+    seconds: float | None
+    total_weights: int
+    config: PruneConfig
+
+    def __str__(self) -> str:
+        pruned = sum(row["numel"] for row in self.layers)
+        lines = [
+            f"{self.config.method}, {self.config.pattern}: {len(self.layers)} layers with {pruned:,} of {self.total_weights:,} weights",
+            "",
+            *_table(self.layers, "block_size"),
+        ]
+        if self.left_dense:
+            lines += ["", "left dense", *_table(self.left_dense, "reason")]
+        fisher, peak = (shown(self.memory[what], up=True) for what in ("fisher_blocks", "peak"))
+        groups = f", {self.memory['groups']} groups of layers" if self.memory["groups"] > 1 else ""
+        lines += [
+            "",
+            f"memory   {fisher} for Fisher blocks, {peak} at the peak{groups} (beside the model)",
+            "time     " + ("not measured: pass batches" if self.seconds is None else self._time()),
+        ]
+        return "\n".join(lines)
+
+    def _time(self) -> str:
+        assert self.seconds is not None
+        minutes = f" ({self.seconds / 60:.0f} minutes)" if self.seconds >= 120 else ""
+        return f"about {self.seconds:.2g} s{minutes}, estimated from one gradient and {SAMPLE} blocks of each size"
+
+
+@agreeing
+@takes_knobs
+def plan(
+    model: nn.Module,
+    batches: Iterable[Any] | None = None,
+    loss_fn: LossFunction = default_loss,
+    *,
+    params: str | Sequence[str] = "__ALL_PRUNABLE__",
+    masks: Mapping[str, Tensor] | Literal["zeros"] | None = None,
+    batch_fn: BatchFunction | None = None,
+    config: PruneConfig | None = None,
+    **knobs: Unpack[Knobs],
+) -> Plan:
+    """Show what :func:`capruner.prune` would prune with these arguments, and estimate memory and time. Nothing is changed.
+
+    Args:
+        model, batches, loss_fn, params, masks, batch_fn, config, knobs: see :func:`capruner.prune`. With ``batches`` the first two are drawn to measure a
+            gradient; the state of the random number generators is restored. An iterator would lose them and is refused.
+
+    Raises:
+        ValueError: as :func:`capruner.prune`; ``batches`` is an iterator.
+    """
+    config = resolve(config, knobs)
+    if isinstance(batches, Iterator):
+        raise ValueError(
+            "batches is an iterator, which would lose what plan() draws; pass a DataLoader or a list, or leave batches out"
+        )
+    job = Job.of(config, model, batches, loss_fn, params, masks, batch_fn, without_data=True, progress=False)
+    job.agreed(None)
+    calibration = job.calibration(progress=False)
+    parts = calibration.parts(config.kind)
+    layers = [
+        {"name": name, "shape": list(p.shape), "numel": p.numel(), "block_size": calibration.layouts[name].block_size}
+        for name, p in job.parameters.items()
+    ]
+    fisher, peak = calibration.memory(config.kind, parts)
+    memory = {"fisher_blocks": fisher, "peak": peak, "groups": len(parts)}
+    seconds = None if batches is None else _seconds(job, calibration, len(parts))
+    return Plan(layers, job.dense, memory, seconds, job.total_weights, config)
+
+
+def _seconds(job: Job, calibration: Calibration, groups: int) -> float:
+    """An estimate of the time of one sparsity."""
+    passes = groups * (2 if groups > 1 and job.config.global_sparsity else 1)
+    seconds = 0.0
+    with _same_random_numbers():
+        if job.config.kind.uses_gradients:
+            seconds += job.settings.num_grads * _seconds_of_gradient(calibration) / Shards({}).size
+        sizes: dict[tuple[int, torch.dtype], list[int]] = {}
+        for name, p in job.parameters.items():
+            layout = calibration.layouts[name]
+            sizes.setdefault((layout.block_size, working_dtype(p)), []).append(layout.num_blocks)
+        for (size, dtype), blocks in sizes.items():
+            some = min(SAMPLE, sum(blocks))
+            one = _seconds_of_blocks(calibration, job, size, dtype, some)
+            if job.config.kind.whole_layers:  # each layer costs something, and each of its blocks
+                more = (_seconds_of_blocks(calibration, job, size, dtype, 2 * some) - one) / some
+                seconds += len(blocks) * max(0.0, one - some * more) + sum(blocks) * max(0.0, more)
+            else:
+                seconds += one / some * sum(blocks)
+    return seconds * passes * job.config.num_recomputations
+
+
+def _seconds_of_gradient(calibration: Calibration) -> float:
+    """Of the second slab: the first one starts workers, compiles and warms up."""
+    assert calibration.batches is not None
+    slab = 1 if calibration.gradients == "batch" else calibration.slab()
+    with eval_mode(calibration.model):
+        slabs = gradient_slabs(
+            calibration.model,
+            calibration.batches,
+            calibration.loss_fn,
+            calibration.parameters,
+            2 * slab,
+            mode=calibration.gradients,
+            slab=slab,
+            on_bad_batch=calibration.on_bad_batch,
+            progress=False,
+        )
+        next(slabs)
+        clock = Stopwatch()
+        with clock("gradients"):
+            rows = next(slabs)
+        del slabs
+    shards = Shards({})
+    return shards.sum(clock.seconds["gradients"]) / shards.size / len(next(iter(rows.values())))
+
+
+def _seconds_of_blocks(calibration: Calibration, job: Job, size: int, dtype: torch.dtype, some: int) -> float:
+    """Fisher matrix, inverse, elimination and compensation of ``some`` blocks of random gradients and weights; the mean over processes."""
+    layout = BlockLayout((some, size), size)
+    name, device = "a block", next(iter(job.parameters.values())).device
+    method, settings = job.config.kind, replace(job.settings, costs=None, damp=0.5, relative_damp=True)
+    shards = Shards({name: layout}, method.whole_layers)
+    pruner = method(shards, settings, Stopwatch())
+    mine = shards.own(name)
+    own = mine.stop - mine.start
+    where = torch.device(settings.fisher_inv_device or device)
+    if where.type == "cpu":
+        pruner.compile(dtype)
+    clock = Stopwatch()
+    with clock("blocks"):
+        for start in range(0, settings.num_grads if method.uses_gradients else 0, calibration.slab()):
+            rows = min(calibration.slab(), settings.num_grads - start)
+            pruner.add({name: torch.randn(rows, own, size, dtype=dtype, device=device)})
+        weights = torch.randn(own, size, dtype=dtype, device=device)
+        pruner.prepare({name: weights}, {name: torch.zeros_like(weights, dtype=torch.bool)})
+        target = job.config.pattern.sparsity
+        pruner.solve([[Target((name,), layout.numel, 0.5 if target is None else target)]])
+    return shards.sum(clock.seconds["blocks"]) / shards.size
+
+
+@contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """The generators of torch, NumPy and Python are as before afterwards: loaders draw from them."""
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002 - augmentations draw from it
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+
+
+def _table(rows: Sequence[Mapping[str, Any]], last: str) -> list[str]:
+    """Lines of ``name, shape, numel`` and one more column."""
+    header = ("name", "shape", "weights", last.replace("_", " "))
+    cells = [
+        header,
+        *((row["name"], "x".join(map(str, row["shape"])), f"{row['numel']:,}", str(row[last])) for row in rows),
+    ]
+    widths = [max(len(row[column]) for row in cells) for column in range(3)]
+    return [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d}" for a, b, c, d in cells]
