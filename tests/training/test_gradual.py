@@ -249,6 +249,17 @@ def test_step_inside_inference_mode() -> None:
     assert zeros(model) == 195
 
 
+def test_knobs_may_come_as_a_config() -> None:
+    model = net()
+    config = capruner.PruneConfig(num_grads=8, method="fast_cap", exclude="0.weight")
+    pruner = capruner.GradualPruner(model, data(), sparsity=LEVELS, config=config, progress=False)
+    result = pruner.step(2)
+    assert result is not None
+    assert (result.method, zeros(model), list(pruner.masks)) == ("fast_cap", 75, ["2.weight"])
+    with pytest.raises(ValueError, match="method=cap, and this one has method=fast_cap"):
+        pruner.load_state_dict(pruner_of(net(), params="2.weight").state_dict())
+
+
 def test_each_update_has_its_own_state_folder(tmp_path: Path) -> None:
     model = net()
     pruner = pruner_of(model, state_dir=tmp_path / "state")
