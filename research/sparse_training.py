@@ -32,6 +32,8 @@ elif sys.stderr is None or not sys.stderr.isatty():
 
 from research.utils import cli  # first: it sets what SparseML reads when it is imported
 
+if __name__ == "__main__":
+    cli.exit_without_sparseml()
 # isort: split
 import torch
 import yaml
