@@ -372,7 +372,9 @@ class Calibration:
         if issubclass(method, SecondOrderMethod):
             peak = max(sum(part._bytes(name) for name in part.layouts) for part in parts) // size + WORKING_SET
         else:
-            rows = 8 + (self.slab() if method.uses_gradients else 0)
+            rows = 16 + (
+                self.slab() if method.uses_gradients else 0
+            )  # besides gradients: copies, scores, the order of a sort
             peak = sum(fisher[name] + self._row_bytes(name) * rows for name in self.layouts) // size
         return sum(fisher.values()) // size, peak
 

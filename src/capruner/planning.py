@@ -25,8 +25,8 @@ from capruner.methods import Stopwatch, Target
 from capruner.modes import eval_mode
 from capruner.numerics import working_dtype
 
-SAMPLE = 4
-"""Blocks of a size that are timed together."""
+SAMPLE = 32
+"""Blocks of a size that are timed together: fewer would each take longer than in a calibration."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,9 @@ class Plan:
     def _time(self) -> str:
         assert self.seconds is not None
         minutes = f" ({self.seconds / 60:.0f} minutes)" if self.seconds >= 120 else ""
-        return f"about {self.seconds:.2g} s{minutes}, estimated from one gradient and {SAMPLE} blocks of each size"
+        return (
+            f"about {self.seconds:.2g} s{minutes}, estimated from one gradient and up to {SAMPLE} blocks of each size"
+        )
 
 
 @agreeing
@@ -129,9 +131,9 @@ def _seconds(job: Job, calibration: Calibration, groups: int) -> float:
         for (size, dtype), blocks in sizes.items():
             some = min(SAMPLE, sum(blocks))
             one = _seconds_of_blocks(calibration, job, size, dtype, some)
-            if job.config.kind.whole_layers:  # each layer costs something, and each of its blocks
-                more = (_seconds_of_blocks(calibration, job, size, dtype, 2 * some) - one) / some
-                seconds += len(blocks) * max(0.0, one - some * more) + sum(blocks) * max(0.0, more)
+            if job.config.kind.whole_layers:  # each layer takes some time, and each of its blocks
+                more = max(0.0, (_seconds_of_blocks(calibration, job, size, dtype, 2 * some) - one) / some)
+                seconds += len(blocks) * max(0.0, one - some * more) + sum(blocks) * more
             else:
                 seconds += one / some * sum(blocks)
     return seconds * passes * job.config.num_recomputations
@@ -168,22 +170,21 @@ def _seconds_of_blocks(calibration: Calibration, job: Job, size: int, dtype: tor
     name, device = "a block", next(iter(job.parameters.values())).device
     method, settings = job.config.kind, replace(job.settings, costs=None, damp=0.5, relative_damp=True)
     shards = Shards({name: layout}, method.whole_layers)
-    pruner = method(shards, settings, Stopwatch())
-    mine = shards.own(name)
-    own = mine.stop - mine.start
-    where = torch.device(settings.fisher_inv_device or device)
-    if where.type == "cpu":
-        pruner.compile(dtype)
-    clock = Stopwatch()
-    with clock("blocks"):
-        for start in range(0, settings.num_grads if method.uses_gradients else 0, calibration.slab()):
-            rows = min(calibration.slab(), settings.num_grads - start)
-            pruner.add({name: torch.randn(rows, own, size, dtype=dtype, device=device)})
-        weights = torch.randn(own, size, dtype=dtype, device=device)
-        pruner.prepare({name: weights}, {name: torch.zeros_like(weights, dtype=torch.bool)})
-        target = job.config.pattern.sparsity
-        pruner.solve([[Target((name,), layout.numel, 0.5 if target is None else target)]])
-    return shards.sum(clock.seconds["blocks"]) / shards.size
+    own = shards.own(name)
+    weights = torch.randn(own.stop - own.start, size, dtype=dtype, device=device)
+    pattern = job.config.pattern
+    target = Target((name,), layout.numel, 0.5 if pattern.sparsity is None else pattern.sparsity)
+    runs = []
+    for _ in range(2):  # the first one compiles and warms up
+        pruner, clock = method(shards, settings, Stopwatch()), Stopwatch()
+        with clock("blocks"):
+            for start in range(0, settings.num_grads if method.uses_gradients else 0, calibration.slab()):
+                rows = min(calibration.slab(), settings.num_grads - start)
+                pruner.add({name: weights.new_empty(rows, *weights.shape).normal_()})
+            pruner.prepare({name: weights.clone()}, {name: torch.zeros_like(weights, dtype=torch.bool)})
+            pruner.solve([[target]])
+        runs.append(clock.seconds["blocks"])
+    return shards.sum(min(runs)) / shards.size
 
 
 @contextmanager
