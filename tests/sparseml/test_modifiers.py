@@ -522,6 +522,7 @@ EVERY: dict[str, dict[str, Any]] = {
         "mask_type": "block4",
         "num_grads": 17,
         "damp": 3e-7,
+        "shrinkage": 0.25,
         "fisher_block_size": 48,
         "grad_sampler_kwargs": {"size": 4, "name": "x"},
         "num_recomputations": 3,
@@ -542,7 +543,7 @@ EVERY: dict[str, dict[str, Any]] = {
 EVERY["FastCAPruningModifier"] = {
     key: value
     for key, value in EVERY["CAPruningModifier"].items()
-    if key not in ("blocks_in_parallel", "score", "relative_damp", "memory_budget")
+    if key not in ("blocks_in_parallel", "shrinkage", "score", "relative_damp", "memory_budget")
 } | {"global_sparsity": True, "block_size": 12}
 CLASSES = {"CAPruningModifier": CAPruningModifier, "FastCAPruningModifier": FastCAPruningModifier}
 
