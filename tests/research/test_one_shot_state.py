@@ -107,7 +107,11 @@ def test_killed_after_the_calibration_it_is_not_done_again(line: Line, tmp_path:
     assert not (tmp_path / "state").exists()
 
 
-def test_ctrl_c_is_one_line(line: Line, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_is_one_line(
+    line: Line, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the suite runs in the background
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     monkeypatch.setattr(one_shot_pruning.Run, "record", lambda *_: signal.raise_signal(signal.SIGINT))
     assert cli.run(one_shot_pruning.main, arguments(line)) == 130
     assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted; what was saved before is whole")
