@@ -73,7 +73,7 @@ def test_a_loader_that_ends_says_how_many_were_skipped() -> None:
 def test_by_default_the_first_bad_batch_ends_the_run() -> None:
     with pytest.raises(BadBatchError, match="the loss of batch 5 is nan: its inputs hold NaN or Inf"):
         capruner.prune(net(), data(30, (5,)), loss, **ARGUMENTS)
-    with pytest.raises(ValueError, match=r"on_bad_batch must be one of \('raise', 'skip'\), got 'ignore'"):
+    with pytest.raises(ValueError, match=r"on_bad_batch must be one of \['raise', 'skip'\], got 'ignore'"):
         capruner.prune(net(), data(30), loss, on_bad_batch="ignore", **ARGUMENTS)  # type: ignore[arg-type]
 
 
