@@ -23,7 +23,7 @@ from torch import Tensor
 from capruner.layout import BlockLayout
 
 TRUST = 0.5
-"""Part of Ledoit and Wolf's share that is taken: the whole costs a ResNet two points at 95 %, and wins nothing elsewhere. See docs/studies/shrinkage.md."""
+"""Part of Ledoit and Wolf's share that is taken; see above."""
 
 
 def phases(layout: BlockLayout) -> int:
