@@ -1,4 +1,4 @@
-"""Every bad input of benchmarks/bad_inputs.py, each refused in words and without a trace on the model."""
+"""Every bad input of qa/bad_inputs.py, each refused in words and without a trace on the model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from training_case import ROOT
 
 pytest.importorskip("capruner.sparseml", exc_type=ImportError)
 assert ROOT  # it puts the repository on the path
-from benchmarks import bad_inputs  # noqa: E402
+from qa import bad_inputs  # noqa: E402
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1,4 +1,4 @@
-"""A short stretch of benchmarks/fuzz.py; and what it has found, one by one."""
+"""A short stretch of qa/fuzz.py; and what it has found, one by one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from capruner.files import digest
 
 pytest.importorskip("capruner.sparseml", exc_type=ImportError)
 assert ROOT  # it puts the repository on the path
-from benchmarks import fuzz  # noqa: E402
+from qa import fuzz  # noqa: E402
 from research.utils import recipe  # noqa: E402
 from research.utils.cli import UserError  # noqa: E402
 

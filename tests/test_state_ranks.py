@@ -55,7 +55,7 @@ def die(*_: Any, **__: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-# benchmarks/kills.py kills at more of them, over four processes.
+# qa/kills.py kills at more of them, over four processes.
 STAGES = {"solve": (CAP, "solve_counts")}
 
 

@@ -322,7 +322,7 @@ def test_places_and_ticks() -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_edited_summaries_are_a_page_or_one_message(seed: int, tmp_path: Path) -> None:
     assert ROOT  # it puts the repository on the path
-    from benchmarks.fuzz import spoiled
+    from qa.fuzz import spoiled
 
     random.seed(seed)
     outcomes = set()

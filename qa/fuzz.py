@@ -1,7 +1,7 @@
 """Feed spoiled files to what reads files: nothing but the documented errors may come out, in time, and no code may run.
 
-    python benchmarks/fuzz.py                       # 100,000 executions of each loader
-    python benchmarks/fuzz.py result --executions 5000 --seed 3
+    python qa/fuzz.py                       # 100,000 executions of each loader
+    python qa/fuzz.py result --executions 5000 --seed 3
 
 A mutator takes a good file and flips bits, cuts, repeats, splices, replaces numbers, words and JSON or YAML values by hostile ones. Every execution runs
 under an alarm, with an audit hook that counts attempts to start processes, open sockets, import from elsewhere or write outside of the folder.

@@ -1,9 +1,9 @@
 """Kill a run with SIGKILL at random moments, go on each time, and compare what comes out with a run that was never killed.
 
-    python benchmarks/kills.py gradual --kills 10
-    python benchmarks/kills.py gradual --kills 10 --processes 2      # one of the processes is killed
-    python benchmarks/kills.py oneshot --kills 20                    # with --state-dir, saved every second instead of every two minutes
-    python benchmarks/kills.py stages --processes 4                  # one of four gloo processes, at each of five stages
+    python qa/kills.py gradual --kills 10
+    python qa/kills.py gradual --kills 10 --processes 2      # one of the processes is killed
+    python qa/kills.py oneshot --kills 20                    # with --state-dir, saved every second instead of every two minutes
+    python qa/kills.py stages --processes 4                  # one of four gloo processes, at each of five stages
 
 Needs no data: the images are made here. Prints the number of results that differ, of unreadable checkpoints, and the seconds of work lost at each kill.
 """

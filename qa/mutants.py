@@ -1,8 +1,8 @@
 """Do the tests notice? One small change at a time in a module of the method, and the tests that belong to it.
 
-    python benchmarks/mutants.py                                  # obs, allocation and fisher
-    python benchmarks/mutants.py obs --share 0.2 --seed 1         # a random fifth of the mutants
-    python benchmarks/mutants.py fisher --lines 100 140
+    python qa/mutants.py                                  # obs, allocation and fisher
+    python qa/mutants.py obs --share 0.2 --seed 1         # a random fifth of the mutants
+    python qa/mutants.py fisher --lines 100 140
 
 Changed are comparisons, arithmetic, ``not``, ``and``/``or``, signs, numbers (by one), booleans, and statements (left out); not messages, annotations and
 docstrings. The working tree stays as it is: a process that has torch loaded already forks one child per mutant, where the import system hands out the

@@ -1,6 +1,6 @@
 """Prune again and again in one process: memory must stay flat, and no file may stay open.
 
-    python benchmarks/soak.py --minutes 40
+    python qa/soak.py --minutes 40
 
 Each round is a whole one-shot run of ``capruner.prune`` (CAP, FastCAP, with a state folder, per sample, in groups, with recomputations, in turns), a result
 saved and loaded. Reports the slope of the resident memory by least squares over the rounds after a warm-up, and the open file handles.

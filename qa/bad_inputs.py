@@ -1,8 +1,8 @@
 # ruff: noqa: E501 (a table is easier to read in long lines; the cases of a loop are tried before the next turn)
 """Some hundred things that people give to a pruner by mistake: each must be refused in words, and leave the model as it was.
 
-    python benchmarks/bad_inputs.py            # a table by class; every failure by name
-    python benchmarks/bad_inputs.py --show     # every input with the error given
+    python qa/bad_inputs.py            # a table by class; every failure by name
+    python qa/bad_inputs.py --show     # every input with the error given
 
 Counts tracebacks (errors of another kind than the documented ones), silent successes, and models that were changed. All must be 0.
 """
