@@ -1,5 +1,10 @@
-"""Everything is declared in pyproject.toml; this file serves tools that still look for a setup.py."""
+"""Everything is declared in pyproject.toml. This file answers `python setup.py install`, which old instructions use."""
 
-from setuptools import setup
+import sys
 
-setup()
+import setuptools
+
+if sys.version_info < (3, 11) or int(setuptools.__version__.split(".")[0]) < 77:
+    sys.exit("capruner needs Python 3.11 or newer and setuptools 77 or newer; `python3.11 -m pip install .` sees to it")
+
+setuptools.setup()
