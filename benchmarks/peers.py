@@ -47,7 +47,7 @@ def by_sparseml(
         by_sparsegpt(model, batches, sparsity, params)
         return
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    from research.utils.recipe import apply_at
+    from capruner.sparseml.recipe import apply_at
 
     fields: dict[str, Any] = {
         "params": list(select_parameters(model, params)),

@@ -295,8 +295,8 @@ def recipe_text(**changes: Any) -> str:
 
 def recipes(folder: Path) -> Iterator[Case]:
     """YAML, read as the script reads it, and applied."""
-    from research.utils import recipe
-    from research.utils.cli import UserError
+    from capruner.cli.arguments import UserError
+    from capruner.sparseml import recipe
 
     def apply(path: Path, model: nn.Module) -> object:
         manager = recipe.load_manager(str(path))
@@ -363,8 +363,8 @@ def recipes(folder: Path) -> Iterator[Case]:
 
 def images(folder: Path) -> Iterator[Case]:
     """Data folders and the command line, through the one-shot script."""
-    from research import one_shot_pruning
-    from research.utils import cli
+    from capruner.cli import arguments as cli
+    from capruner.vision import one_shot_pruning
 
     def split(root: Path, name: str, classes: int = 3, each: int = 4) -> None:
         for label in range(classes):

@@ -240,12 +240,12 @@ class State(Target):
 
 
 class Recipe(Target):
-    """``research.utils.recipe.load_manager``: SparseML reads it, and its modifiers are made."""
+    """``capruner.sparseml.recipe.load_manager``: SparseML reads it, and its modifiers are made."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        from research.utils import recipe
-        from research.utils.cli import UserError
+        from capruner.cli.arguments import UserError
+        from capruner.sparseml import recipe
 
         self.allowed = (UserError,)
         self.load = recipe.load_manager

@@ -129,7 +129,7 @@ def kill(running: subprocess.Popen[bytes], processes: int) -> None:
 
 def gradual(args: argparse.Namespace, place: Path) -> bool:
     """Kill the training script; whether all went well."""
-    from research.utils.training_checkpoint import load_state
+    from capruner.vision.training_checkpoint import load_state
 
     def begin(experiment: str) -> subprocess.Popen[bytes]:
         return start(place, experiment, command(place, experiment, args.processes))
@@ -175,7 +175,7 @@ def one_shot(args: argparse.Namespace, place: Path) -> bool:
     def begin(experiment: str, *more: str) -> subprocess.Popen[bytes]:
         hurried = (
             f"import sys; sys.path.insert(0, {str(ROOT)!r}); from capruner import state; state.SAVE_EVERY = 1.0; "
-            "from research import one_shot_pruning; from research.utils import cli; sys.exit(cli.run(one_shot_pruning.main))"
+            "from capruner.cli import arguments as cli; from capruner.vision import one_shot_pruning; sys.exit(cli.run(one_shot_pruning.main))"
         )
         words = [sys.executable, "-c", hurried, "--data-dir", str(place / "data"), "--model", "vit_tiny_patch16_224"]
         words += ["--model-kwargs", *SIZES, "--num-grads", "400", "--fisher-block-size", "128", "--damp", "1e-5"]

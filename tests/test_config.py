@@ -97,7 +97,7 @@ def test_keywords_win_over_the_config() -> None:
 
 def test_recipes_and_the_command_line_have_the_same_number_of_gradients() -> None:
     from capruner.recipes.values import DEFAULTS
-    from research.utils import one_shot_arguments
+    from capruner.vision import one_shot_arguments
 
     number = capruner.PruneConfig.num_grads
     assert {DEFAULTS[method]["num_grads"] for method in ("cap", "fast_cap")} == {number}

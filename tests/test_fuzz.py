@@ -19,9 +19,9 @@ from capruner.files import digest
 
 pytest.importorskip("capruner.sparseml", exc_type=ImportError)
 assert ROOT  # it puts the repository on the path
+from capruner.cli.arguments import UserError  # noqa: E402
+from capruner.sparseml import recipe  # noqa: E402
 from qa import fuzz  # noqa: E402
-from research.utils import recipe  # noqa: E402
-from research.utils.cli import UserError  # noqa: E402
 
 
 @pytest.mark.parametrize(("name", "executions"), [("result", 300), ("state", 300), ("recipe", 100), ("report", 150)])
@@ -194,7 +194,7 @@ def test_repeated_groups_that_are_quick_are_matched() -> None:
 
 
 def test_more_updates_than_any_training_has(tmp_path: Path) -> None:
-    from research.utils.training_recipe import Recipe
+    from capruner.vision.training_recipe import Recipe
 
     text = "modifiers:\n  - !CAPruningModifier\n      params: __ALL_PRUNABLE__\n      init_sparsity: 0.1\n      final_sparsity: 0.5\n"
     text += "      start_epoch: 0.0\n      end_epoch: 10.0\n      update_frequency: {}\n      num_grads: 8\n"

@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from capruner import NotPositiveDefiniteError
+from capruner.vision import output
 from research.demo.digits import write_folders
 from research.demo.run_demo import METHODS, RECIPES, SPARSITIES, prune
-from research.utils import output
 
 DAMPS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
 

@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from research import one_shot_pruning
+from capruner.cli import arguments as cli
+from capruner.vision import one_shot_pruning, output, plots
 from research.demo.digits import MODEL, MODEL_KWARGS, PREPROCESSING, WEIGHTS, write_folders
-from research.utils import cli, output, plots
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "research" / "recipes" / "one_shot"

@@ -20,11 +20,20 @@ def prepare() -> None:
     if not ours or multiprocessing.parent_process() is not None:
         return
     open_streams()
+    quieten_progress()
     if (
         threading.current_thread() is threading.main_thread()
         and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     ):
         signal.signal(signal.SIGINT, stop)
+
+
+def quieten_progress() -> None:
+    """One process shows progress, and a log file gets a line of it now and then. Read when tqdm is imported."""
+    if os.environ.get("RANK", "0") != "0":
+        os.environ["TQDM_DISABLE"] = "1"
+    elif sys.stderr is None or not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "30")
 
 
 def open_streams() -> None:

@@ -222,8 +222,8 @@ def test_a_mistake_is_one_line(case: str, place: Path, capsys: pytest.CaptureFix
 
 def test_every_method_s_recipe_is_one_that_sparseml_reads(tmp_path: Path) -> None:
     pytest.importorskip("capruner.sparseml", exc_type=ImportError)
-    from research.utils import one_shot_arguments
-    from research.utils.recipe import load_manager, pruning_modifier
+    from capruner.sparseml.recipe import load_manager, pruning_modifier
+    from capruner.vision import one_shot_arguments
 
     names = {
         ("cap", "unstructured"): "CAPruningModifier",

@@ -124,7 +124,7 @@ def test_lint_of_a_training_without_sparseml(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in [
-        name for name in sys.modules if name.startswith(("sparseml", "capruner.sparseml", "research.utils.recipe"))
+        name for name in sys.modules if name.startswith(("sparseml", "capruner.sparseml", "capruner.sparseml.recipe"))
     ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "sparseml", None)

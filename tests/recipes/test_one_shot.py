@@ -167,7 +167,7 @@ def test_the_same_bits_as_through_sparseml(path: Path, tmp_path: Path, model: nn
     import sys
 
     sys.path.insert(0, str(ROOT))
-    from research.utils import recipe as by_sparseml
+    from capruner.sparseml import recipe as by_sparseml
 
     monkeypatch.chdir(tmp_path)
     with torch.no_grad():

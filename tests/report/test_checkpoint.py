@@ -86,7 +86,7 @@ def test_every_command_takes_timms_checkpoint(
     assert main(["bench", str(path), *WORDS, "--engines", "torch", "--rounds", "1", "--seconds", "0.01"]) == 0
     assert "torch" in capsys.readouterr().out
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    from research.utils.modeling import build_model
+    from capruner.vision.modeling import build_model
 
     model = build_model(MODEL, KWARGS, str(path), pretrained=True)  # no download: the checkpoint replaces all weights
     assert torch.equal(model.state_dict()["head.bias"], weights["head.bias"])

@@ -16,9 +16,9 @@ pytest.importorskip("sklearn")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import timm
 
+from capruner.sparseml import recipe
 from research.demo import run_demo
 from research.demo.digits import MODEL, MODEL_KWARGS, WEIGHTS, write_folders
-from research.utils import recipe
 
 
 def test_the_split_is_fixed_and_in_proportion(tmp_path):

@@ -80,6 +80,18 @@ def add_model(parser: argparse._ActionsContainer, required: bool = False, used: 
     )
 
 
+def add_preprocessing(parser: argparse.ArgumentParser) -> None:
+    """timm's flags for how images become tensors; what is not given comes from the model's configuration."""
+    group = parser.add_argument_group("preprocessing (default: as the model's configuration says)")
+    group.add_argument(
+        "--img-size", type=int, help="side of the input in pixels (default: model kwarg img_size, or the model's)"
+    )
+    group.add_argument("--mean", type=float, nargs="+", help="per channel, 0.485 0.456 0.406 say")
+    group.add_argument("--std", type=float, nargs="+")
+    group.add_argument("--crop-pct", type=float, help="share of the resized image that the centre crop keeps")
+    group.add_argument("--interpolation", help="bicubic, bilinear, ...")
+
+
 def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> int:
     """Exit status of ``main``: its own or 0, 2 after one line on stderr for an error, 130 after Ctrl-C, 143 after SIGTERM.
 

@@ -80,7 +80,7 @@ def _read(path: Path) -> tuple[list[Any], list[Any]]:
         # isort: split
         from sparseml.pytorch.sparsification.pruning import BasePruningModifier
 
-        from research.utils.recipe import load_manager
+        from capruner.sparseml.recipe import load_manager
     except ImportError:
         return _read_here(path)
     manager = load_manager(str(path))

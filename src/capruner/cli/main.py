@@ -11,7 +11,13 @@ from typing import Any
 from capruner.cli.arguments import Parser, UserError
 from capruner.cli.arguments import run as run_reporting_mistakes
 
-COMMANDS = ("prune", "report", "export", "bench", "verify", "recipes")
+COMMANDS = ("prune", "train", "report", "export", "bench", "verify", "recipes")
+EXTRAS = {
+    **dict.fromkeys(("timm", "torchvision", "PIL", "matplotlib"), "vision"),
+    **dict.fromkeys(("onnx", "onnxruntime"), "export"),
+    "wandb": "wandb",
+}
+"""``{package: extra of ours that installs it}``."""
 EXAMPLE = """\
 examples:
   capruner prune --data-dir DATA --model deit_small_patch16_224 --pretrained --sparsities 0.5 0.75 --num-grads 1024 --save-model
@@ -56,12 +62,14 @@ def _dispatch(argv: Sequence[str] | None) -> int:
         module = _module(command)
         parser = Parser(prog=f"capruner {command}", description=module.HELP.strip())
         module.add_arguments(parser)
-        return int(module.run(parser.parse_args(rest)))
+        args = module.parse(parser, rest) if hasattr(module, "parse") else parser.parse_args(rest)
+        return int(module.run(args))
     except ModuleNotFoundError as error:
-        if (error.name or "capruner").partition(".")[0] == "capruner":
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
             raise
         raise UserError(
-            f"capruner {command} needs the package {(error.name or '').partition('.')[0]}, which is not installed: pip install 'capruner[research]'"
+            f"capruner {command} needs the package {package}, which is not installed: pip install 'capruner[{EXTRAS[package]}]'"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""``capruner prune``: the door to ``research/one_shot_pruning.py``."""
+"""``capruner prune``."""
 
 from __future__ import annotations
 
@@ -8,19 +8,25 @@ HELP = """\
 Prune a timm model in one shot, at a whole list of sparsities, and say what each costs.
 
 Calibrates on the training images of a folder (DATA/train/<class>/*.jpg, DATA/val/<class>/*.jpg) or of a data set that timm knows, prunes, and measures
-accuracy at each sparsity. Writes report.html, summary.json, the recipe, masks, and with --save-model checkpoints that timm loads.
+accuracy at each sparsity. A recipe of CAP or FastCAP is carried out by capruner, which serves the whole list from one calibration. SparseML's own pruning
+modifiers (OBSPruningModifier, MFACPruningModifier, GlobalMagnitudePruningModifier, ...) are applied at each sparsity again by SparseML where it can be
+imported; without it, or with --engine native, those that capruner has a method for are carried out by that.
+
+Writes to OUTPUT/EXPERIMENT: report.html, summary.json and summary.csv, accuracy_vs_sparsity.png, layer_sparsity.png, the recipe, result.safetensors (where
+capruner has pruned), and with --save-model checkpoints/sparsity_0.75.safetensors, ... which timm.create_model(..., checkpoint_path=...) loads.
 """
 EXAMPLE = """\
 examples:
   capruner prune --data-dir DATA --model deit_small_patch16_224 --pretrained --sparsities 0.5 0.75 0.9 --num-grads 1024 --save-model
   capruner prune --data-dir DATA --model vit_base_patch16_224 --pretrained --mask-type 2:4 --params 're:blocks.[0-9]+.(attn|mlp).*weight$'
-  capruner prune --data-dir DATA --model resnet50d --pretrained --sparseml-recipe research/recipes/one_shot/cap/resnet50d.yaml
+  capruner prune --data-dir DATA --model resnet50d --pretrained --sparseml-recipe one_shot/cap/resnet50d
+research/one_shot_pruning.py is the same command.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of the script."""
-    from research.utils import one_shot_arguments
+    """Flags."""
+    from capruner.vision import one_shot_arguments
 
     one_shot_arguments.add_arguments(parser)
     parser.epilog = EXAMPLE
@@ -28,8 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prune; 0."""
-    from research import one_shot_pruning
-    from research.utils import one_shot_arguments
+    from capruner.vision import one_shot_arguments, one_shot_pruning
 
     one_shot_pruning.prune(one_shot_arguments.checked(args))
     return 0

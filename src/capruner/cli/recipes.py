@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 from capruner.cli.arguments import UserError, add_model
 from capruner.cli.tables import text_table
+from capruner.recipes.catalog import find, headline, shipped
 
 HELP = """\
 List the recipes that come with capruner, show one, or check one against a timm model.
@@ -50,53 +50,8 @@ def run(args: argparse.Namespace) -> int:
     return _lint(path, args.model, args.model_kwargs)
 
 
-def folder() -> Path:
-    """Where the recipes are installed."""
-    spec = importlib.util.find_spec("research")
-    for place in (spec.submodule_search_locations or []) if spec else []:
-        if (Path(place) / "recipes").is_dir():
-            return Path(place) / "recipes"
-    raise UserError(
-        "the recipes are not installed: reinstall capruner from a wheel or a checkout that has research/recipes"
-    )
-
-
-def shipped() -> dict[str, Path]:
-    """``{name: file}``, names like ``one_shot/cap/vit``."""
-    root = folder()
-    return {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.rglob("*.yaml"))}
-
-
-def find(name: str) -> Path:
-    """The file of a shipped recipe's name, or that file."""
-    if Path(name).is_file():
-        if Path(name).suffix not in (".yaml", ".md"):
-            raise UserError(f"{name} is no recipe: SparseML reads .yaml, and .md with YAML in front")
-        return Path(name)
-    there = shipped()
-    short = name.removesuffix(".yaml")
-    if short in there:
-        return there[short]
-    near = [other for other in there if short.rpartition("/")[2] in other][:4]
-    raise UserError(
-        f"there is no recipe {name!r}, neither as a file nor shipped{'; near: ' + ', '.join(near) if near else ''}; see 'capruner recipes list'"
-    )
-
-
-def line(path: Path) -> str:
-    """The first sentence of a recipe's comment."""
-    words: list[str] = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        if not text.startswith("#"):
-            break
-        words.append(text.lstrip("# ").strip())
-        if text.rstrip().endswith("."):
-            break
-    return " ".join(words).partition(". ")[0].rstrip(".:")
-
-
 def _list(words: list[str]) -> int:
-    lines = {name: line(path) for name, path in shipped().items()}
+    lines = {name: headline(path) for name, path in shipped().items()}
     chosen = {n: text for n, text in lines.items() if all(w.lower() in f"{n} {text}".lower() for w in words)}
     if not chosen:
         raise UserError(

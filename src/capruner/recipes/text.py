@@ -32,7 +32,9 @@ def checked_text(path: str | Path) -> str:
         UserError: no such file, neither .yaml nor .md, a .md without YAML in front, no text, or too much in it.
     """
     if not Path(path).is_file():
-        raise UserError(f"--sparseml-recipe {path}: no such file; ready-made ones are in research/recipes")
+        raise UserError(
+            f"--sparseml-recipe {path}: no such file, and no shipped recipe; 'capruner recipes list' names those"
+        )
     if Path(path).stat().st_size > LARGEST:
         raise UserError(f"{path} has more than {LARGEST:,} bytes; that is no recipe")
     try:

@@ -1,1 +1,0 @@
-"""Scripts that prune and train timm models with recipes; run from a clone, not installed."""

@@ -1,0 +1,236 @@
+"""SparseML recipes: load one, find its pruning modifier, apply it at another sparsity."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+import capruner
+from capruner.cli.arguments import UserError
+from capruner.recipes import checked_text
+from capruner.recipes.arithmetic import OPERATIONS
+from capruner.result import PruningResult
+from capruner.selection import check_time
+from capruner.sparseml.base import CorrelationAwareModifier  # first: importing it registers our modifiers
+from capruner.sparseml.modifiers import CAPruningModifier
+from capruner.sparseml.sampling import GradSamplerBatches
+from capruner.vision import engines
+from capruner.vision.output import folder_inside
+
+# isort: split
+import torch
+from sparseml.pytorch.optim import ScheduledModifierManager
+from sparseml.pytorch.sparsification.pruning import BasePruningModifier, MFACPruningModifier
+from sparseml.pytorch.utils import GradSampler, PythonLogger
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from capruner.vision.data import CalibrationBatches
+
+restricted_eval = importlib.import_module("sparseml.utils.restricted_eval")  # a function of the package has its name
+
+# Without a logger of ours SparseML writes sparse_logs/<date>.log into the current folder.
+_QUIET = logging.getLogger("capruner.sparseml.quiet")
+_QUIET.addHandler(logging.NullHandler())
+_QUIET.propagate = False
+logging.getLogger("sparseml").setLevel(os.environ.get("SPARSEML_LOG_LEVEL", "WARNING"))
+
+
+def quiet_loggers() -> list[PythonLogger]:
+    """What to hand to a manager as ``loggers``."""
+    return [PythonLogger(logger=_QUIET)]
+
+
+def load_manager(path: str) -> ScheduledModifierManager:
+    """The manager of a recipe file.
+
+    Raises:
+        UserError: no such file, not YAML, an unknown modifier, arguments that a modifier does not take.
+    """
+    text = checked_text(path)
+    try:
+        # Not the path, which it would read in the locale's encoding. Line breaks tell it that this is none.
+        manager = ScheduledModifierManager.from_yaml(f"\n{text}\n")
+    except yaml.constructor.ConstructorError as error:
+        raise UserError(
+            f"{path}: {error.problem}; pruning modifiers that exist: {', '.join(known_modifiers())}"
+        ) from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except Exception as error:  # whatever SparseML trips over, it is the recipe's
+        reason = " ".join(str(error).split())[:500] or type(error).__name__
+        raise UserError(f"{path} does not load: {reason}") from error
+    quantizing = [type(m).__name__ for m in manager.iter_modifiers() if "Quantization" in type(m).__name__]
+    if quantizing:
+        raise UserError(
+            f"{path}: {quantizing[0]} does not work with torch {torch.__version__}: it fails when its epoch comes; take it out, and quantize the exported model"
+        )
+    return manager
+
+
+# What SparseML calculates in eval(...).
+restricted_eval._VALID_BINOPS_TO_EVAL.update(OPERATIONS)
+
+
+def known_modifiers() -> list[str]:
+    """Names of the pruning modifiers that recipes can use here."""
+    found, todo = set(), [BasePruningModifier]
+    while todo:
+        for child in todo.pop().__subclasses__():
+            todo.append(child)
+            if not child.__abstractmethods__ and not child.__name__.startswith(("Base", "_", "CorrelationAware")):
+                found.add(child.__name__)
+    return sorted(found)
+
+
+def pruning_modifier(manager: ScheduledModifierManager, path: str) -> Any:
+    """The one pruning modifier of a recipe, staged or not."""
+    found = [modifier for modifier in manager.iter_modifiers() if isinstance(modifier, BasePruningModifier)]
+    if len(found) != 1:
+        names = ", ".join(type(m).__name__ for m in found) or "none"
+        raise UserError(
+            f"{path}: one-shot pruning takes a recipe with exactly one pruning modifier, this one has {names}"
+        )
+    return found[0]
+
+
+def keep_inside(modifier: Any, folder: Path) -> None:
+    """Let a recipe's ``traces_backup_dir`` lie in ``folder``, the experiment's: a recipe is data, and writes nowhere else.
+
+    Raises:
+        UserError: it leads out of it.
+    """
+    named = getattr(modifier, "traces_backup_dir", None)
+    if isinstance(modifier, CorrelationAwareModifier) and named:
+        modifier._traces_backup_dir = str(folder_inside(folder, named))
+
+
+def check_sparsities(modifier: Any, model: nn.Module, sparsities: Sequence[float], path: str) -> None:
+    """Can this recipe prune this model to these sparsities?
+
+    Raises:
+        UserError: the recipe gives each layer a sparsity of its own, or the model is sparser already than what is asked for.
+    """
+    if getattr(modifier, "final_sparsity", None) is None:
+        raise UserError(
+            f"{path}: {type(modifier).__name__} has no final_sparsity, so it cannot prune in one shot; it acts in a training, "
+            "capruner train. One-shot pruning takes CAPruningModifier, OBSPruningModifier or GlobalMagnitudePruningModifier, for example"
+        )
+    once = isinstance(modifier, CorrelationAwareModifier)
+    engines.check_sparsities(
+        modifier.final_sparsity, selected_names(modifier, model), model, sparsities, path, dict_is_fine=once
+    )
+
+
+def apply_at(path: str, model: nn.Module, sparsity: float, grad_sampler: dict[str, Any]) -> None:
+    """Apply a recipe in one shot, in place, with its pruning modifier's sparsity replaced."""
+    manager = load_manager(path)
+    modifier = pruning_modifier(manager, path)
+    modifier.init_sparsity = sparsity
+    modifier.final_sparsity = sparsity
+    if isinstance(modifier, MFACPruningModifier):
+        # In one shot SparseML prunes before it takes the grad_sampler, and then has no gradient.
+        batches = grad_sampler["data_loader_builder"](modifier.grad_sampler_kwargs)
+        modifier._grad_sampler = GradSampler(batches, grad_sampler["loss_function"])
+    manager.apply(model, loggers=quiet_loggers(), finalize=True, grad_sampler=grad_sampler)
+
+
+def check_patterns(manager: ScheduledModifierManager, model: nn.Module) -> None:
+    """Can the names of this model be matched with the patterns of a recipe? SparseML's own modifiers do so without a limit of time.
+
+    Raises:
+        SelectionError: a pattern takes for ever.
+    """
+    for modifier in manager.iter_modifiers():
+        params = getattr(modifier, "params", None)
+        for entry in [params] if isinstance(params, str) else params or ():
+            if isinstance(entry, str) and entry.startswith("re:"):
+                check_time(entry, [name for name, _ in model.named_parameters()])
+
+
+def selected_names(modifier: Any, model: nn.Module) -> list[str]:
+    """Names of the parameters that a modifier prunes."""
+    return [f"{p.layer_name}.{p.param_name}" for p in modifier._create_named_layers_and_params(model)]
+
+
+FLAGS = {"state_dir": "traces_backup_dir"}
+"""Flags that are called otherwise in recipes."""
+
+
+class BySparseML:
+    """A one-shot recipe in SparseML's hands; see :mod:`capruner.vision.engines`."""
+
+    name = "sparseml"
+
+    def __init__(self, path: str, folder: Path) -> None:
+        self._path = path
+        self._manager = load_manager(path)  # kept: SparseML empties a manager that is collected
+        self._modifier = pruning_modifier(self._manager, path)
+        keep_inside(self._modifier, folder)
+        self.once = isinstance(self._modifier, CorrelationAwareModifier)
+        self.modifier = type(self._modifier).__name__
+        self.method = self._modifier.method if self.once else None
+        self.final_sparsity = self._modifier.final_sparsity if hasattr(self._modifier, "final_sparsity") else None
+        self.distill_passes = self._modifier.distill_passes if self.once else 0.0
+
+    def set_flag(self, flag: str, value: Any) -> None:
+        """A flag that stands above the recipe.
+
+        Raises:
+            UserError: it means nothing to the modifier.
+        """
+        knob = FLAGS.get(flag, flag)
+        if flag == "distill_passes":
+            self.distill_passes = value
+            if not self.once:
+                return
+        elif flag == "allocate_by":
+            if not isinstance(self._modifier, CAPruningModifier):
+                raise engines.means_nothing(flag, value, self.modifier)
+            return
+        elif not self.once or not hasattr(self._modifier, knob):
+            raise engines.means_nothing(flag, value, self.modifier)
+        setattr(self._modifier, knob, value)
+
+    def names(self, model: nn.Module) -> list[str]:
+        """Names of the parameters that are pruned."""
+        check_patterns(self._manager, model)
+        return selected_names(self._modifier, model)
+
+    def check_sparsities(self, model: nn.Module, sparsities: Sequence[float]) -> None:
+        """See :func:`check_sparsities`."""
+        check_sparsities(self._modifier, model, sparsities, self._path)
+
+    def prune(
+        self, model: nn.Module, sparsities: list[float], batches: CalibrationBatches, costs: Any = None
+    ) -> PruningResult:
+        """One calibration for the whole list; ``model`` is not changed."""
+        sampler = {"data_loader_builder": batches, "loss_function": nn.functional.cross_entropy}
+        return self._modifier.one_shot(model, sparsities, sampler, costs=costs)
+
+    def apply_at(self, path: str, model: nn.Module, sparsity: float, builder: Callable[[], CalibrationBatches]) -> None:
+        """Prune in place with the recipe of ``path`` (the same, where it lies now), and distil where asked for."""
+        dense = copy.deepcopy(model) if self.distill_passes else None
+        apply_at(path, model, sparsity, {"data_loader_builder": builder(), "loss_function": finite_cross_entropy})
+        if dense is not None:
+            sampler = {"data_loader_builder": builder(), "loss_function": finite_cross_entropy}
+            capruner.distill(model, dense, GradSamplerBatches(sampler), passes=self.distill_passes)
+
+    def remove_state(self) -> None:
+        """Delete what a killed calibration would go on from: the result is safe."""
+        self._modifier.remove_state()
+
+
+def finite_cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
+    """For SparseML's own modifiers, which would prune on NaN without a word; ours check, and differentiate what has no branches."""
+    loss = nn.functional.cross_entropy(outputs, labels)
+    if not torch.isfinite(loss):
+        raise ValueError(f"the calibration loss is {loss.item()}: look at the images, or at the checkpoint's weights")
+    return loss

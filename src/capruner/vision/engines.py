@@ -1,0 +1,135 @@
+"""Who carries out a one-shot recipe: capruner itself, or SparseML. Both offer the script the same few things.
+
+``modifier``, ``method`` (None: one of SparseML's own), ``final_sparsity``, ``names(model)``, ``set_flag(flag, value)``, ``prune`` where ``once`` (one
+calibration for the whole list of sparsities) and ``apply_at`` where not, ``remove_state()``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from capruner import recipes
+from capruner.cli.arguments import UserError
+from capruner.recipes.one_shot import KINDS, OURS, OneShot
+from capruner.recipes.text import modifier_names
+from capruner.result import PruningResult
+from capruner.state import remove_state
+from capruner.vision.data import CalibrationBatches, PlainBatches
+from capruner.vision.output import folder_inside
+
+
+class Native:
+    """A recipe, or the flags that stand in for one, as a call of :func:`capruner.prune`."""
+
+    name = "native"
+    once = True
+
+    def __init__(self, one_shot: OneShot, folder: Path, path: str) -> None:
+        self._recipe = one_shot
+        self._path = path
+        self._state_dir: str | Path | None = None
+        if one_shot.traces_backup_dir:
+            self._state_dir = folder_inside(folder, one_shot.traces_backup_dir)
+        self.modifier, self.method = one_shot.modifier, one_shot.method
+        self.final_sparsity = one_shot.final_sparsity
+
+    @property
+    def distill_passes(self) -> float:
+        """What the recipe and ``--distill-passes`` come to."""
+        return float(self._recipe.knobs.get("distill_passes", 0.0))
+
+    def set_flag(self, flag: str, value: Any) -> None:
+        """A flag that stands above the recipe.
+
+        Raises:
+            UserError: it means nothing to the modifier.
+        """
+        if flag != "distill_passes" and flag not in KINDS[self.modifier].flags:
+            raise means_nothing(flag, value, self.modifier)
+        if flag == "state_dir":
+            self._state_dir = value
+        elif flag != "allocate_by":
+            self._recipe.knobs[flag] = value
+
+    def names(self, model: nn.Module) -> list[str]:
+        """Names of the parameters that are pruned."""
+        return list(self._recipe.selected(model))
+
+    def check_sparsities(self, model: nn.Module, sparsities: Sequence[float]) -> None:
+        """See :func:`check_sparsities`."""
+        check_sparsities(self.final_sparsity, self.names(model), model, sparsities, self._path, dict_is_fine=True)
+
+    def prune(
+        self, model: nn.Module, sparsities: Sequence[float], batches: CalibrationBatches, costs: Any = None
+    ) -> PruningResult:
+        """One calibration for the whole list; ``model`` is not changed."""
+        data = PlainBatches(batches, self._recipe.grad_sampler_kwargs)
+        return self._recipe.prune(model, data, cross_entropy, sparsities, state_dir=self._state_dir, costs=costs)
+
+    def remove_state(self) -> None:
+        """Delete what a killed calibration would go on from: the result is safe."""
+        if self._state_dir is not None:
+            remove_state(self._state_dir)
+
+
+def cross_entropy(outputs: Any, labels: Tensor) -> Tensor:
+    """Of the logits, or of the first of a tuple of outputs."""
+    return nn.functional.cross_entropy(outputs[0] if isinstance(outputs, tuple) else outputs, labels)
+
+
+def means_nothing(flag: str, value: Any, modifier: str) -> UserError:
+    """The error for a flag that a modifier cannot do anything with."""
+    shown = f"--{flag.replace('_', '-')}" + (f" {value}" if flag == "allocate_by" else "")
+    return UserError(f"{shown} means nothing to {modifier}; leave it out")
+
+
+def open_recipe(path: str, engine: str | None, folder: Path) -> Any:
+    """A recipe file in the hands of an engine: the one that is asked for, or else SparseML for recipes with modifiers that are not ours, where it imports.
+
+    Raises:
+        UserError: the recipe is none, or the engine cannot carry it out.
+    """
+    foreign = [name for name in modifier_names(recipes.checked_text(path)) if name not in OURS]
+    if engine == "native" or (engine is None and not foreign):
+        return Native(recipes.load(path), folder, path)
+    try:
+        from capruner.sparseml.recipe import BySparseML
+    except ImportError as error:
+        if engine == "sparseml":
+            raise UserError(f"--engine sparseml: SparseML cannot be imported here ({error})") from error
+        found = Native(recipes.load(path), folder, path)
+        print(
+            f"note: SparseML cannot be imported here, so {found.modifier} is carried out by capruner's own method {found.method}",
+            file=sys.stderr,
+        )
+        return found
+    return BySparseML(path, folder)
+
+
+def check_sparsities(
+    final: Any, names: Sequence[str], model: nn.Module, sparsities: Sequence[float], path: str, dict_is_fine: bool
+) -> None:
+    """Can a recipe with ``final`` sparsity prune these parameters of the model to these sparsities?
+
+    Raises:
+        UserError: the recipe gives each layer a sparsity of its own, or the model is sparser already than what is asked for.
+    """
+    if isinstance(final, dict) and (sparsities or not dict_is_fine):
+        raise UserError(
+            f"{path}: final_sparsity is a dict, one sparsity per layer, so --sparsities cannot replace it; "
+            "leave --sparsities out (CAP, FastCAP), or write one number into the recipe"
+        )
+    parameters = dict(model.named_parameters())
+    chosen = [parameters[name] for name in names]
+    zeros, total = sum(int((p == 0).sum()) for p in chosen), sum(p.numel() for p in chosen)
+    low = [s for s in sparsities if round(s * total) < zeros]
+    if low:
+        raise UserError(
+            f"--sparsities {' '.join(map(str, low))}: {zeros:,} of the {total:,} weights that {path} prunes are zero already "
+            f"({zeros / total:.4f}), and pruned weights do not come back; ask for more"
+        )

@@ -1,0 +1,89 @@
+"""timm models from a command line."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from capruner.cli.arguments import UserError, describe
+from capruner.report.architecture import build
+from capruner.report.checkpoint import load_weights
+
+
+def build_model(name: str, kwargs: dict[str, Any], checkpoint: str, pretrained: bool) -> Any:
+    """A timm model in eval mode, with the weights of ``checkpoint`` where one is given.
+
+    Raises:
+        UserError: unknown model, missing or foreign checkpoint, arguments that it does not take.
+    """
+    try:
+        model = build(name, kwargs, pretrained and not checkpoint)
+        if checkpoint:
+            load_weights(model, checkpoint, name)
+    except (ValueError, OSError) as error:
+        flag = f"--checkpoint {checkpoint}: " if checkpoint and checkpoint in str(error) else ""
+        raise UserError(f"{flag}{error}") from error
+    if not checkpoint and not pretrained:
+        print(f"warning: {name} has random weights; give --checkpoint or --pretrained", file=sys.stderr)
+    return model
+
+
+@torch.no_grad()
+def check_forward(model: nn.Module, input_size: Sequence[int], name: str, training: bool = False) -> None:
+    """Run ``model`` once on blank images before any work, in training mode if asked for; BatchNorm statistics and random states are as before.
+
+    Raises:
+        UserError: it does not take images of that size, or its output is not one tensor of class scores.
+    """
+    some = next(model.parameters())
+    buffers = {key: value.clone() for key, value in model.named_buffers()}
+    modes = {module: module.training for module in model.modules()}
+    images = torch.zeros(2, *input_size, device=some.device, dtype=some.dtype)
+    devices = [some.device] if some.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices):
+            output = model.train(training)(images)
+    except Exception as error:  # whatever the architecture trips over
+        raise UserError(
+            f"{name} does not take images of {tuple(input_size)}: {describe(error)}. "
+            f"--img-size sets the size of the images, --model-kwargs img_size={input_size[1]} that of a model that is built for one size"
+        ) from error
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for key, value in model.named_buffers():
+            if key in buffers and value.shape == buffers[key].shape:
+                value.copy_(buffers[key])
+    if not isinstance(output, Tensor):
+        raise UserError(
+            f"{name} returns a {type(output).__name__} {'in training mode ' * training}where one tensor of class scores is needed; "
+            "switch its other outputs off, --model-kwargs aux_logits=False for an Inception"
+        )
+
+
+def seed_everything(seed: int) -> None:
+    """Seed all generators that models, transforms and loaders draw from."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 (it is the global generator that others draw from)
+    torch.manual_seed(seed)
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto``: the GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: torch knows no such device; auto, cpu, cuda, cuda:1") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"--device {name}: torch sees {torch.cuda.device_count() or 'no'} GPU here; use --device cpu or auto"
+        )
+    return device

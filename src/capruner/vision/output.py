@@ -1,0 +1,160 @@
+"""The folder of an experiment: found writable before the work, filled atomically after each step."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from capruner.cli.arguments import UserError
+from capruner.files import remove_leftovers, replacing
+
+
+def make_folder(output: str, experiment: str) -> Path:
+    """``output/experiment``, made and tried out. What killed runs left half-written in it is deleted: no process writes there yet.
+
+    Raises:
+        UserError: the name leads out of ``output``, or nothing can be written there.
+    """
+    folder = Path(output) / experiment
+    if not experiment or Path(experiment).is_absolute() or ".." in Path(experiment).parts:
+        raise UserError(f"--experiment {experiment!r} must be a name inside --output")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        remove_leftovers(folder)
+        remove_leftovers(folder / "checkpoints")
+    except OSError as error:
+        raise UserError(f"nothing can be written to {folder}: {error.strerror}; choose another --output") from error
+    return folder
+
+
+ONE_SHOT = (
+    "summary.json",
+    "summary.csv",
+    "report.html",
+    "accuracy_vs_sparsity.png",
+    "layer_sparsity.png",
+    "result.safetensors",
+    "checkpoints/sparsity_*.safetensors",
+)
+"""What one-shot pruning writes into the folder of an experiment, besides the recipe."""
+
+
+def check_unused(folder: Path, overwrite: bool, checkpoint: str) -> None:
+    """Refuse a folder that holds something else than an interrupted run of one-shot pruning, unless it is to be overwritten.
+
+    Raises:
+        UserError: it holds a finished run, a training, or the weights to start from.
+    """
+    if (folder / "last.pt").exists() or (folder / "arguments.yaml").exists():
+        raise UserError(f"{folder} holds a run of sparse_training.py; choose another --experiment")
+    if checkpoint and folder.resolve() in Path(checkpoint).resolve().parents:
+        raise UserError(
+            f"--checkpoint {checkpoint} lies in {folder}, which this run will fill; choose another --experiment"
+        )
+    if (folder / "summary.json").exists() and not overwrite and _is_finished(folder / "summary.json"):
+        raise UserError(f"{folder} holds a finished run; choose another --experiment, or replace it with --overwrite")
+
+
+def _is_finished(summary: Path) -> bool:
+    try:
+        return bool(json.loads(summary.read_text(encoding="utf-8")).get("finished", True))
+    except (OSError, ValueError, AttributeError):  # not ours, or edited: not to be deleted unasked
+        return True
+
+
+def remove_earlier(folder: Path) -> None:
+    """Delete what an earlier run of one-shot pruning has written: the folder of an experiment holds one run."""
+    for pattern in ONE_SHOT:
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
+def model_label(name: str) -> str:
+    """A timm model's name as part of a folder's: of ``hf-hub:OWNER/NAME`` and ``local-dir:FOLDER`` without the source and with no separators."""
+    return re.sub(r"[^\w.-]+", "_", name.partition(":")[2] or name).strip("_.")
+
+
+@contextmanager
+def new_folder(output: str, experiment: str) -> Iterator[Path]:
+    """:func:`make_folder`; what was made and is still empty when an error comes out of the block goes again."""
+    folder = Path(output) / experiment
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        yield make_folder(output, experiment)
+    except BaseException:
+        for place in made:
+            with suppress(OSError):  # not empty
+                place.rmdir()
+        raise
+
+
+def folder_inside(folder: Path, named: str) -> Path:
+    """A recipe's ``traces_backup_dir`` in ``folder``, the experiment's: a recipe is data, and writes nowhere else.
+
+    Raises:
+        UserError: it leads out of it.
+    """
+    place = (folder / named).resolve()
+    if Path(named).is_absolute() or folder.resolve() not in place.parents:
+        raise UserError(
+            f"traces_backup_dir: {named} leads out of the experiment's folder; a recipe names a folder inside it (state, say); the one-shot script's "
+            "--state-dir may lie anywhere"
+        )
+    return place
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """``write`` a file beside ``path`` and put it there in one step: a killed run leaves the old file or the new one.
+
+    Raises:
+        UserError: the disk is full, or the folder is gone.
+    """
+    try:
+        with replacing(path) as partial:
+            write(partial)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written: {error}; what was written before is whole: make room there and start again"
+        ) from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Indented JSON."""
+    write_atomically(path, lambda p: p.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8"))
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """One line per row; columns in order of appearance, absent values empty."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+
+    def write(partial: Path) -> None:
+        with partial.open("w", newline="", encoding="utf-8") as file:
+            table = csv.DictWriter(file, columns)
+            table.writeheader()
+            table.writerows(rows)
+
+    write_atomically(path, write)
+
+
+def table(rows: Sequence[dict[str, Any]], columns: dict[str, str]) -> str:
+    """A text table: ``columns`` maps keys to headings; absent values are a dash."""
+    cells = [list(columns.values())]
+    for row in rows:
+        cells.append([_shown(row.get(key)) for key in columns])
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in cells]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)

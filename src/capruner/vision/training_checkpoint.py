@@ -1,0 +1,116 @@
+"""Checkpoints: weights for others to load, and all that a stopped run needs to go on.
+
+``last.pt`` is a file of ``torch.save`` that holds tensors and plain values only; it is read with ``weights_only=True``, so that a foreign file can run no
+code. Files are written beside their place and moved there when they are whole and on disk: after a kill or a power cut the old one is there, or the new one.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from capruner.cli.arguments import UserError
+from capruner.vision.output import write_atomically
+from capruner.vision.training_recipe import check_masks
+
+FORMAT = "capruner-training-2"
+_SOME_DICT = (dict, type(None))
+CONTENT: dict[str, Any] = {
+    **{"epoch": int, "steps": int, "model": dict, "optimizer": dict, "scaler": dict, "manager": dict, "best": dict},
+    **{"rows": list, "updates": list, "arguments": dict, "ema": _SOME_DICT, "scheduler": _SOME_DICT},
+    "wandb_id": (str, type(None)),
+    **{"recipe": str, "steps_per_epoch": int, "processes": int},
+}
+"""What a checkpoint of training holds, and of which kind."""
+
+
+def save_weights(path: Path, model: nn.Module, masks: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """A safetensors file that ``timm.create_model(..., checkpoint_path=path)`` loads.
+
+    Raises:
+        RuntimeError: a pruned weight is not zero.
+    """
+    check_masks(model, masks, path.name)
+    state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+    path.parent.mkdir(exist_ok=True)
+
+    header = {"capruner": json.dumps(metadata)}  # one key: several would come in random order
+    write_atomically(path, lambda partial: save_file(state, partial, header))
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Everything that :func:`load_state` gives back."""
+
+    def write(partial: Path) -> None:
+        try:
+            torch.save(state | {"format": FORMAT}, partial)
+        except RuntimeError as error:  # what torch makes of a disk that is full
+            raise OSError(f"{str(error).splitlines()[0]}; is there room on the disk?") from error
+
+    write_atomically(path, write)
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """A file of :func:`save_state`, tensors on the CPU.
+
+    Raises:
+        UserError: the file is missing, torn (every part's checksum is verified), or something else.
+    """
+    if not path.is_file():
+        raise UserError(f"--resume {path}: no such file")
+    only_weights = f"--resume {path}: not a checkpoint of sparse_training.py, such as last.pt; to start from weights, use --checkpoint {path}"
+    with path.open("rb") as file:
+        if file.read(9)[8:] == b"{":  # safetensors: the header's length, then JSON
+            raise UserError(only_weights)
+    try:
+        with zipfile.ZipFile(path) as parts:
+            bad = parts.testzip()
+    except (zipfile.BadZipFile, EOFError, OSError) as error:
+        raise UserError(
+            f"--resume {path}: cut short, or not a checkpoint ({error}); resume from an older one, or start another --experiment"
+        ) from error
+    if bad is not None:
+        raise UserError(
+            f"--resume {path}: damaged, the checksum of {bad} is wrong; resume from an older one, or start another --experiment"
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        Exception
+    ) as error:  # torch's reader trips over foreign files in a dozen ways, and tells it with escape codes
+        raise UserError(
+            f"--resume {path}: not a checkpoint of sparse_training.py, which hold tensors and plain values only"
+        ) from error
+    if (
+        isinstance(state, dict)
+        and str(state.get("format", "")).startswith("capruner-training-")
+        and state["format"] != FORMAT
+    ):
+        raise UserError(
+            f"--resume {path}: written by another version of sparse_training.py ({state['format']}, not {FORMAT})"
+        )
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(only_weights)
+    return state
+
+
+def load_training(path: Path) -> dict[str, Any]:
+    """:func:`load_state`, of a whole training.
+
+    Raises:
+        UserError: as there, or something is missing.
+    """
+    state = load_state(path)
+    wrong = [key for key, kind in CONTENT.items() if key not in state or not isinstance(state[key], kind)]
+    if wrong:
+        raise UserError(
+            f"--resume {path}: {', '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} missing or of another kind, so it was not written by this "
+            "version of sparse_training.py; resume with the version that wrote it, or start anew"
+        )
+    return state

@@ -1,0 +1,170 @@
+"""Images for training, evaluation and gradient samples.
+
+What comes out follows from seed, epoch and step alone, so that a resumed run sees what it would have seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import random
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data import FastCollateMixup, Mixup, create_loader, create_transform
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+
+from capruner.cli.arguments import UserError
+from capruner.vision.training_arguments import uses_mixup
+from capruner.vision.training_processes import Processes
+
+Batch = tuple[list[Tensor], dict[str, Any], Tensor]
+
+
+def seed_everything(seed: int, epoch: int, rank: int) -> None:
+    """Set all random states from where training stands.
+
+    Done at the start of each epoch: then there is no random state to save, and worker processes, whose seeds come from torch's, are in step too.
+    """
+    state = int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1)[0])
+    random.seed(state)
+    np.random.seed(state)  # noqa: NPY002 (timm's mixup draws from it)
+    torch.manual_seed(state)
+
+
+def train_loader(
+    data: Dataset[Any], config: dict[str, Any], args: argparse.Namespace, processes: Processes, num_classes: int
+) -> tuple[Any, Mixup | None]:
+    """timm's training loader, and the mixup that is left to do per batch (None where the loader mixes itself, or nothing is mixed).
+
+    Raises:
+        UserError: a stream of unknown length, fewer images than one batch.
+    """
+    if isinstance(data, IterableDataset):
+        raise UserError(f"--dataset {args.dataset} is a stream; gradual pruning needs a data set of known length")
+    if len(data) < args.batch_size * processes.size:  # type: ignore[arg-type]
+        raise UserError(
+            f"the training split has {len(data)} images, fewer than one batch on each process; "  # type: ignore[arg-type]
+            f"lower --batch-size, now {args.batch_size}"
+        )
+    if args.aug_repeats and processes.size == 1:
+        print(
+            f"note: --aug-repeats {args.aug_repeats} is for several processes; it is off in this run of one",
+            file=sys.stderr,
+        )
+    mixup = None
+    if uses_mixup(args):
+        kind = Mixup if args.no_prefetcher else FastCollateMixup
+        mixup = kind(
+            mixup_alpha=args.mixup,
+            cutmix_alpha=args.cutmix,
+            cutmix_minmax=args.cutmix_minmax,
+            prob=args.mixup_prob,
+            switch_prob=args.mixup_switch_prob,
+            mode=args.mixup_mode,
+            label_smoothing=args.smoothing,
+            num_classes=num_classes,
+        )
+    in_loader = isinstance(mixup, FastCollateMixup)
+    loader = create_loader(
+        data,
+        **{key: config[key] for key in ("input_size", "mean", "std", "crop_pct")},
+        batch_size=args.batch_size,
+        is_training=True,
+        no_aug=args.no_aug,
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
+        train_crop_mode=args.train_crop_mode,
+        scale=args.scale,
+        ratio=args.ratio,
+        hflip=args.hflip,
+        vflip=args.vflip,
+        color_jitter=args.color_jitter,
+        color_jitter_prob=args.color_jitter_prob,
+        grayscale_prob=args.grayscale_prob,
+        gaussian_blur_prob=args.gaussian_blur_prob,
+        auto_augment=args.aa,
+        num_aug_repeats=args.aug_repeats if processes.size > 1 else 0,
+        interpolation=config["interpolation"] if args.no_aug else args.train_interpolation,
+        num_workers=args.workers,
+        distributed=processes.size > 1,
+        collate_fn=mixup if in_loader else None,
+        pin_memory=args.pin_mem,
+        device=processes.device,
+        use_prefetcher=not args.no_prefetcher,
+        persistent_workers=False,  # workers that live on have random states that depend on all epochs before
+    )
+    return loader, None if in_loader else mixup
+
+
+def validation_loader(
+    data: Dataset[Any], config: dict[str, Any], args: argparse.Namespace, processes: Processes
+) -> DataLoader[Any]:
+    """This process's share of the validation images, each image in one share only."""
+    data.transform = create_transform(**config)  # type: ignore[attr-defined]
+    chosen = list(range(len(data)))  # type: ignore[arg-type]
+    if args.val_limit is not None:
+        chosen = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))[: args.val_limit].tolist()
+    share = Subset(data, chosen[processes.rank :: processes.size])
+    return DataLoader(
+        share, args.val_batch_size, num_workers=args.workers, pin_memory=args.pin_mem, generator=torch.Generator()
+    )
+
+
+class GradientSamples:
+    """SparseML's ``data_loader_builder``: endless batches of ``([images], {}, labels)`` on the model's device.
+
+    All processes together draw what one process would have drawn alone: each takes every ``size``-th batch. The order follows from the seed and from the
+    number of optimizer steps taken, so that every calibration sees other images, and a resumed run the same.
+
+    Args:
+        step: says how many optimizer steps were taken.
+    """
+
+    def __init__(
+        self,
+        data: Dataset[Any],
+        config: dict[str, Any],
+        args: argparse.Namespace,
+        processes: Processes,
+        step: Callable[[], int],
+    ) -> None:
+        self._data = copy.copy(data)  # it has a transform of its own
+        self._data.transform = create_transform(**config, is_training=args.gs_aug)  # type: ignore[attr-defined]
+        self._args, self._processes, self._step = args, processes, step
+        self._drawn = (-1, 0)
+
+    def __call__(self, kwargs: dict[str, Any] | None = None, **more: Any) -> Callable[[], Iterator[Batch]]:
+        given = (kwargs or {}) | more
+        size = int(given.pop("batch_size", self._args.gs_batch_size))
+        given.pop("device", None)
+        if given:
+            raise UserError(f"grad_sampler_kwargs: {sorted(given)} mean nothing here; batch_size does")
+        return lambda: self._batches(size)
+
+    def _batches(self, size: int) -> Iterator[Batch]:
+        step = self._step()
+        again = self._drawn[1] + 1 if self._drawn[0] == step else 0  # a recomputation within one update
+        self._drawn = (step, again)
+        entropy = np.random.SeedSequence([self._args.seed, step, again])
+        generator = torch.Generator().manual_seed(int(entropy.generate_state(1)[0]))
+        device, count = self._processes.device, len(self._data)  # type: ignore[arg-type]
+        first = self._processes.rank
+        while True:
+            order = torch.randperm(count, generator=generator).tolist()
+            batches = [order[i : i + size] for i in range(0, count - size + 1, size)] or [order]
+            mine = batches[first :: self._processes.size]
+            first = (first - len(batches)) % self._processes.size
+            loader = DataLoader(
+                self._data,
+                batch_sampler=mine,
+                num_workers=self._args.workers,
+                generator=generator,
+            )
+            for images, labels in loader:
+                yield [images.to(device)], {}, labels.to(device)

@@ -1,0 +1,74 @@
+"""timm's learning-rate schedulers: the rate at any place of a training, and what has to be saved of them.
+
+All but plateau are functions of the epoch (or step) and of the command line, so that a resumed run computes its rate anew and follows changed arguments.
+Plateau keeps its rate in the optimizer and counts epochs without progress: its state is saved whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from typing import Any
+
+import torch
+from timm.scheduler import PlateauLRScheduler, create_scheduler_v2
+from timm.scheduler.scheduler_factory import scheduler_kwargs
+
+from capruner.cli.arguments import UserError, describe
+
+
+class Schedule:
+    """The scheduler of ``--sched``, or none (``--sched none``, and where the recipe sets the learning rate).
+
+    Args:
+        active: False where the recipe sets the learning rate.
+
+    Raises:
+        UserError: timm cannot build it.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, args: argparse.Namespace, steps_per_epoch: int, active: bool
+    ) -> None:
+        self._scheduler: Any = None
+        if active:
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter(
+                        "ignore", FutureWarning
+                    )  # plateau's state, which timm does not save, is saved here
+                    self._scheduler, _ = create_scheduler_v2(
+                        optimizer, **scheduler_kwargs(args), updates_per_epoch=steps_per_epoch
+                    )
+            except Exception as error:  # whatever timm trips over
+                raise UserError(f"--sched {args.sched} cannot be built: {describe(error)}") from error
+        self.by_metric = isinstance(self._scheduler, PlateauLRScheduler)
+        self.place(0, 0)
+
+    def place(self, epoch: int, steps: int) -> None:
+        """Set the rate that follows ``epoch`` whole epochs of ``steps`` steps in all; plateau's is where it left it."""
+        if self._scheduler is not None and not self.by_metric:
+            self._scheduler.step(epoch)
+            self._scheduler.step_update(steps)
+
+    def after_step(self, steps: int) -> None:
+        """A step was taken, the ``steps``-th."""
+        if self._scheduler is not None:
+            self._scheduler.step_update(steps)
+
+    def after_epoch(self, epoch: int, top1: float) -> None:
+        """An epoch is over, the ``epoch``-th; the model before training is no epoch."""
+        if self._scheduler is not None and epoch > 0:
+            self._scheduler.step(epoch, top1)
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """What cannot be computed: plateau's counters."""
+        if not self.by_metric:
+            return None
+        return {"plateau": self._scheduler.lr_scheduler.state_dict(), "restore_lr": self._scheduler.restore_lr}
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """The inverse of :meth:`state_dict`."""
+        if self.by_metric and state is not None:
+            self._scheduler.lr_scheduler.load_state_dict(state["plateau"])
+            self._scheduler.restore_lr = state["restore_lr"]
