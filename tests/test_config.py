@@ -12,7 +12,7 @@ from test_pruning import conv_net, images
 from torch.nn import functional as F
 
 import capruner
-from capruner.config import Knobs, help_of, knobs
+from capruner.config import Knobs, help_of, knobs, problems, reference_table
 
 
 def test_every_function_has_the_defaults_of_the_config() -> None:
@@ -96,9 +96,34 @@ def test_keywords_win_over_the_config() -> None:
 
 
 def test_recipes_and_the_command_line_have_the_same_number_of_gradients() -> None:
-    from capruner.recipes.values import DEFAULTS
+    from capruner.recipes import values
     from capruner.vision import one_shot_arguments
 
     number = capruner.PruneConfig.num_grads
-    assert {DEFAULTS[method]["num_grads"] for method in ("cap", "fast_cap")} == {number}
+    assert values.CAP["num_grads"] == values.FAST_CAP["num_grads"] == number
     assert set(one_shot_arguments.DEFAULTS["num_grads"].values()) == {number}
+
+
+def test_every_problem_is_found() -> None:
+    assert problems({"damp": 0.1, "labels": "data"}) == []
+    assert [text.partition(" ")[0] for text in problems({"damp": 0, "labels": "x", "num_grads": 3})] == [
+        "damp",
+        "labels",
+    ]
+    (together,) = problems({"mask_type": "2:4", "num_recomputations": 2})
+    assert "num_recomputations must be 1" in together
+
+
+def test_the_reference_table_has_a_row_for_every_knob() -> None:
+    head, rule, *rows = reference_table().splitlines()
+    assert head.count("|") == rule.count("|") == 5
+    assert [row.split("`")[1] for row in rows] == list(knobs())
+    assert "| `num_grads` | `4096` | cap, fast_cap, obs | Gradients that" in reference_table()
+
+
+@pytest.mark.parametrize("name", sorted(knobs().keys() - {"costs"}))
+def test_a_default_is_valid_and_survives_its_conversion(name: str) -> None:
+    knob = knobs()[name]
+    knob.kind.check(name, knob.default)
+    again = knob.kind.convert(knob.default)
+    assert (tuple(again) if name == "exclude" else again) == knob.default

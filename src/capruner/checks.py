@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -130,6 +131,16 @@ def check_finite(model: nn.Module) -> None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def refuse_unknown(names: Iterable[str], known: Iterable[str], function: str) -> None:
+    """Raise ``TypeError`` for a keyword that ``function`` does not have, with the nearest one that it has."""
+    known = list(known)
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            advice = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
+            raise TypeError(f"{function}() has no argument {name!r}{advice}")
 
 
 def show(value: Any) -> str:

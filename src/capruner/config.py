@@ -1,7 +1,7 @@
-"""Every knob of a calibration, declared once: name, type, default, check and help.
+"""Every knob of a calibration, declared once: name, type, default, check, conversion, help, and the methods that read it.
 
-:func:`capruner.prune`, :func:`capruner.calibrate` and :func:`capruner.plan` take the knobs as keywords or as a :class:`PruneConfig`; command lines, recipe
-modifiers and reference tables derive from :func:`knobs`, :func:`help_of` and the defaults, which are class attributes (``PruneConfig.num_grads``).
+:func:`capruner.prune`, :func:`capruner.calibrate` and :func:`capruner.plan` take the knobs as keywords or as a :class:`PruneConfig`. The flags of
+``capruner prune``, the parameters of recipe modifiers, the linter and :func:`reference_table` derive from :func:`knobs`.
 """
 
 # ruff: noqa: RUF009 - each default is a dataclasses.field
@@ -9,68 +9,53 @@ modifiers and reference tables derive from :func:`knobs`, :func:`help_of` and th
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
-import inspect
-import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ParamSpec, TypedDict, TypeVar, get_args
+from typing import Any, TypedDict, get_args
 
 import torch
 
+from capruner import kinds
 from capruner.allocation import Score
-from capruner.checks import check_count, check_flag, check_names, check_number, show
+from capruner.checks import refuse_unknown, show
 from capruner.fisher import Solver
 from capruner.gradients import GradientMode, OnBadBatch
+from capruner.kinds import Kind, one_of, optional
 from capruner.labels import Labels
-from capruner.layout import check_block_size
 from capruner.memory import parse_bytes
 from capruner.methods import METHODS, Method, MethodName, Settings
 from capruner.patterns import Pattern, parse_mask_type
 from capruner.recomputation import INTERPOLATIONS, Interpolation
 
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
-Check = Callable[[str, Any], object]
-"""Of a knob's name and value; raises ``ValueError``."""
+ALL: tuple[MethodName, ...] = get_args(MethodName)
+SECOND_ORDER: tuple[MethodName, ...] = ("cap", "fast_cap", "obs")
+COMPETING: tuple[MethodName, ...] = ("cap", "obs")
 
 
-def _one_of(*words: str) -> Check:
-    def check(name: str, value: Any) -> None:
-        if not isinstance(value, str) or value not in words:
-            raise ValueError(f"{name} must be one of {sorted(words)}, got {show(value)}")
+@dataclass(frozen=True)
+class Knob:
+    """One field of :class:`PruneConfig`.
 
-    return check
+    Attributes:
+        type: source text of its annotation.
+        kind: how values are checked and converted.
+        help: its description; the first sentence says what it is.
+        methods: the methods that read it.
+        recipe: whether recipe modifiers have it as a parameter, under the same name.
+    """
 
-
-def _or_none(check: Check) -> Check:
-    return lambda name, value: None if value is None else check(name, value)
-
-
-def _damp(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"damp must be a positive number, got {show(value)}; 1e-8 to 1e-4 are usual")
-
-
-def _share(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise ValueError(f"{name} must be a number from 0 to 1, or None to have it estimated, got {show(value)}")
-
-
-def _device(name: str, value: Any) -> None:
-    # Whether this machine has it is checked when it is used: a config may be written elsewhere.
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"{name} must be a device of this machine, for example 'cpu', got {show(value)}")
+    name: str
+    type: str
+    default: Any
+    kind: Kind
+    help: str
+    methods: tuple[MethodName, ...]
+    recipe: bool
 
 
-def _costs(name: str, value: Any) -> None:
-    if not isinstance(value, Mapping):
-        raise ValueError(f"costs must be {{parameter name: cost of one of its weights}}, got {show(value)}")
-
-
-def _knob(default: Any, check: Check, text: str) -> Any:
-    return field(default=default, metadata={"check": check, "help": text})
+def _knob(default: Any, kind: Kind, text: str, methods: tuple[MethodName, ...] = ALL, recipe: bool = True) -> Any:
+    return field(default=default, metadata={"kind": kind, "help": text, "methods": methods, "recipe": recipe})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,115 +70,141 @@ class PruneConfig:
     """
 
     method: MethodName = _knob(
-        "cap", _one_of(*METHODS), '"cap", "fast_cap", and for comparison "obs" (WoodFisher) and "magnitude".'
+        "cap",
+        one_of(METHODS),
+        '"cap", "fast_cap", and for comparison "obs" (WoodFisher) and "magnitude".',
+        recipe=False,
     )
     exclude: str | Sequence[str] = _knob(
         (),
-        check_names,
+        kinds.NAMES,
         'Names of parameters or modules, or "re:" patterns, that stay dense. result.settings["left_dense"] lists all weights of two or more dimensions '
         "that are left dense, with the reason.",
     )
     mask_type: str | int = _knob(
         "unstructured",
-        lambda _, value: parse_mask_type(value),
+        kinds.MASK_TYPE,
         '"unstructured", "2:4" (2 of 4 remain) or any other N:M, "block4"; see capruner.patterns.',
     )
     global_sparsity: bool = _knob(
-        True, check_flag, "Apply the target to all layers together; False: to each layer separately."
+        True, kinds.FLAG, "Apply the target to all layers together; False: to each layer separately."
     )
     num_grads: int = _knob(
         4096,
-        check_count,
+        kinds.COUNT,
         'Gradients that the Fisher matrix is estimated from: batches, or samples with gradients="sample".',
+        SECOND_ORDER,
     )
     fisher_block_size: int | None = _knob(
         None,
-        lambda _, value: check_block_size(value),
+        optional(kinds.BLOCK_SIZE),
         "Weights per Fisher block B; memory is weights x B x 4 bytes. None: in each layer the largest size that cuts its rows evenly, up to 192, or up to "
         "512 as long as 4 GiB hold all blocks; see capruner.layout.fitting.",
+        SECOND_ORDER,
     )
     damp: float | None = _knob(
         None,
-        _or_none(_damp),
+        optional(kinds.DAMP),
         "Added to the diagonal of the Fisher matrix; absolute (a squared gradient) unless relative_damp, always relative to the mean diagonal for "
         "fast_cap. None: the method's default, relative, 0.01, and 0.5 for fast_cap.",
+        SECOND_ORDER,
     )
     shrinkage: float | None = _knob(
         None,
-        _or_none(_share),
+        optional(kinds.SHARE),
         "Share of the layer's common Fisher matrix in each block, from 0 (the empirical Fisher matrix) to 1. None: for cap with damp=None estimated from "
         "the noise of the gradients, near 0.5 for few gradients and near 0 for many; 0 for obs and where damp is given. "
         'result.settings["shrinkage_by_layer"] has the shares.',
+        COMPETING,
     )
     num_recomputations: int = _knob(
-        1, check_count, "Reach each sparsity in N steps, each with a fresh calibration at the weights reached."
+        1,
+        kinds.COUNT,
+        "Reach each sparsity in N steps, each with a fresh calibration at the weights reached.",
+        SECOND_ORDER,
     )
     recomputation_inter_func: Interpolation = _knob(
         "linear",
-        _one_of(*INTERPOLATIONS),
+        one_of(INTERPOLATIONS),
         'How sparsity rises over the recomputations: "linear", "cubic", "geometric".',
+        SECOND_ORDER,
     )
     distill_passes: float = _knob(
         0,
-        functools.partial(check_number, least=0),
+        kinds.at_least(0),
         "Train each level towards the outputs of the dense network for N passes (a fraction is fine) over the first 4,096 samples of batches, which are "
         'held in memory; see capruner.distill. Masks do not change. For models that return logits. result.settings["distill"] has the divergence before '
         "and after; predicted losses are those before. 0: off.",
     )
     gradients: GradientMode = _knob(
-        "batch", _one_of(*get_args(GradientMode)), 'One gradient from each "batch", or from each "sample".'
+        "batch", one_of(get_args(GradientMode)), 'One gradient from each "batch", or from each "sample".', SECOND_ORDER
     )
     labels: Labels = _knob(
         "data",
-        _one_of(*get_args(Labels)),
+        one_of(get_args(Labels)),
         '"data": the targets of the batches. "model": the model\'s own softmax, see capruner.labels; the data then needs no labels, and few images say more. '
         "For losses of logits and int64 labels.",
+        SECOND_ORDER,
     )
     score: Score = _knob(
-        "marginal", _one_of(*get_args(Score)), '"marginal" or "cumulative" losses compete; see capruner.allocation.'
+        "marginal",
+        one_of(get_args(Score)),
+        '"marginal" or "cumulative" losses compete; see capruner.allocation.',
+        COMPETING,
     )
     costs: Mapping[str, float] | None = _knob(
         None,
-        _or_none(_costs),
+        optional(kinds.COSTS),
         "{parameter name: cost of one of its weights}: prune by loss per cost instead of loss. "
         "capruner.multiply_adds(model, input_size).per_weight(model) gives a network with fewer multiply-adds at the same accuracy.",
+        COMPETING,
+        recipe=False,
     )
-    relative_damp: bool = _knob(False, check_flag, "damp is a fraction of the mean diagonal of each block.")
+    relative_damp: bool = _knob(False, kinds.FLAG, "damp is a fraction of the mean diagonal of each block.", COMPETING)
     solver: Solver = _knob(
-        "auto", _one_of(*get_args(Solver)), 'How Fisher blocks are inverted: "auto", "woodbury", "accumulate".'
+        "auto",
+        one_of(get_args(Solver)),
+        'How Fisher blocks are inverted: "auto", "woodbury", "accumulate".',
+        COMPETING,
     )
     blocks_in_parallel: int | None = _knob(
         None,
-        _or_none(check_count),
+        optional(kinds.PARALLEL_BLOCKS),
         "Blocks worked on at once. None: from the block size. No influence on the result.",
+        COMPETING,
     )
     fisher_inv_device: str | None = _knob(
-        None, _or_none(_device), 'Where inverse Fisher blocks are kept, for example "cpu". None: beside the model.'
+        None,
+        optional(kinds.DEVICE),
+        'Where inverse Fisher blocks are kept, for example "cpu". None: beside the model.',
+        SECOND_ORDER,
     )
     block_size: int | None = _knob(
-        None, _or_none(check_count), "fast_cap only: columns per mask decision. None: all of a block."
+        None, optional(kinds.COUNT), "Columns per mask decision. None: all of a block.", ("fast_cap",)
     )
     skip_unsupported: bool = _knob(
-        False, check_flag, "Leave parameters dense that cannot hold the mask type, instead of raising."
+        False, kinds.FLAG, "Leave parameters dense that cannot hold the mask type, instead of raising."
     )
     memory_budget: str | int | None = _knob(
         None,
-        _or_none(lambda _, value: parse_bytes(value)),
+        optional(kinds.BYTES),
         'Bytes, or "8GiB", for the Fisher blocks and gradients of one process. Layers are then calibrated in groups that fit, with one pass over batches '
         "for each group, two with a target over all layers. batches must be an iterable that can be started again.",
+        COMPETING,
     )
     on_bad_batch: OnBadBatch = _knob(
         "raise",
-        _one_of(*get_args(OnBadBatch)),
+        one_of(get_args(OnBadBatch)),
         'For a batch whose data, loss or gradient holds NaN or Inf: "raise", or "skip": draw another one instead (with gradients="sample" only the bad '
         'samples are left out). result.settings["skipped_batches"] counts them. If most batches are bad, that is an error too.',
+        SECOND_ORDER,
     )
 
     def __post_init__(self) -> None:
         if isinstance(self.fisher_inv_device, torch.device):
             object.__setattr__(self, "fisher_inv_device", str(self.fisher_inv_device))
-        for knob in dataclasses.fields(self):
-            knob.metadata["check"](knob.name, getattr(self, knob.name))
+        for knob in knobs().values():
+            knob.kind.check(knob.name, getattr(self, knob.name))
         object.__setattr__(self, "exclude", (self.exclude,) if isinstance(self.exclude, str) else tuple(self.exclude))
         _check_together(self)
 
@@ -305,9 +316,35 @@ def check_competition(config: PruneConfig, per_layer: bool = False) -> None:
         )
 
 
-def knobs() -> dict[str, dataclasses.Field[Any]]:
-    """The fields of :class:`PruneConfig` by name: ``default``, ``type`` (as source text), ``metadata["help"]``, ``metadata["check"]``."""
-    return {knob.name: knob for knob in dataclasses.fields(PruneConfig)}
+@functools.cache
+def knobs() -> Mapping[str, Knob]:
+    """The fields of :class:`PruneConfig` by name."""
+    return {f.name: Knob(f.name, str(f.type), f.default, **f.metadata) for f in dataclasses.fields(PruneConfig)}
+
+
+def recipe_knobs(method: MethodName) -> dict[str, Knob]:
+    """The knobs that a recipe modifier for ``method`` has as parameters; ``global_sparsity`` is not among them, which the modifiers declare themselves."""
+    return {
+        name: knob
+        for name, knob in knobs().items()
+        if knob.recipe and method in knob.methods and name != "global_sparsity"
+    }
+
+
+def problems(values: Mapping[str, Any]) -> list[str]:
+    """Everything that is invalid in ``values``, where :class:`PruneConfig` raises for the first."""
+    found = []
+    for name, value in values.items():
+        try:
+            knobs()[name].kind.check(name, value)
+        except ValueError as error:
+            found.append(str(error))
+    if not found:
+        try:
+            PruneConfig(**values)
+        except ValueError as error:
+            found.append(str(error))
+    return found
 
 
 def help_of(name: str) -> str:
@@ -316,8 +353,18 @@ def help_of(name: str) -> str:
     Raises:
         TypeError: no knob has that name.
     """
-    _refuse_unknown([name], knobs(), "PruneConfig")
-    return str(knobs()[name].metadata["help"])
+    refuse_unknown([name], knobs(), "PruneConfig")
+    return knobs()[name].help
+
+
+def reference_table() -> str:
+    """A Markdown table of all knobs: name, default, methods, description."""
+    lines = ["| knob | default | methods | |", "|---|---|---|---|"]
+    for knob in knobs().values():
+        methods = "all" if knob.methods == ALL else ", ".join(knob.methods)
+        text = knob.help.replace("|", "\\|")
+        lines.append(f"| `{knob.name}` | `{knob.default!r}` | {methods} | {text} |")
+    return "\n".join(lines) + "\n"
 
 
 def resolve(config: PruneConfig | None, keywords: Mapping[str, Any]) -> PruneConfig:
@@ -331,43 +378,10 @@ def resolve(config: PruneConfig | None, keywords: Mapping[str, Any]) -> PruneCon
     return replace(config or PruneConfig(), **keywords)
 
 
-def takes_knobs(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Decorate a function with ``**knobs: Unpack[Knobs]``: its signature and its help list every knob, and unknown keywords are refused by name."""
-    own = inspect.signature(function)
-    named = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    more = [
-        inspect.Parameter(k.name, inspect.Parameter.KEYWORD_ONLY, default=k.default, annotation=k.type)
-        for k in knobs().values()
-    ]
-    known = [p.name for p in (*named, *more)]
-
-    @functools.wraps(function)
-    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        _refuse_unknown(kwargs, known, function.__name__)
-        return function(*args, **kwargs)
-
-    call.__signature__ = own.replace(parameters=[*named, *more])  # type: ignore[attr-defined]
-    text = "\n".join(
-        textwrap.fill(f"{k.name}: {help_of(k.name)}", 150, initial_indent="    ", subsequent_indent="        ")
-        for k in knobs().values()
-    )
-    call.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\nKnobs (see :class:`capruner.PruneConfig`):\n{text}\n"
-    return call
-
-
-def _refuse_unknown(names: Iterable[str], known: Iterable[str], function: str) -> None:
-    known = list(known)
-    for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            advice = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
-            raise TypeError(f"{function}() has no argument {name!r}{advice}")
-
-
 def _suggesting(create: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(create)
     def __init__(self: PruneConfig, *args: Any, **values: Any) -> None:
-        _refuse_unknown(values, knobs(), "PruneConfig")
+        refuse_unknown(values, knobs(), "PruneConfig")
         create(self, *args, **values)
 
     return __init__

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from capruner.agreement import agreeing
 from capruner.batches import BatchFunction, default_loss
 from capruner.calibration import Calibration
-from capruner.config import Knobs, PruneConfig, resolve, takes_knobs
+from capruner.config import Knobs, PruneConfig, resolve
 from capruner.distributed import Shards
 from capruner.gradients import LossFunction, gradient_slabs
 from capruner.job import Job
+from capruner.keywords import takes_knobs
 from capruner.layout import BlockLayout
 from capruner.memory import shown
 from capruner.methods import Stopwatch, Target

@@ -15,10 +15,11 @@ from capruner.batches import Batches, BatchFunction, default_loss
 from capruner.calibrated import CalibratedModel
 from capruner.calibration import Calibration
 from capruner.checks import check_arguments, check_masks, check_sparsity
-from capruner.config import Knobs, PruneConfig, resolve, takes_knobs
+from capruner.config import Knobs, PruneConfig, resolve
 from capruner.fisher import Solver
 from capruner.gradients import GradientMode, LossFunction
 from capruner.job import Job
+from capruner.keywords import takes_knobs
 from capruner.methods import OBS
 from capruner.recomputation import recomputed_levels
 from capruner.result import PruningResult

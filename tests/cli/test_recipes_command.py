@@ -69,7 +69,7 @@ PROBLEMS = {
     "pattern": (HEAD + "      mask_type: 3:5\n", "8 layers cannot hold mask_type 3:5"),
     "other sparsity": (TO_90 + "      mask_type: 2:4\n", "mask_type 2:4 is a sparsity of 0.5, the recipe says 0.9"),
     "block": (HEAD + "      mask_type: block4\n      fisher_block_size: 30\n", "fisher_block_size must be a multiple of 4"),
-    "no gradients": (HEAD + "      num_grads: 0\n", "num_grads must be at least 1, got 0"),
+    "no gradients": (HEAD + "      num_grads: 0\n", "num_grads must be a whole number, at least 1, got 0"),
     "backslash": (HEAD.replace("[0-9]+", "\\d+"), "are doubled when SparseML saves"),
 }  # fmt: skip
 
@@ -86,18 +86,22 @@ def test_lint_finds(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("key", "value", "problem"),
     [
-        ("labels", "x", "labels must be one of data, model, got 'x'"),
-        ("gradients", "x", "gradients must be one of batch, sample, got 'x'"),
-        ("on_bad_batch", "x", "on_bad_batch must be one of raise, skip, got 'x'"),
+        ("labels", "x", "labels must be one of ['data', 'model'], got 'x'"),
+        ("gradients", "x", "gradients must be one of ['batch', 'sample'], got 'x'"),
+        ("on_bad_batch", "x", "on_bad_batch must be one of ['raise', 'skip'], got 'x'"),
         ("score", "x", "score must be one of"),
-        ("recomputation_inter_func", "x", "recomputation_inter_func must be one of linear, cubic, geometric, got 'x'"),
+        (
+            "recomputation_inter_func",
+            "x",
+            "recomputation_inter_func must be one of ['cubic', 'geometric', 'linear'], got 'x'",
+        ),
         ("damp", "0", "damp must be a positive number, got 0"),
         ("damp", ".nan", "damp must be a positive number, got nan"),
         ("end_epoch", ".inf", "end_epoch must be a finite number, got inf"),
         ("update_frequency", ".inf", "update_frequency must be more than 0"),
         ("update_frequency", "0.00001", "makes more than 10,000 updates"),
-        ("memory_budget", "much", "memory_budget 'much'"),
-        ("fisher_inv_device", "nowhere", "fisher_inv_device 'nowhere'"),
+        ("memory_budget", "much", "memory_budget must be bytes or a size"),
+        ("fisher_inv_device", "nowhere", "fisher_inv_device must be a device of this machine"),
         ("grad_sampler_kwargs", "{batch_size: 0}", "batch_size must be a whole number, at least 1, got 0"),
     ],
 )

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from capruner import recipes
 from capruner.cli.arguments import UserError
-from capruner.recipes import values
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "research" / "recipes" / "one_shot").rglob("*.yaml"))
@@ -85,6 +84,13 @@ def test_a_target_for_each_layer(tmp_path: Path, model: nn.Module) -> None:
     assert [int((~mask).sum()) for mask in masks.values()] == [24, 24]
 
 
+def test_excluded_layers_stay_dense(tmp_path: Path, model: nn.Module) -> None:
+    lines = "params: __ALL_PRUNABLE__, final_sparsity: 0.5, num_grads: 6, exclude: ['2']"
+    found = recipes.load(recipe_file(tmp_path, "CAPruningModifier", lines))
+    assert list(found.selected(model)) == ["0.weight"]
+    assert list(found.prune(model, Batches(), nn.functional.cross_entropy).masks()) == ["0.weight"]
+
+
 BAD = {
     "no such parameter": ("CAPruningModifier", "colour: red", "has no parameter colour; it has .*mask_type, memory_budget, n, num_grads"),
     "a parameter of another": ("MagnitudePruningModifier", "num_grads: 3", "has no parameter num_grads"),
@@ -142,13 +148,18 @@ def test_defaults_are_those_of_the_modifiers() -> None:
     import capruner.sparseml.modifiers as ours
 
     for name, kind in recipes.KINDS.items():
-        modifier = getattr(ours, name, None) or getattr(pruning, name)
-        parameters = inspect.signature(modifier.__init__).parameters
-        said = {knob: parameters[knob].default for knob in values.DEFAULTS[kind.method]}
-        assert said == values.DEFAULTS[kind.method], name
-        assert set(kind.knobs) == set(said), name
-        if kind.says_globally:
-            assert parameters["global_sparsity"].default == kind.globally
+        if kind.ours:
+            schedule = dict.fromkeys(("start_epoch", "end_epoch", "update_frequency"), 1.0)
+            modifier = getattr(ours, name)(params="__ALL__", init_sparsity=0.1, final_sparsity=0.5, **schedule)
+            said = {knob: getattr(modifier, knob) for knob in kind.knobs}
+            said |= {"exclude": tuple(said["exclude"]), "mask_type": str(said["mask_type"])}
+            globally = modifier.global_sparsity
+        else:
+            parameters = inspect.signature(getattr(pruning, name).__init__).parameters
+            said = {knob: parameters[knob].default for knob in kind.knobs}
+            globally = parameters["global_sparsity"].default if kind.says_globally else kind.globally
+        assert said == kind.knobs, name
+        assert globally == kind.globally
 
 
 def tiny(path: Path, folder: Path) -> Path:

@@ -24,6 +24,7 @@ from sparseml.pytorch.utils import GradSampler
 from untouched import same, snapshot
 
 import capruner
+from capruner.config import recipe_knobs
 from capruner.sparseml import CAPruningModifier, FastCAPruningModifier
 
 STEPS = 3
@@ -538,12 +539,14 @@ EVERY: dict[str, dict[str, Any]] = {
         "skip_unsupported": True,
         "memory_budget": "8GiB",
         "on_bad_batch": "skip",
+        "exclude": ["4"],
+        "solver": "accumulate",
     }
 }
 EVERY["FastCAPruningModifier"] = {
     key: value
     for key, value in EVERY["CAPruningModifier"].items()
-    if key not in ("blocks_in_parallel", "shrinkage", "score", "relative_damp", "memory_budget")
+    if key not in ("blocks_in_parallel", "shrinkage", "score", "relative_damp", "memory_budget", "solver")
 } | {"global_sparsity": True, "block_size": 12}
 CLASSES = {"CAPruningModifier": CAPruningModifier, "FastCAPruningModifier": FastCAPruningModifier}
 
@@ -551,8 +554,10 @@ CLASSES = {"CAPruningModifier": CAPruningModifier, "FastCAPruningModifier": Fast
 @pytest.mark.parametrize("kind", CLASSES)
 def test_every_parameter_is_tested_here_and_none_is_at_its_default(kind: str) -> None:
     defaults = {
-        name: p.default for name, p in inspect.signature(CLASSES[kind].__init__).parameters.items() if name != "self"
-    }
+        name: p.default
+        for name, p in inspect.signature(CLASSES[kind].__init__).parameters.items()
+        if name != "self" and p.kind is not p.VAR_KEYWORD
+    } | {name: knob.default for name, knob in recipe_knobs(CLASSES[kind].method).items()}
     assert set(defaults) - {"n", "m"} == set(EVERY[kind])
     assert all(defaults[name] != value for name, value in EVERY[kind].items())
 
@@ -671,6 +676,12 @@ def test_bad_recipes_say_what_and_leave_the_model_alone(given: dict[str, Any], m
     with pytest.raises(ValueError, match=message):
         plan(recipe(given)).apply(model, grad_sampler=Sampler())
     assert same(before[:6], snapshot(model)[:6])
+
+
+def test_excluded_layers_stay_dense() -> None:
+    model, _ = applied(recipe({"exclude": ["0"]}))
+    assert (model[0].weight != 0).all()
+    assert (model[2].weight == 0).any()
 
 
 def test_an_unknown_parameter_is_named() -> None:

@@ -3,44 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from capruner.allocation import Score
 from capruner.cli.arguments import UserError
-from capruner.gradients import GradientMode, OnBadBatch
-from capruner.memory import parse_bytes
+from capruner.config import problems as invalid
 from capruner.patterns import Pattern, parse_mask_type, unsupported
 from capruner.recipes.document import Modifier
-from capruner.recipes.one_shot import OURS, one_shot, read_modifiers, refuse_others
+from capruner.recipes.one_shot import KINDS, OURS, one_shot, read_modifiers, refuse_others
 from capruner.recipes.text import checked_text, modifier_names
 from capruner.recipes.values import FROM_WEIGHTS
-from capruner.recomputation import INTERPOLATIONS
 from capruner.selection import SelectionError, select_parameters
 from capruner.weights import LinearWeight, linear_weights
 
 _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "num_grads": (lambda v: v >= 1, "at least 1"),
-    "damp": (lambda v: 0 < v < math.inf, "a positive number"),
-    "block_size": (lambda v: v >= 1, "at least 1"),
-    "blocks_in_parallel": (lambda v: v >= 1, "at least 1"),
-    "fisher_block_size": (lambda v: v >= 1, "at least 1"),
-    "num_recomputations": (lambda v: v >= 1, "at least 1"),
     "update_frequency": (lambda v: 0 < v < math.inf or v == -1, "more than 0, or -1 for one update"),
     "start_epoch": (math.isfinite, "a finite number"),
     "end_epoch": (math.isfinite, "a finite number"),
-}
-_WORDS: dict[str, Collection[str]] = {
-    "gradients": get_args(GradientMode),
-    "labels": ("data", "model"),
-    "on_bad_batch": get_args(OnBadBatch),
-    "score": get_args(Score),
-    "recomputation_inter_func": INTERPOLATIONS,
 }
 _MOST_UPDATES = 10_000
 _SCHEDULED = ("init_sparsity", "start_epoch", "end_epoch", "update_frequency")
@@ -105,13 +88,12 @@ def _as_attributes(modifier: Modifier) -> SimpleNamespace:
     read = one_shot(modifier)
     schedule = {"init_sparsity": FROM_WEIGHTS} | {k: modifier.values[k] for k in _SCHEDULED if k in modifier.values}
     numbers = {k: v if v == FROM_WEIGHTS else float(v) for k, v in schedule.items()}
-    own = {"_recipe": read.kind.knobs} if read.kind.ours else {}
     given = {
         "params": read.params,
         "final_sparsity": read.final_sparsity,
         "grad_sampler_kwargs": read.grad_sampler_kwargs,
     }
-    return SimpleNamespace(name=read.modifier, **given, **numbers, **own, **read.knobs)
+    return SimpleNamespace(name=read.modifier, **given, **numbers, **read.knobs)
 
 
 def _name(modifier: Any) -> str:
@@ -140,28 +122,18 @@ def _numbers(modifier: Any) -> list[str]:
     return problems
 
 
-def _words(modifier: Any) -> list[str]:
-    """What our own modifiers have besides numbers."""
-    problems = []
-    for name, words in _WORDS.items():
-        if hasattr(modifier, name) and (value := getattr(modifier, name)) not in words:
-            problems.append(f"{name} must be one of {', '.join(words)}, got {value!r}")
-    for name, read in (("memory_budget", parse_bytes), ("fisher_inv_device", torch.device)):
-        value = getattr(modifier, name, None)
-        try:
-            read(value) if value is not None else None
-        except (ValueError, RuntimeError) as error:
-            problems.append(f"{name} {value!r}: {str(error).splitlines()[0]}")
-    if modifier.num_recomputations > 1 and ":" in str(modifier.mask_type):
-        problems.append(f"mask_type {modifier.mask_type} is reached in one step; num_recomputations must be 1")
-    size = modifier.grad_sampler_kwargs.get("batch_size", 1)
+def _knobs(modifier: Any) -> list[str]:
+    """Problems of the knobs of a modifier that capruner carries out."""
+    kind = KINDS[_name(modifier)]
+    problems = invalid({"method": kind.method} | {name: getattr(modifier, name) for name in kind.knobs})
+    size = getattr(modifier, "grad_sampler_kwargs", {}).get("batch_size", 1)
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         problems.append(f"grad_sampler_kwargs: batch_size must be a whole number, at least 1, got {size!r}")
     return problems
 
 
 def _values(modifier: Any, chosen: Mapping[str, Tensor], linear: Mapping[str, LinearWeight]) -> list[str]:
-    problems = _numbers(modifier) + (_words(modifier) if hasattr(modifier, "_recipe") else [])
+    problems = _numbers(modifier) + (_knobs(modifier) if _name(modifier) in OURS else [])
     final = getattr(modifier, "final_sparsity", None)
     sparsities = [getattr(modifier, "init_sparsity", None), *(final if isinstance(final, Mapping) else [final])]
     numbers = [float(s) for s in sparsities if s is not None and s != FROM_WEIGHTS]
@@ -190,9 +162,6 @@ def _pattern(
     if pattern.sparsity is not None:
         wrong = [s for s in sparsities if abs(s - pattern.sparsity) > 1e-6]
         problems += [f"mask_type {pattern} is a sparsity of {pattern.sparsity:g}, the recipe says {s:g}" for s in wrong]
-    size = getattr(modifier, "fisher_block_size", None)
-    if isinstance(size, int) and size > 0 and size % pattern.group:
-        problems.append(f"fisher_block_size must be a multiple of {pattern.group} for mask_type {pattern}, got {size}")
     cannot = unsupported(pattern, chosen, linear)
     if cannot and not getattr(modifier, "skip_unsupported", False):
         some = ", ".join(f"{name} {tuple(chosen[name].shape)}" for name in cannot[:4]) + (

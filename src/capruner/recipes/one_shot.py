@@ -11,6 +11,7 @@ import yaml
 from torch import nn
 
 from capruner.cli.arguments import UserError
+from capruner.config import knobs
 from capruner.methods import METHODS, MethodName
 from capruner.patterns import parse_mask_type, supporting
 from capruner.pruning import prune
@@ -36,7 +37,7 @@ class Kind:
 
     Attributes:
         method: of :func:`capruner.prune`.
-        knobs: its parameters that :func:`capruner.prune` takes by the same name.
+        knobs: its parameters that are knobs of :class:`capruner.PruneConfig`, with their defaults.
         globally: one target over all layers, where the recipe does not say.
         says_globally: whether a recipe can say it.
         ours: the modifier is our own; the others are SparseML's, whose modifiers have no ``traces_backup_dir``.
@@ -44,7 +45,7 @@ class Kind:
     """
 
     method: MethodName
-    knobs: Mapping[str, values.Convert]
+    knobs: Mapping[str, Any]
     globally: bool
     says_globally: bool
     ours: bool
@@ -111,7 +112,8 @@ class OneShot:
             SelectionError: ``params`` do not fit the model, or a layer cannot hold the mask type.
         """
         needs_gradients = METHODS[self.method].uses_gradients
-        selection, _ = selected(model, self.params, self.final_sparsity, (), needs_gradients)
+        exclude = self.knobs.get("exclude", ())
+        selection, _ = selected(model, self.params, self.final_sparsity, exclude, needs_gradients)
         skip = self.knobs.get("skip_unsupported", False)
         pattern = parse_mask_type(self.knobs["mask_type"])
         return supporting(pattern, selection.parameters, skip, linear_weights(model))[0]
@@ -215,8 +217,8 @@ def one_shot(modifier: Modifier) -> OneShot:
     for name, convert in SCHEDULE.items():
         if name in given:
             values.converted(who, name, convert, given.pop(name))
-    knobs = values.DEFAULTS[kind.method] | given
-    read = {name: values.converted(who, name, kind.knobs[name], value) for name, value in knobs.items()}
+    said = {**kind.knobs, **given}
+    read = {name: values.converted(who, name, knobs()[name].kind.convert, value) for name, value in said.items()}
     return OneShot(who, params, final, globally, read, dict(sampler or {}), folder)
 
 

@@ -1,106 +1,28 @@
-"""What the parameters of pruning modifiers can be, and what they are where a recipe does not say: for our reader and for SparseML's alike."""
+"""The values of a pruning modifier's parameters: their defaults, and how they are read, by our reader and by SparseML's alike."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from capruner.config import PruneConfig
-from capruner.methods import METHODS
+from capruner.config import recipe_knobs
+from capruner.convert import Convert, flag, none_or, number, whole
 
-Convert = Callable[[Any], Any]
 FROM_WEIGHTS = "__FROM_PARAM__"
 """SparseML's word for the sparsity that a model has already."""
-
-
-def none_or(convert: Convert) -> Convert:
-    """A converter that lets None pass, also as the words ``None`` and ``null`` that public recipes write."""
-    return lambda value: None if value is None or value in ("None", "null") else convert(value)
-
-
-def flag(value: Any) -> bool:
-    """A YAML boolean; anything else is an error and not the truth of a non-empty string."""
-    if not isinstance(value, bool):
-        raise ValueError("expected true or false")
-    return value
-
-
-def number(value: Any) -> float:
-    """A number; true and false are not."""
-    if isinstance(value, bool):
-        raise ValueError("expected a number")
-    return float(value)
-
-
-def whole(value: Any) -> int:
-    """A whole number; 4096.0 is one, 0.5 is not."""
-    if isinstance(value, bool) or int(value) != float(value):
-        raise ValueError("expected a whole number")
-    return int(value)
-
-
-def _blocks(value: Any) -> int | None:
-    """-1 is how public recipes say "all at once"; the engine chooses then."""
-    return None if value is None or whole(value) == -1 else whole(value)
-
-
-CAP: dict[str, Convert] = {
-    "mask_type": str,
-    "num_grads": whole,
-    "damp": none_or(float),
-    "shrinkage": none_or(float),
-    "fisher_block_size": none_or(whole),
-    "num_recomputations": whole,
-    "recomputation_inter_func": str,
-    "distill_passes": number,
-    "blocks_in_parallel": _blocks,
-    "fisher_inv_device": none_or(str),
-    "gradients": str,
-    "labels": str,
-    "score": str,
-    "relative_damp": flag,
-    "skip_unsupported": flag,
-    "on_bad_batch": str,
-    "memory_budget": none_or(str),
+CAP = {name: knob.default for name, knob in recipe_knobs("cap").items()}
+FAST_CAP = {name: knob.default for name, knob in recipe_knobs("fast_cap").items()}
+OBS = {
+    "mask_type": "unstructured",
+    "num_grads": 1024,
+    "damp": 1e-7,
+    "fisher_block_size": 1,
+    "num_recomputations": 1,
 }
-FAST_CAP: dict[str, Convert] = {
-    "mask_type": str,
-    "num_grads": whole,
-    "damp": float,
-    "fisher_block_size": none_or(whole),
-    "block_size": none_or(whole),
-    "num_recomputations": whole,
-    "recomputation_inter_func": str,
-    "distill_passes": number,
-    "fisher_inv_device": none_or(str),
-    "gradients": str,
-    "labels": str,
-    "skip_unsupported": flag,
-    "on_bad_batch": str,
-}
-OBS: dict[str, Convert] = {
-    "mask_type": str,
-    "num_grads": whole,
-    "damp": number,
-    "fisher_block_size": whole,
-    "num_recomputations": whole,
-}
-MAGNITUDE: dict[str, Convert] = {"mask_type": str}
-"""Parameters that :func:`capruner.prune` takes by the same name, and what makes a value of YAML one of ours."""
-
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "cap": {name: getattr(PruneConfig, name) for name in CAP},
-    "fast_cap": {name: getattr(PruneConfig, name) for name in FAST_CAP} | {"damp": METHODS["fast_cap"].default_damp},
-    "obs": {
-        "mask_type": "unstructured",
-        "num_grads": 1024,
-        "damp": 1e-7,
-        "fisher_block_size": 1,
-        "num_recomputations": 1,
-    },
-    "magnitude": {"mask_type": "unstructured"},
-}
-"""By method; those of the modifiers of SparseML's life cycle are the same (a test compares them)."""
+"""Parameters of SparseML's own OBSPruningModifier, with its defaults."""
+MAGNITUDE = {"mask_type": "unstructured"}
+"""Parameters of SparseML's own magnitude modifiers, with their defaults."""
+__all__ = ["CAP", "FAST_CAP", "FROM_WEIGHTS", "MAGNITUDE", "OBS", "Convert", "flag", "none_or", "number", "whole"]
 
 
 def converted(who: str, name: str, convert: Convert, value: Any) -> Any:

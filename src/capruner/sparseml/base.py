@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
 
@@ -21,6 +21,8 @@ from sparseml.pytorch.utils import NamedLayerParam
 from sparseml.utils import FROM_PARAM_TOKEN, interpolate
 from torch import Tensor, nn
 
+from capruner.checks import refuse_unknown
+from capruner.config import Knob, PruneConfig, recipe_knobs
 from capruner.methods import MethodName
 from capruner.patterns import parse_mask_type, supporting
 from capruner.pruning import prune
@@ -63,11 +65,36 @@ class _Unused(PruningParamsScorer, PruningMaskCreator):
 
 
 class CorrelationAwareModifier(BaseGradualPruningModifier):
-    """The life cycle; subclasses name their method and their recipe parameters."""
+    """The life cycle of a SparseML modifier around :func:`capruner.prune`. Subclasses name their method.
+
+    Needs ``grad_sampler={"data_loader_builder": f, "loss_function": g}`` in the manager's ``modify()`` or ``apply()``.
+
+    Args:
+        params: parameter or module names, ``re:`` patterns, ``__ALL__``, ``__ALL_PRUNABLE__``; ``[]`` when ``final_sparsity`` is a dict.
+        init_sparsity: sparsity at ``start_epoch``, or ``__FROM_PARAM__``.
+        final_sparsity: sparsity at ``end_epoch``, or a dict ``{sparsity: [params]}`` (with ``global_sparsity: False``).
+        start_epoch, end_epoch, update_frequency, inter_func, leave_enabled: SparseML's schedule.
+        global_sparsity: one target over all layers; False: each layer its own. None: as the modifier's class says.
+        mask_type: as in :class:`capruner.PruneConfig`, quoted or not; ``N:M`` takes its numbers from ``n`` and ``m``.
+        n, m: for ``mask_type: N:M``; saved as part of ``mask_type``.
+        grad_sampler_kwargs: passed to the ``data_loader_builder``.
+        traces_backup_dir: the checkpoint folder of a calibration, ``state_dir`` of :func:`capruner.prune`.
+        knobs: the knobs of :class:`capruner.PruneConfig` that the method reads, with the same names and defaults.
+
+    Raises:
+        TypeError: an unknown parameter.
+        ValueError: an invalid value.
+    """
 
     method: ClassVar[MethodName]
-    _recipe: ClassVar[dict[str, Callable[[Any], Any]]]
-    """Recipe parameters that :func:`capruner.prune` takes by the same name, and what makes a value of YAML one of ours."""
+    _globally: ClassVar[bool]
+    _knobs: ClassVar[Mapping[str, Knob]]
+
+    def __init_subclass__(cls, method: MethodName, globally: bool) -> None:
+        super().__init_subclass__()
+        cls.method, cls._globally, cls._knobs = method, globally, recipe_knobs(method)
+        for name, knob in cls._knobs.items():
+            setattr(cls, name, recipe_parameter(name, knob.help))
 
     def __init__(
         self,
@@ -77,15 +104,20 @@ class CorrelationAwareModifier(BaseGradualPruningModifier):
         start_epoch: float,
         end_epoch: float,
         update_frequency: float,
-        inter_func: str,
-        leave_enabled: bool,
-        global_sparsity: bool,
-        grad_sampler_kwargs: dict[str, Any] | None,
-        traces_backup_dir: str | None,
-        **recipe: Any,
+        leave_enabled: bool = True,
+        inter_func: str = "cubic",
+        global_sparsity: bool | None = None,
+        mask_type: str | int = PruneConfig.mask_type,
+        n: int | None = None,
+        m: int | None = None,
+        grad_sampler_kwargs: dict[str, Any] | None = None,
+        traces_backup_dir: str | None = None,
+        **knobs: Any,
     ) -> None:
         who = type(self).__name__
-        final: Any = values.final_sparsity(who, final_sparsity, global_sparsity)
+        refuse_unknown(knobs, self._knobs, who)
+        globally = self._globally if global_sparsity is None else global_sparsity
+        final: Any = values.final_sparsity(who, final_sparsity, globally)
         first = init_sparsity if init_sparsity == FROM_PARAM_TOKEN else values.sparsity(who, init_sparsity)
         super().__init__(
             params=params,
@@ -95,7 +127,7 @@ class CorrelationAwareModifier(BaseGradualPruningModifier):
             start_epoch=start_epoch,
             end_epoch=end_epoch,
             update_frequency=update_frequency,
-            global_sparsity=global_sparsity,
+            global_sparsity=globally,
             leave_enabled=leave_enabled,
             parent_class_kwarg_names=[],
         )
@@ -103,26 +135,16 @@ class CorrelationAwareModifier(BaseGradualPruningModifier):
         interpolate(0.0, 0.0, 1.0, 0.0, 1.0, inter_func)  # raises for one that it does not know
         self._grad_sampler_kwargs = grad_sampler_kwargs or {}
         self._traces_backup_dir = values.none_or(str)(traces_backup_dir)
-        for name, value in recipe.items():
-            setattr(self, f"_{name}", values.converted(who, name, self._recipe[name], value))
+        knobs["mask_type"] = parse_mask_type(mask_type, n, m)
+        for name, knob in self._knobs.items():
+            value = knobs.get(name, knob.default)
+            setattr(self, f"_{name}", values.converted(who, name, knob.kind.convert, value))
         self._batches: GradSamplerBatches | None = None
         self._reached_epoch = 0.0
         self._state_served = False
 
-    mask_type = recipe_parameter("mask_type", "Pattern of the zeros.")
-    num_grads = recipe_parameter("num_grads", "Gradients per calibration.")
-    damp = recipe_parameter("damp", "Damping of the Fisher matrix.")
-    fisher_block_size = recipe_parameter("fisher_block_size", "Weights per Fisher block.")
-    grad_sampler_kwargs = recipe_parameter("grad_sampler_kwargs", "Handed to the data_loader_builder.")
-    num_recomputations = recipe_parameter("num_recomputations", "Fresh calibrations within one update.")
-    recomputation_inter_func = recipe_parameter("recomputation_inter_func", "How sparsity climbs over recomputations.")
-    distill_passes = recipe_parameter("distill_passes", "Passes of distillation after each pruning.")
-    fisher_inv_device = recipe_parameter("fisher_inv_device", "Where inverse Fisher blocks live.")
-    traces_backup_dir = recipe_parameter("traces_backup_dir", "Folder from which a killed calibration goes on.")
-    gradients = recipe_parameter("gradients", "One gradient per batch or per sample.")
-    labels = recipe_parameter("labels", "Labels of the data, or drawn from the model.")
-    on_bad_batch = recipe_parameter("on_bad_batch", "What NaN or Inf in a batch does: raise, skip.")
-    skip_unsupported = recipe_parameter("skip_unsupported", "Leave dense what cannot hold the mask type.")
+    grad_sampler_kwargs = recipe_parameter("grad_sampler_kwargs", "Passed to the data_loader_builder.")
+    traces_backup_dir = recipe_parameter("traces_backup_dir", "Checkpoint folder of a calibration.")
 
     # What SparseML calls
 
@@ -250,7 +272,7 @@ class CorrelationAwareModifier(BaseGradualPruningModifier):
         found: dict[str, Any] = {}
         parameters: dict[str, nn.Parameter] = {}
         for sparsity, names in groups:
-            for name, parameter in select_parameters(module, names).items():
+            for name, parameter in select_parameters(module, names, self._exclude).items():
                 found.setdefault(name, sparsity)
                 parameters[name] = parameter
         _, skipped = supporting(
@@ -340,18 +362,20 @@ class CorrelationAwareModifier(BaseGradualPruningModifier):
         masks: dict[str, Tensor] | None,
         **more: Any,
     ) -> PruningResult:
-        recipe = {name: getattr(self, f"_{name}") for name in self._recipe}
+        config = PruneConfig(
+            method=self.method,
+            global_sparsity=self.global_sparsity,
+            **{name: getattr(self, f"_{name}") for name in self._knobs},
+        )
         return prune(
             module,
             batches,
             batches.loss,
             sparsity,
-            method=self.method,
             params=params,
-            global_sparsity=self.global_sparsity,
             masks=masks,
             state_dir=self._traces_backup_dir or None,
-            **recipe,
+            config=config,
             **more,
         )
 
