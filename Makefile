@@ -6,10 +6,10 @@ endif
 BIN := .venv/bin
 export NM_DISABLE_ANALYTICS = 1
 
-.PHONY: install demo test lint clean help
+.PHONY: install demo test lint docs docs-serve clean help
 
 help:  ## Show what there is
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
 .venv/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -30,6 +30,16 @@ lint: install  ## Lint, check formatting, check types
 
 test: lint  ## Run linters and the test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+.venv/docs: .venv/installed
+	$(BIN)/pip install --quiet -e '.[docs]'
+	touch $@
+
+docs: .venv/docs  ## Build the documentation site into output/site; every warning is an error
+	$(BIN)/mkdocs build --strict
+
+docs-serve: .venv/docs  ## Serve the documentation site on http://127.0.0.1:8000 and rebuild it on changes
+	$(BIN)/mkdocs serve
 
 clean:  ## Remove the environment and all caches
 	rm -rf .venv output .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info src/*.egg-info

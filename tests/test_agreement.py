@@ -78,6 +78,10 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     return run(2, tmp_path_factory.mktemp("ranks") / "two", disagree)
 
 
+@pytest.mark.promise(
+    "Several processes",
+    "Different arguments or weights are an error on every process, before the first gradient, with the name of the argument or parameter",
+)
 @pytest.mark.parametrize("case", [*DIFFERENT, "given masks"])
 def test_a_disagreement_is_named_on_every_rank(case: str, both: list[dict[str, str]]) -> None:
     expected = DIFFERENT[case][1] if case in DIFFERENT else "masks is different on rank 1 from rank 0"

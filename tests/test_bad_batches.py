@@ -33,6 +33,7 @@ def weights(result: capruner.PruningResult) -> list[Tensor]:
     return list(result.level().weights.values())
 
 
+@pytest.mark.promise("Numbers", '`on_bad_batch="skip"` leaves bad batches out, counts them and warns')
 def test_a_skipped_batch_is_as_if_it_had_never_been(caplog: pytest.LogCaptureFixture) -> None:
     bad = (0, 7, 20)
     with caplog.at_level(logging.WARNING, "capruner"):
@@ -55,6 +56,7 @@ def test_of_samples_only_the_bad_ones_go() -> None:
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.promise("Numbers", "If most batches are bad, that is an error")
 def test_too_many_bad_batches_are_an_error_at_once() -> None:
     model = net()
     before = snapshot(model)
@@ -70,6 +72,9 @@ def test_a_loader_that_ends_says_how_many_were_skipped() -> None:
         capruner.prune(net(), iter(data(24, (1, 2, 3))), loss, on_bad_batch="skip", **ARGUMENTS)
 
 
+@pytest.mark.promise(
+    "Numbers", "NaN or Inf in data, loss or gradients stops the run and names batch and layer; the model is unchanged"
+)
 def test_by_default_the_first_bad_batch_ends_the_run() -> None:
     with pytest.raises(BadBatchError, match="the loss of batch 5 is nan: its inputs hold NaN or Inf"):
         capruner.prune(net(), data(30, (5,)), loss, **ARGUMENTS)
@@ -77,6 +82,7 @@ def test_by_default_the_first_bad_batch_ends_the_run() -> None:
         capruner.prune(net(), data(30), loss, on_bad_batch="ignore", **ARGUMENTS)  # type: ignore[arg-type]
 
 
+@pytest.mark.promise("Numbers", "NaN or Inf in weights or buffers is refused before any work")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("method", ["cap", "fast_cap", "obs", "magnitude"])
 def test_a_broken_model_is_refused_before_the_work(value: float, method: str) -> None:
@@ -87,6 +93,7 @@ def test_a_broken_model_is_refused_before_the_work(value: float, method: str) ->
         capruner.prune(model, data(24), loss, method=method, **ARGUMENTS)
 
 
+@pytest.mark.promise("Numbers", "NaN or Inf in weights or buffers is refused before any work")
 def test_a_broken_buffer_is_refused_too() -> None:
     model = nn.Sequential(nn.Linear(20, 8), nn.BatchNorm1d(8), nn.Linear(8, 5))
     model[1].running_var[0] = torch.nan

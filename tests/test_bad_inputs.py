@@ -15,6 +15,9 @@ assert ROOT  # it puts the repository on the path
 from qa import bad_inputs  # noqa: E402
 
 
+@pytest.mark.promise(
+    "Hostile input", "Every bad input of `qa/bad_inputs.py` is refused with a message and leaves the model unchanged"
+)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["arguments", "tensors", "files", "recipes", "images"])
 def test_bad_inputs_are_refused(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

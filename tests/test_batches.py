@@ -70,6 +70,9 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 MAPPINGS: dict[str, Callable[[dict[str, Any]], Any]] = {"dict": dict, "UserDict": UserDict, "OrderedDict": OrderedDict}
 
 
+@pytest.mark.promise(
+    "Data", "Batches may be pairs, mappings, tensors, or anything else with `batch_fn`; others are refused by name"
+)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", MAPPINGS)
 def test_a_mapping_is_keywords_and_the_model_s_own_loss(kind: str, mode: str) -> None:
@@ -135,6 +138,9 @@ class Sample(NamedTuple):
     w: Tensor
 
 
+@pytest.mark.promise(
+    "Data", "Batches may be pairs, mappings, tensors, or anything else with `batch_fn`; others are refused by name"
+)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
     "kind", [lambda *parts: parts, lambda *parts: [*parts], Sample, lambda *p: SimpleNamespace(p=p)]
@@ -246,6 +252,9 @@ def test_a_short_loader_and_a_memory_budget() -> None:
     assert all(torch.equal(parts[name], whole[name]) for name in whole)
 
 
+@pytest.mark.promise(
+    "Data", "A loader that ends before `num_grads` is started again, with a warning before the first batch"
+)
 def test_its_length_is_looked_at_first(caplog: pytest.LogCaptureFixture) -> None:
     def batch_fn(batch: Any) -> Any:
         assert "ends after 3 batches" in caplog.text
@@ -287,6 +296,7 @@ def test_a_loader_without_a_length(caplog: pytest.LogCaptureFixture) -> None:
     assert "ends after 4 batches" in caplog.text
 
 
+@pytest.mark.promise("Data", "An iterator that ends before `num_grads` is an error")
 def test_what_cannot_be_started_again_says_how_many_there_were() -> None:
     class Once:
         def __init__(self) -> None:
@@ -407,6 +417,7 @@ class InPlace(nn.Module):
         return self.linear(x.mul_(0.5).add_(1))
 
 
+@pytest.mark.promise("Data", "A model that changes its inputs in place changes copies only")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("pack", [lambda x, y: (x, y), lambda x, y: {"x": x, "y": y}])
 def test_inputs_are_copies(mode: str, pack: Callable[[Tensor, Tensor], Any]) -> None:
@@ -450,6 +461,7 @@ class Strange(Exception):
     pass
 
 
+@pytest.mark.promise("Data", "An error of the model or the loss is reported with the batch and its shapes")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("error", [AssertionError, KeyError, ValueError, AttributeError, Strange, ZeroDivisionError])
 def test_any_error_of_the_model_or_the_loss_names_the_batch(error: type[Exception], mode: str) -> None:

@@ -40,6 +40,7 @@ def two_layers(outputs: int = 2) -> nn.Sequential:
 METHODS = ["cap", "obs", "fast_cap"]
 
 
+@pytest.mark.promise("Numbers", "Gradients that are all zero are an error: the result would be magnitude pruning")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("gradients", ["batch", "sample"])
 @pytest.mark.parametrize("solver", ["auto", "woodbury"])
@@ -79,6 +80,7 @@ class TwoPaths(nn.Module):
         return self.heard(x) + 0 * self.silent(x)
 
 
+@pytest.mark.promise("Numbers", "A layer whose gradients are all zero is named in a warning")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("gradients", ["batch", "sample"])
 def test_a_layer_without_gradients_is_named(method: str, gradients: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -144,6 +146,7 @@ def scaled(loss: Callable[..., Tensor], scale: float) -> Callable[..., Tensor]:
     return lambda outputs, targets: scale * loss(outputs, targets)
 
 
+@pytest.mark.promise("Numbers", "The scale of the loss does not change the masks")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("scale", [1e-30, 1e-19, 1e-12, 1e15, 1e25])
 @pytest.mark.parametrize("model", [lambda: nn.Linear(4, 2, bias=False), two_layers], ids=["one", "two"])

@@ -93,6 +93,10 @@ def net(layer: nn.Module) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
     return nn.Sequential(layer, nn.ReLU(), *pool, nn.Linear(4, 3)), [(torch.randn(shape), torch.arange(6) % 3)] * 4
 
 
+@pytest.mark.promise(
+    "Models and masks",
+    "A layer that computes another weight from its parameter is left dense with a warning, or refused where it is named",
+)
 @pytest.mark.parametrize("layer", LOSING, ids=lambda layer: type(layer).__name__)
 @pytest.mark.parametrize("method", ["magnitude", "cap"])
 def test_they_are_left_dense_or_refused_by_name(

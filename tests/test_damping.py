@@ -31,6 +31,9 @@ def inverse(blocks: Tensor, damp: float, rungs: int, dead: Tensor | None = None)
     return fisher.inverse(dead, rungs), fisher.damped
 
 
+@pytest.mark.promise(
+    "Numbers", "A Fisher block that does not factor gets more damping, alone; such blocks are counted and warned of"
+)
 def test_only_the_bad_blocks_get_more_damping_and_no_more_than_they_need() -> None:
     F = matrices(bad=2)
     H, damped = inverse(F, 1e-6, RUNGS)
@@ -126,6 +129,7 @@ def test_they_are_counted_by_layer_and_said(caplog: pytest.LogCaptureFixture) ->
     assert prune(hopeless=0)[1].settings["damped_blocks"] == {}
 
 
+@pytest.mark.promise("Numbers", "If more than 5 % of the blocks of a layer need more damping, that is an error")
 def test_past_a_share_of_the_layer_they_are_an_error() -> None:
     model = Blocks(40)
     before = snapshot(model)

@@ -31,6 +31,7 @@ WRITERS = {
 }
 
 
+@pytest.mark.promise("Files", "Files have the permissions of the umask")
 @pytest.mark.parametrize("kind", WRITERS)
 @pytest.mark.parametrize("umask", [0o022, 0o007, 0o077])
 def test_a_new_file_has_the_permissions_of_the_umask(kind: str, umask: int, tmp_path: Path) -> None:
@@ -53,6 +54,9 @@ def test_a_result_can_be_read_by_the_group(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "r.safetensors").stat().st_mode) == 0o644
 
 
+@pytest.mark.promise(
+    "Files", "Files are written to a private place and renamed: after an error the old file is there, and nothing else"
+)
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_after_an_error_the_old_file_is_there_and_nothing_else(error: type[BaseException], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("old")
@@ -82,6 +86,7 @@ def test_predictable_names_are_not_followed(tmp_path: Path) -> None:
     assert capruner.load_result(place / "r.safetensors").method == "cap"
 
 
+@pytest.mark.promise("Files", "Links are replaced, never followed")
 def test_a_link_in_the_target_s_place_is_replaced_not_followed(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("precious")
     (tmp_path / "file").symlink_to(tmp_path / "precious")

@@ -24,6 +24,7 @@ from capruner.sparseml import recipe  # noqa: E402
 from qa import fuzz  # noqa: E402
 
 
+@pytest.mark.promise("Hostile input", "Damaged result files are refused with a message")
 @pytest.mark.parametrize(("name", "executions"), [("result", 300), ("state", 300), ("recipe", 100), ("report", 150)])
 def test_spoiled_files_are_refused(name: str, executions: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state, "SAVE_EVERY", 0.0)
@@ -76,6 +77,7 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size :])
 
 
+@pytest.mark.promise("Files", "A result file has a checksum of everything in it")
 def test_one_bit_of_a_weight_is_found_by_the_checksum(result: Path) -> None:
     content = bytearray(result.read_bytes())
     content[-40] ^= 1
@@ -84,6 +86,7 @@ def test_one_bit_of_a_weight_is_found_by_the_checksum(result: Path) -> None:
         capruner.load_result(result)
 
 
+@pytest.mark.promise("Files", "A result file has a checksum of everything in it")
 def test_a_changed_header_is_found_by_the_checksum(result: Path) -> None:
     for change in (
         lambda h: h["settings"].update(damp=0.5),
@@ -113,6 +116,7 @@ def test_results_of_the_first_version_are_read(result: Path) -> None:
     assert capruner.load_result(result).sparsities == [0.5, 0.8]
 
 
+@pytest.mark.promise("Hostile input", "Damaged result files are refused with a message")
 @pytest.mark.parametrize(
     "change",
     [
@@ -166,6 +170,10 @@ RECIPES: dict[str, tuple[bytes, str]] = {
 }
 
 
+@pytest.mark.promise(
+    "Hostile input",
+    "Powers, huge numbers, endless references, deep nesting, too many keys and large files are refused in recipes",
+)
 @pytest.mark.parametrize("case", RECIPES)
 def test_recipes_that_mean_harm(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content, message = RECIPES[case]
@@ -176,6 +184,7 @@ def test_recipes_that_mean_harm(case: str, tmp_path: Path, monkeypatch: pytest.M
     assert not (tmp_path / "PWNED").exists()
 
 
+@pytest.mark.promise("Hostile input", "A pattern that takes longer than 10 s to match is refused")
 @pytest.mark.parametrize("pattern", ["re:(.*)*x$", r"re:(\w|\w\w)+!$", "re:" + ".*" * 12 + "!$", "re:(.{0,50}){50}!$"])
 def test_patterns_that_take_for_ever(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from capruner import selection
@@ -193,6 +202,7 @@ def test_repeated_groups_that_are_quick_are_matched() -> None:
     assert list(select_parameters(model, r"re:(\w+\.)+weight$")) == ["a.b.weight"]
 
 
+@pytest.mark.promise("Hostile input", "A recipe with more than 10,000 pruning updates is refused")
 def test_more_updates_than_any_training_has(tmp_path: Path) -> None:
     from capruner.vision.training_recipe import Recipe
 

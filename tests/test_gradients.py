@@ -402,6 +402,9 @@ class Forgetful(torch.autograd.Function):
         return torch.where(ctx.saved_tensors[0] > 0, torch.nan, gradient), None
 
 
+@pytest.mark.promise(
+    "Numbers", "NaN or Inf in data, loss or gradients stops the run and names batch and layer; the model is unchanged"
+)
 @pytest.mark.parametrize("mode", ["batch", "sample"])
 @pytest.mark.parametrize("slab", [1, 3, 100])
 def test_a_bad_gradient_names_the_very_batch_and_the_parameter(mode: str, slab: int) -> None:

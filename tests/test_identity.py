@@ -129,6 +129,7 @@ def built(source: str) -> nn.Module:
     return model
 
 
+@pytest.mark.promise("Resume", "Another loss or another model code is refused")
 @pytest.mark.parametrize(
     ("old", "new"),
     [

@@ -133,6 +133,7 @@ print(found.order.tolist(), "capruner.kernels.cpu" in sys.modules)
 """
 
 
+@pytest.mark.promise("Memory", "In a read-only container numba's code is compiled in memory")
 @pytest.mark.parametrize("case", ["no place", "full"])
 def test_without_a_place_for_compiled_code_it_is_compiled_all_the_same(case: str, tmp_path: Path) -> None:
     pytest.importorskip("numba")
@@ -141,6 +142,7 @@ def test_without_a_place_for_compiled_code_it_is_compiled_all_the_same(case: str
     assert done.stdout.split("\n")[0] == "[[1, 2, 0]] True", done.stderr
 
 
+@pytest.mark.promise("Memory", "Code is compiled before the first gradient")
 def test_compiled_before_the_first_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(device: torch.device) -> None:
         raise RuntimeError("no compiler")

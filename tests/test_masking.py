@@ -223,6 +223,9 @@ def compile_a_part(model: nn.Sequential, dense: dict[str, Tensor]) -> None:
     model[0] = torch.compile(model[0], backend="eager")  # type: ignore[assignment]
 
 
+@pytest.mark.promise(
+    "Models and masks", "Masks hold in parameters that are replaced, by `load_state_dict(assign=True)` for example"
+)
 @pytest.mark.parametrize("before", [True, False], ids=["optimizer first", "optimizer last"])
 @pytest.mark.parametrize(
     "rebind",
@@ -269,6 +272,7 @@ def test_the_handle_counts_the_model() -> None:
         _ = handle.sparsity
 
 
+@pytest.mark.promise("Models and masks", "A mask that can no longer be applied is an error")
 def test_a_mask_that_cannot_hold_any_more_is_an_error_and_not_forgotten() -> None:
     model = pruned()
     handle = capruner.mask_model(model)

@@ -36,6 +36,7 @@ ARGUMENTS = {"num_grads": 24, "fisher_block_size": 60, "damp": 1e-3, "progress":
 TWO_GROUPS = WORKING_SET + 60 * 60 * (60 + 6 + 8) * 4 + 1000  # the middle layer alone, or the two others together
 
 
+@pytest.mark.promise("Memory", "A memory budget does not change the result")
 @pytest.mark.parametrize("method", ["cap", "obs"])
 @pytest.mark.parametrize(("global_", "passes"), [(True, 6), (False, 3)])
 def test_the_same_result_layer_by_layer(method: str, global_: bool, passes: int) -> None:
@@ -77,6 +78,10 @@ def test_it_says_what_it_will_take_before_it_does(capsys: pytest.CaptureFixture[
     assert "3 groups of layers fit 129 MiB" in capsys.readouterr().err
 
 
+@pytest.mark.promise(
+    "Memory",
+    "A memory budget that is too small is an error before the first allocation, and names the smallest that works",
+)
 def test_a_budget_that_cannot_work_names_the_smallest_that_would() -> None:
     with pytest.raises(ValueError, match=r"memory_budget=100 MiB is too small: 2\.weight alone needs 130 MiB"):
         capruner.prune(net(), data(), sparsity=0.5, memory_budget="100MiB", **ARGUMENTS)

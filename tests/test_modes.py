@@ -59,6 +59,7 @@ def cast(module: Cache) -> None:
 CHANGES = [replace, grow, resize, add, forget, cast]
 
 
+@pytest.mark.promise("Models and masks", "Buffers that `forward` replaces or resizes are restored")
 @pytest.mark.parametrize("change", CHANGES)
 def test_buffers_are_the_same_tensors_with_the_same_values(change: Any) -> None:
     model = nn.Sequential(Cache(change), nn.BatchNorm1d(3))

@@ -146,6 +146,7 @@ def test_bad_tensors(weight: torch.Tensor, fisher_inv: torch.Tensor, message: st
         capruner.compensate(weight, fisher_inv, torch.ones_like(weight, dtype=torch.bool))
 
 
+@pytest.mark.promise("Numbers", "An inverse that is not positive definite is an error, never replaced by a guess")
 def test_not_positive_definite_is_said_and_never_replaced() -> None:
     for value in (-1, 0, torch.nan, torch.inf):
         bad = torch.eye(3).repeat(3, 1, 1)
@@ -192,6 +193,9 @@ def test_a_block_on_the_edge_of_its_rounding_error_is_lifted_by_just_that() -> N
     assert torch.equal(both[0], w[0].masked_fill(gone, 0))
 
 
+@pytest.mark.promise(
+    "Numbers", "An inverse that rounding has made indefinite gets its rounding error added, with a warning"
+)
 def test_an_inverse_that_rounding_has_made_indefinite_is_lifted_and_said(caplog: pytest.LogCaptureFixture) -> None:
     H = torch.eye(4)[None].repeat(2, 1, 1)
     H[1, 2:, 2:] = torch.tensor([[1.0, 1.0001], [1.0001, 1.0]])  # its smallest eigenvalue is −1e-4

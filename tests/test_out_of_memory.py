@@ -55,6 +55,7 @@ CASES: dict[str, tuple[Any, str, dict[str, Any], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.promise("Memory", "Out of GPU memory, chunks of blocks are halved and repeated, with the same result")
 @pytest.mark.parametrize("case", CASES)
 def test_chunks_are_halved_and_the_result_is_the_same(
     case: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -79,6 +80,7 @@ def test_chunks_are_halved_and_the_result_is_the_same(
     )
 
 
+@pytest.mark.promise("Memory", "Out of GPU memory even for a single block, the error says what to lower")
 def test_where_not_even_one_fits_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     on_a_gpu(monkeypatch)
     small_gpu(monkeypatch, obs, "_factor", room=0)
@@ -88,6 +90,7 @@ def test_where_not_even_one_fits_the_error_says_what_to_do(monkeypatch: pytest.M
         weights()
 
 
+@pytest.mark.promise("Memory", "Out of GPU memory, fewer per-sample gradients are computed at once")
 def test_per_sample_gradients_take_fewer_at_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -216,6 +216,7 @@ def test_float32_agrees_with_float64() -> None:
 # Exactness, and a model that stays as it is
 
 
+@pytest.mark.promise("Numbers", "The number of zeros is exact, and they are where the masks say")
 @settings(max_examples=30, deadline=None)
 @given(
     method=st.sampled_from(METHODS),
@@ -296,6 +297,7 @@ def test_masks_of_a_list_are_nested() -> None:
             assert not (mask & ~result.masks(low)[name]).any()
 
 
+@pytest.mark.promise("Numbers", "The same call gives bit-identical results on a CPU")
 def test_the_same_call_gives_the_same_bits() -> None:
     first, second = (prune(conv_net(), sparsity=0.7, blocks_in_parallel=p) for p in (None, 1))
     for name, weight in first.level().weights.items():
@@ -755,6 +757,7 @@ def test_the_predicted_loss_does_not_depend_on_how_samples_are_batched(size: int
     assert predicted == pytest.approx(single.predicted_loss(), rel=0.15)
 
 
+@pytest.mark.promise("Numbers", "Absolute damping below the float32 rounding error of a Fisher block is warned of")
 def test_absolute_damping_below_the_rounding_of_the_fisher_matrix_is_warned_of(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

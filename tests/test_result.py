@@ -64,6 +64,7 @@ def test_apply_looks_through_a_data_parallel_wrapper() -> None:
     assert torch.equal(model[4].weight != 0, result.masks(0.9)["4.weight"])
 
 
+@pytest.mark.promise("Models and masks", "`apply` to a model that does not fit changes nothing")
 def test_apply_to_a_model_that_does_not_fit_touches_nothing() -> None:
     result = pruned()
     wider = net()

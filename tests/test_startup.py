@@ -46,6 +46,7 @@ def python(program: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, capture_output=True, text=True, timeout=120, preexec_fn=reachable)
 
 
+@pytest.mark.promise("Scripts", "Ctrl-C and SIGTERM end a run with one line; a second Ctrl-C ends it at once")
 @pytest.mark.parametrize("program", [TWICE, EARLY])
 def test_interrupted_early_or_twice_is_a_line(program: str) -> None:
     done = python(program)
@@ -59,12 +60,14 @@ def test_a_program_that_imports_us_keeps_its_handler() -> None:
     assert done.stdout == "True\n"
 
 
+@pytest.mark.promise("Scripts", "With closed standard streams the work is done")
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
 def test_closed_streams(closed: str) -> None:
     words = f"{sys.executable} -m capruner recipes list {closed}"
     assert subprocess.run(["sh", "-c", words], capture_output=True, timeout=120).returncode == 0
 
 
+@pytest.mark.promise("Hostile input", "Control characters in names from files are escaped before they are printed")
 def test_names_with_control_characters_are_escaped(tmp_path: Path) -> None:
     assert printable("a\x1b[2Jb\x07 × ü\n\t\u202e") == "a\\x1b[2Jb\\x07 × ü\n\t\\u202e"
     folder = tmp_path / "\x1b]0;owned\x07"

@@ -89,6 +89,7 @@ def often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state, "SAVE_EVERY", 0.0)
 
 
+@pytest.mark.promise("Resume", "A calibration killed at any moment resumes with bit-identical results on a CPU")
 @pytest.mark.usefixtures("often")
 @pytest.mark.parametrize("case", CASES)
 def test_killed_again_and_again_it_ends_with_the_same_bits(case: str, tmp_path: Path) -> None:
@@ -110,6 +111,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(case: str, tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.promise("Resume", "Killed after its last gradient, it continues with the data that was next")
 @pytest.mark.parametrize(
     ("case", "at"),
     [
@@ -139,6 +141,7 @@ def test_killed_after_the_gradients_the_next_pass_is_still_the_next(
     assert again.seen == whole.seen - at * CASES[case]["num_grads"]
 
 
+@pytest.mark.promise("Resume", "No gradient is computed twice")
 @pytest.mark.usefixtures("often")
 def test_no_gradient_is_computed_twice(tmp_path: Path) -> None:
     slab = 72 // 12

@@ -78,6 +78,9 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.promise(
+    "Resume", "When one of several processes is killed, the others end and name it, and all of them resume"
+)
 @pytest.mark.parametrize("stage", ["gradients", *STAGES])
 def test_one_of_two_is_killed_and_both_go_on(stage: str, expected: dict[str, Any], tmp_path: Path) -> None:
     context, victim = mp.get_context("spawn"), 1
@@ -94,6 +97,7 @@ def test_one_of_two_is_killed_and_both_go_on(stage: str, expected: dict[str, Any
         assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
+@pytest.mark.promise("Resume", "A state of another number of processes is refused")
 def test_a_state_of_two_is_not_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state, "SAVE_EVERY", 0.0)
     (tmp_path / "state" / "rank-1-of-2").mkdir(parents=True)

@@ -92,6 +92,7 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.promise("Resume", "A foreign folder and a torn or changed file are refused before any gradient")
 @pytest.mark.parametrize("case", SPOILED)
 def test_a_spoiled_state_is_refused_by_name(case: str, half: Path) -> None:
     spoil, message = SPOILED[case]
@@ -111,6 +112,7 @@ def test_a_spoiled_state_is_refused_by_name(case: str, half: Path) -> None:
         assert after == before
 
 
+@pytest.mark.promise("Resume", "Other arguments are refused by name")
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -131,6 +133,7 @@ def test_other_arguments_are_named(more: dict[str, Any], said: str, half: Path) 
         run(half, **more)
 
 
+@pytest.mark.promise("Resume", "Other weights are refused")
 def test_other_weights_are_another_run(half: Path) -> None:
     model, data = net(), Data()
     with torch.no_grad():
@@ -160,6 +163,7 @@ class Changed(Data):
             yield batch
 
 
+@pytest.mark.promise("Resume", "Data that differ in any batch drawn so far are refused")
 @pytest.mark.parametrize(("at", "part"), [(5, 0), (5, 1), (17, 0)])
 def test_any_batch_that_was_drawn_is_compared(at: int, part: int, half: Path) -> None:
     with pytest.raises(StateError, match=f"batch {at} of the calibration data differs from the one recorded"):
@@ -191,6 +195,7 @@ def half_of(loss: Callable[[Any, Any], Tensor], folder: Path) -> None:
         capruner.prune(net(), Stops(), loss, 0.5, state_dir=folder, **ARGUMENTS)
 
 
+@pytest.mark.promise("Resume", "Another loss or another model code is refused")
 def test_another_loss_is_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state, "SAVE_EVERY", 0.0)
     half_of(lambda o, y: nn.functional.cross_entropy(o, y), tmp_path)
@@ -215,6 +220,10 @@ def test_data_that_have_become_fewer(half: Path) -> None:
         capruner.prune(net(), few, Data().loss, 0.5, state_dir=half, **ARGUMENTS)
 
 
+@pytest.mark.promise(
+    "Resume",
+    "Too little disk space for a state is reported before the work; space taken by an earlier state counts as free",
+)
 def test_too_little_room_is_found_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = state.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(state.shutil, "disk_usage", lambda path: usage._replace(free=1000))
@@ -224,6 +233,10 @@ def test_too_little_room_is_found_before_the_work(tmp_path: Path, monkeypatch: p
     assert data.seen == 0
 
 
+@pytest.mark.promise(
+    "Resume",
+    "Too little disk space for a state is reported before the work; space taken by an earlier state counts as free",
+)
 def test_what_the_state_takes_already_is_no_reason_to_refuse_it(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage, there = state.shutil.disk_usage(half), sum(path.stat().st_size for path in rank(half).glob("feed-*"))
     monkeypatch.setattr(state.shutil, "disk_usage", lambda path: usage._replace(free=there))
@@ -233,6 +246,7 @@ def test_what_the_state_takes_already_is_no_reason_to_refuse_it(half: Path, monk
         run(half.with_name("another"))
 
 
+@pytest.mark.promise("Resume", "A state of another capruner version is refused; another version of torch is a warning")
 def test_another_capruner_is_refused_and_another_torch_is_noted(half: Path, caplog: pytest.LogCaptureFixture) -> None:
     rewrite(half, lambda body: body["versions"].update(torch="1.0"))
     run(half)
@@ -253,6 +267,9 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.promise(
+    "Resume", "A second process that uses the same state folder is refused, and told which process holds it"
+)
 def test_two_processes_do_not_write_one_state(half: Path) -> None:
     other = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(rank(half))], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -285,6 +302,7 @@ def test_of_two_runs_in_one_process_the_earlier_one_stops(half: Path) -> None:
         run(half, Twice())
 
 
+@pytest.mark.promise("Resume", "When the disk fills up while a state is saved, the previous state remains whole")
 def test_a_disk_that_fills_up_leaves_the_state_before_whole(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(tensors: dict[str, Tensor], path: Path) -> None:
         Path(path).write_bytes(b"torn")
@@ -300,6 +318,7 @@ def test_a_disk_that_fills_up_leaves_the_state_before_whole(half: Path, monkeypa
     assert continued.seen == ARGUMENTS["num_grads"] - 18
 
 
+@pytest.mark.promise("Resume", "Files that a killed process left half-written are recognised and deleted")
 def test_what_a_killed_writer_left_does_not_stop_a_run(half: Path) -> None:
     (rank(half) / ".tmpAbCdEf").write_text("safetensors writes here before it renames")
     private = rank(half) / ".capruner-abcd1234.partial"

@@ -101,6 +101,9 @@ def test_all_weights_of_torchvisions_transformer() -> None:
     ]
 
 
+@pytest.mark.promise(
+    "Models and masks", "Weights with two or more dimensions that are left dense are listed with a reason"
+)
 def test_what_stays_dense_and_why(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     model = Language()
     with caplog.at_level(logging.INFO, "capruner"):

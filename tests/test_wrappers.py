@@ -53,6 +53,9 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
+@pytest.mark.promise(
+    "Models and masks", "Results and masks fit a model with and without `torch.compile` and data-parallel wrappers"
+)
 @pytest.mark.parametrize(
     ("name", "gradients"),
     [

@@ -30,6 +30,7 @@ def start(tmp_path: Path, status: int = 0, **options: object) -> subprocess.Pope
     return subprocess.Popen([sys.executable, "-c", SCRIPT.format(status=status)], cwd=tmp_path, **options)  # type: ignore[call-overload,no-any-return]
 
 
+@pytest.mark.promise("Scripts", "When the reader of the output ends (`head`, a closed connection), the run continues")
 @pytest.mark.parametrize("status", [0, 1])
 def test_a_reader_that_leaves_does_not_end_the_run(tmp_path: Path, status: int) -> None:
     process = start(tmp_path, status, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -60,6 +61,7 @@ def fail(error: Exception) -> NoReturn:
     raise error
 
 
+@pytest.mark.promise("Scripts", "A mistake in a command is one line; `--debug` shows the traceback")
 @pytest.mark.parametrize("error", [UserError("wrong flag"), ValueError("wrong flag"), OSError("wrong flag")])
 def test_errors_of_the_user_are_one_line(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(lambda argv: fail(error), []) == 2
@@ -68,6 +70,9 @@ def test_errors_of_the_user_are_one_line(error: Exception, capsys: pytest.Captur
         run(lambda argv: fail(error), ["--debug"])
 
 
+@pytest.mark.promise(
+    "Scripts", "An unexpected error is one line with its type and place; `--debug` shows the traceback"
+)
 @pytest.mark.parametrize(
     "error", [KeyError("lr"), AssertionError(), TypeError("no"), AttributeError("x"), IndexError()]
 )

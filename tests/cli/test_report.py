@@ -319,6 +319,7 @@ def test_places_and_ticks() -> None:
         assert 2 <= len(ticks) <= 8
 
 
+@pytest.mark.promise("Scripts", "`capruner report` on an edited experiment gives a page or one line")
 @pytest.mark.parametrize("seed", range(4))
 def test_edited_summaries_are_a_page_or_one_message(seed: int, tmp_path: Path) -> None:
     assert ROOT  # it puts the repository on the path

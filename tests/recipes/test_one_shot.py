@@ -171,6 +171,9 @@ def tiny(path: Path, folder: Path) -> Path:
     return folder / "tiny.yaml"
 
 
+@pytest.mark.promise(
+    "Scripts", "One-shot recipes of CAP, FastCAP and magnitude give bit-identical results with and without SparseML"
+)
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: "/".join(path.parts[-2:]))
 def test_the_same_bits_as_through_sparseml(path: Path, tmp_path: Path, model: nn.Module, monkeypatch: Any) -> None:
     """Of SparseML's own OBS only the number of zeros is the same."""

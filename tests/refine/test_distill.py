@@ -296,6 +296,7 @@ def in_processes(rank: int, size: int) -> dict[str, Any]:
     }
 
 
+@pytest.mark.promise("Several processes", "Distillation on two processes ends with identical bytes on both")
 def test_two_processes_end_with_the_same_bytes(tmp_path: Path) -> None:
     one, other = run(2, tmp_path / "ranks", in_processes)
     assert same(
@@ -322,6 +323,7 @@ class Stream:
             yield torch.randn(4, 12, generator=self.generator), torch.randint(4, (4,), generator=self.generator)
 
 
+@pytest.mark.promise("Resume", "A distillation that is killed resumes with bit-identical results")
 @pytest.mark.parametrize("source", [Stream, lambda: iter(data(200)), data])
 def test_killed_again_and_again_it_ends_with_the_same_bits(
     source: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -99,6 +99,7 @@ class Foreign:
         return os.system, ("touch was_run",)
 
 
+@pytest.mark.promise("Hostile input", "No code runs from a weights file")
 @pytest.mark.parametrize("place", ["args", "inside"])
 def test_code_is_not_run(weights: dict[str, Tensor], place: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)

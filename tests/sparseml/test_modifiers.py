@@ -614,6 +614,7 @@ def test_a_backup_directory_that_is_none(words: str) -> None:
     assert next(manager.iter_modifiers()).traces_backup_dir in (None, "")
 
 
+@pytest.mark.promise("Resume", "A state is deleted only after its result is safe")
 def test_a_backup_directory_holds_the_state_until_the_model_has_the_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,6 +58,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 }
 
 
+@pytest.mark.promise("Models and masks", "Pruned weights are 0 after every optimizer step")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_masks_grow_and_hold_through_every_step(name: str) -> None:
     model = net()
@@ -125,6 +126,9 @@ def test_step_keeps_gradients_modes_and_optimizer_state() -> None:
         assert torch.equal(state["momentum_buffer"], momentum["state"][key]["momentum_buffer"])
 
 
+@pytest.mark.promise(
+    "Models and masks", "Training with `GradualPruner` resumes from a checkpoint of the loop with bit-identical results"
+)
 @pytest.mark.parametrize("weights_first", [True, False])
 def test_resumed_training_is_bit_identical(weights_first: bool) -> None:
     def run(model: nn.Module, optimizer: torch.optim.Optimizer, pruner: capruner.GradualPruner, epochs: range) -> None:
@@ -162,6 +166,7 @@ def test_resumed_training_is_bit_identical(weights_first: bool) -> None:
     assert resumed.history == pruner.history
 
 
+@pytest.mark.promise("Models and masks", "A `GradualPruner` state of another model, schedule or method is refused")
 def test_a_state_of_something_else_is_refused_and_changes_nothing() -> None:
     state = pruner_of(net()).state_dict()
     other = nn.Sequential(nn.Linear(8, 21), nn.ReLU(), nn.Linear(21, 5))
@@ -182,6 +187,7 @@ def test_a_state_of_something_else_is_refused_and_changes_nothing() -> None:
         assert all(torch.equal(mask, masks[name]) for name, mask in pruner.masks.items())
 
 
+@pytest.mark.promise("Models and masks", "`GradualPruner` and its callbacks check all arguments before training")
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
@@ -324,6 +330,7 @@ def _rank(rank: int, folder: str) -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.promise("Several processes", "Gradual pruning on two processes ends with identical bytes on both")
 def test_two_processes_end_with_the_same_bytes(tmp_path: Path) -> None:
     mp.start_processes(_rank, (str(tmp_path),), nprocs=2, start_method="spawn")
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))

@@ -68,6 +68,7 @@ def fit(module: Module, callback: Any, folder: Path, epochs: int, checkpoint: st
     return trainer
 
 
+@pytest.mark.promise("Models and masks", "So does training with Lightning")
 def test_prunes_holds_logs_and_resumes_bit_identically(tmp_path: Path) -> None:
     from capruner.training.lightning import PruningCallback
 

@@ -69,6 +69,7 @@ def trainer_of(model: Net, callback: Any, folder: Path, epochs: int = 4, **argum
     return transformers.Trainer(model, args, train_dataset=data, eval_dataset=data, callbacks=[callback])
 
 
+@pytest.mark.promise("Models and masks", "So does training with Hugging Face's `Trainer`")
 def test_prunes_holds_logs_and_resumes_bit_identically(tmp_path: Path) -> None:
     from capruner.training.transformers import MASKS, PruningCallback
 
@@ -116,6 +117,9 @@ def test_resuming_needs_the_right_masks(tmp_path: Path) -> None:
     assert zeros(again) == 195
 
 
+@pytest.mark.promise(
+    "Models and masks", "The best checkpoint of Hugging Face's `Trainer` has the sparsity that was reached"
+)
 def test_the_best_checkpoint_is_one_of_the_sparsity_reached(tmp_path: Path) -> None:
     from capruner.training.transformers import PruningCallback
 

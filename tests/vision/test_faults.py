@@ -45,6 +45,10 @@ def ends(words: list[str], capsys: pytest.CaptureFixture[str], main: Callable[..
     return lines[0]
 
 
+@pytest.mark.promise(
+    "Scripts",
+    "A data folder that vanishes, unreadable images, a killed loader worker and a full disk are one line each",
+)
 def test_a_full_disk(line: Line, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))  # more than a summary, less than the weights
@@ -79,6 +83,10 @@ def _full(replace: Callable[..., None], name: str) -> Callable[..., None]:
     return full
 
 
+@pytest.mark.promise(
+    "Scripts",
+    "A data folder that vanishes, unreadable images, a killed loader worker and a full disk are one line each",
+)
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_data_folder_that_vanishes(
     workers: int, line: Line, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -92,6 +100,7 @@ def test_a_data_folder_that_vanishes(
     assert "the lines above name them and say why. Is their folder still there" in said
 
 
+@pytest.mark.promise("Scripts", "An image that cannot be decoded is replaced by another and named in the log")
 def test_an_unreadable_image_is_passed_over_with_its_name(
     line: Line, data: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -106,6 +115,10 @@ def test_images_that_are_all_unreadable(line: Line, data: Path, capsys: pytest.C
     assert "10 images in a row cannot be read" in ends(line(**FLAGS | {"data_dir": data}), capsys)
 
 
+@pytest.mark.promise(
+    "Scripts",
+    "A data folder that vanishes, unreadable images, a killed loader worker and a full disk are one line each",
+)
 def test_a_loader_s_worker_that_dies(
     line: Line, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,6 +148,7 @@ class Wandb(types.ModuleType):
     init = log = finish = _call
 
 
+@pytest.mark.promise("Scripts", "When Weights & Biases does not answer, the run warns once and continues")
 @pytest.mark.parametrize("calls", [0, 1, 2, 100])
 @pytest.mark.parametrize("script", ["one_shot", "training"])
 def test_without_weights_and_biases_it_goes_on(

@@ -56,6 +56,9 @@ GREYS = {
 }
 
 
+@pytest.mark.promise(
+    "Scripts", "16-bit grey images, palettes, CMYK and one-bit images are converted to 8 bits per channel"
+)
 @pytest.mark.parametrize("name", GREYS)
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_greys_are_the_same_greys(tmp_path: Path, name: str, mode: str) -> None:
@@ -77,6 +80,9 @@ def test_a_palette_with_transparency(tmp_path: Path) -> None:
     assert colours(tmp_path)[3, 3].tolist() == [10, 20, 30]
 
 
+@pytest.mark.promise(
+    "Scripts", "16-bit grey images, palettes, CMYK and one-bit images are converted to 8 bits per channel"
+)
 def test_one_bit_and_cmyk(tmp_path: Path) -> None:
     write(tmp_path / "one" / "x" / "0.png", Image.fromarray(GREY > 127))
     assert np.array_equal(colours(tmp_path / "one", "L"), 255 * (GREY > 127))
@@ -85,6 +91,7 @@ def test_one_bit_and_cmyk(tmp_path: Path) -> None:
     assert (red < 10, green > 245, blue > 245) == (True, True, True)
 
 
+@pytest.mark.promise("Scripts", "Floating-point and 32-bit pixels are refused by file name")
 @pytest.mark.parametrize(
     ("image", "message"),
     [
@@ -131,6 +138,7 @@ def test_another_image_is_taken(root: Path, name: str, caplog: pytest.LogCapture
     assert "cat/0.png cannot be read" in caplog.text
 
 
+@pytest.mark.promise("Scripts", "An image that cannot be decoded is replaced by another and named in the log")
 @pytest.mark.parametrize("error", [SyntaxError, ValueError, struct.error, MemoryError, KeyError, EOFError])
 def test_whatever_the_decoder_raises(root: Path, error: type, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     load, names = Image.open, []
@@ -154,6 +162,10 @@ def test_labels_and_order_are_timms(tmp_path: Path) -> None:
     assert (ours.samples, ours.class_to_idx) == (theirs.samples, theirs.class_to_idx)
 
 
+@pytest.mark.promise(
+    "Scripts",
+    "Class folders that are ambiguous, missing in a split, or without images are refused by name before the work",
+)
 def test_folders_of_the_same_last_name_are_refused(tmp_path: Path) -> None:
     for name in ("x/good", "y/good", "z/bad"):
         write(tmp_path / name / "0.png")
@@ -180,6 +192,10 @@ def test_a_stray_folder_is_named_with_its_split(root: Path) -> None:
         data.open_splits(str(root), "", model())
 
 
+@pytest.mark.promise(
+    "Scripts",
+    "Class folders that are ambiguous, missing in a split, or without images are refused by name before the work",
+)
 def test_a_missing_class_is_named_with_its_split(root: Path) -> None:
     (root / "train" / "dog" / "0.png").unlink()
     with pytest.raises(UserError, match="train has no images of 'dog', which val has") as caught:

@@ -240,6 +240,7 @@ def test_multiply_adds_mean_nothing_to_others(recipe: str, place: Path) -> None:
         one_shot_pruning.main(arguments(place, recipe, allocate_by="macs"))
 
 
+@pytest.mark.promise("Scripts", "The folder of a finished run is replaced with `--overwrite` only, and as a whole")
 def test_a_finished_run_is_replaced_only_when_asked_and_wholly(place: Path, tmp_path: Path) -> None:
     there: dict[str, object] = {"recipe": "GlobalMagnitudePruningModifier", "output": tmp_path, "save_model": True}
     one_shot_pruning.main(arguments(place, **there))

@@ -66,6 +66,7 @@ def weights(tmp_path: Path, experiment: str = "trial") -> dict[str, torch.Tensor
     return found
 
 
+@pytest.mark.promise("Resume", "A calibration killed at any moment resumes with bit-identical results on a CPU")
 @pytest.mark.parametrize(("number", "workers"), [(signal.SIGKILL, 0), (signal.SIGTERM, 1)])
 def test_killed_it_goes_on_to_the_same_bits(
     number: signal.Signals, workers: int, line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -107,6 +108,7 @@ def test_killed_after_the_calibration_it_is_not_done_again(line: Line, tmp_path:
     assert not (tmp_path / "state").exists()
 
 
+@pytest.mark.promise("Scripts", "Ctrl-C and SIGTERM end a run with one line; a second Ctrl-C ends it at once")
 def test_ctrl_c_is_one_line(
     line: Line, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
@@ -150,6 +152,10 @@ def test_a_recipe_s_folder_lies_in_that_of_the_experiment(
     assert set(opened) == {tmp_path / "trial" / "state" / "here"}
 
 
+@pytest.mark.promise(
+    "Hostile input",
+    "A folder named in a recipe lies inside the experiment's folder; paths and links that lead out are refused",
+)
 @pytest.mark.parametrize("folder", ["/tmp/elsewhere", "../elsewhere", "a/../../elsewhere", ".", "link/elsewhere"])
 def test_a_recipe_s_folder_that_leads_elsewhere(
     folder: str, line: Line, tmp_path: Path, capsys: pytest.CaptureFixture[str]

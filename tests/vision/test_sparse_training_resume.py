@@ -64,6 +64,9 @@ def train_and_kill(arguments: list[str], monkeypatch: pytest.MonkeyPatch, when: 
             sparse_training.main(arguments)
 
 
+@pytest.mark.promise(
+    "Resume", "Gradual training resumes from its last epoch, and within a pruning update from the gradients drawn"
+)
 @pytest.mark.parametrize("recipe", ["cap", "rate", "chain", "gmp"])
 def test_stopped_twice_and_resumed_ends_with_the_same_bits(
     line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
@@ -83,6 +86,9 @@ def test_stopped_twice_and_resumed_ends_with_the_same_bits(
     assert [[row[key] for key in told] for row in rows(whole)] == [[row[key] for key in told] for row in rows(trial)]
 
 
+@pytest.mark.promise(
+    "Resume", "Gradual training resumes from its last epoch, and within a pruning update from the gradients drawn"
+)
 @pytest.mark.parametrize("update", [1, 2, 3])
 def test_killed_within_a_pruning_update_it_ends_with_the_same_bits(
     line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, update: int
@@ -174,6 +180,9 @@ TAKEN = [
 ]
 
 
+@pytest.mark.promise(
+    "Resume", "`--resume` with a changed argument: it takes effect, with a line that says so, or is refused by name"
+)
 @pytest.mark.parametrize(("changes", "key", "value"), TAKEN, ids=lambda value: str(value))
 def test_a_changed_argument_takes_effect(
     line: Line, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], key: str | None, value: Any
@@ -209,6 +218,9 @@ REFUSED: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.promise(
+    "Resume", "`--resume` with a changed argument: it takes effect, with a line that says so, or is refused by name"
+)
 @pytest.mark.parametrize("changes", REFUSED, ids=lambda value: next(iter(value)))
 def test_a_changed_argument_that_cannot_take_effect_is_refused(
     line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]

@@ -48,6 +48,7 @@ def train(made: Schedule, optimizer: torch.optim.Optimizer, epochs: range) -> li
     return rates
 
 
+@pytest.mark.promise("Resume", "Every scheduler of timm starts at `--lr`")
 @pytest.mark.parametrize("sched", SCHEDULERS)
 @pytest.mark.parametrize("more", [[], ["--sched-on-updates"]], ids=["epochs", "updates"])
 def test_the_first_epoch_is_trained_at_lr(sched: str, more: list[str]) -> None:
@@ -69,6 +70,7 @@ def test_warmup_begins_at_its_rate_and_reaches_lr(sched: str) -> None:
         assert rates[2] == pytest.approx(0.05, rel=0.2)
 
 
+@pytest.mark.promise("Resume", "Every scheduler of timm resumes with the same learning rates")
 @pytest.mark.parametrize("sched", SCHEDULERS)
 @pytest.mark.parametrize("stop", [1, 4, 9])
 def test_resumed_rates_are_the_same_bits(sched: str, stop: int) -> None:
