@@ -22,6 +22,8 @@ from capruner.refine.batchnorm import recalibrate_bn
 from capruner.refine.distill import distill
 from capruner.refine.training import Distillation
 from capruner.result import PruningResult, load_result
+from capruner.shrinking.result import Shrunk, load_shrunk
+from capruner.shrinking.run import shrink
 from capruner.state import StateError, remove_state
 from capruner.training.gradual import GradualPruner
 
@@ -38,6 +40,7 @@ __all__ = [
     "Plan",
     "PruneConfig",
     "PruningResult",
+    "Shrunk",
     "Sparsest",
     "StateError",
     "__version__",
@@ -47,10 +50,12 @@ __all__ = [
     "distill",
     "eliminate",
     "load_result",
+    "load_shrunk",
     "mask_model",
     "multiply_adds",
     "plan",
     "prune",
     "recalibrate_bn",
     "remove_state",
+    "shrink",
 ]

@@ -55,7 +55,9 @@ class MultiplyAdds:
         return round(kept) + self.activations
 
 
-class _Counter(TorchDispatchMode):
+class Counter(TorchDispatchMode):
+    """Multiply-adds while it is entered: ``weights`` by parameter name, and ``activations`` with each other."""
+
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         super().__init__()
         # Several parameters can share a storage: those of an LSTM on a GPU do.
@@ -127,7 +129,7 @@ def multiply_adds(model: nn.Module, input_size: Sequence[int]) -> MultiplyAdds:
     model = unwrap(model)
     some = next(model.parameters())
     sample = torch.zeros(1, *input_size, device=some.device, dtype=some.dtype)
-    counter = _Counter(first_names(model))
+    counter = Counter(first_names(model))
     with eval_mode(model), plain_products(), counter:
         model(sample)
     return MultiplyAdds(tuple(input_size), counter.weights, counter.activations)

@@ -1,0 +1,130 @@
+"""How many units of each group are removed: a global ranking by loss per multiply-add, down to a target."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from capruner.shrinking.units import Group, channels
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the layers of a dense model cost; any unit, such as multiply-adds or seconds.
+
+    Attributes:
+        total: of the whole model.
+        layers: ``{layer: cost}``, proportional to its input and its output channels.
+        heads: ``{attention: cost}`` of products of activations, proportional to its heads.
+    """
+
+    total: float
+    layers: Mapping[str, float]
+    heads: Mapping[str, float]
+
+
+class Ledger:
+    """The cost of a model while units are removed from it."""
+
+    def __init__(self, model: nn.Module, groups: Sequence[Group], costs: Costs) -> None:
+        self.costs = costs
+        self.groups = groups
+        self.left = {group.name: group.units for group in groups}
+        # The groups that a layer's outputs and inputs belong to, with the share of its channels that a unit is.
+        self._sides: dict[str, list[list[tuple[str, float]]]] = {}
+        for group in groups:
+            for cut in group.cuts:
+                sides = self._sides.setdefault(cut.layer, [[], []])
+                share = cut.positions.shape[1] / channels(model.get_submodule(cut.layer), cut.side)
+                sides[cut.side == "in"].append((group.name, share))
+        self._units = {group.name: group.units for group in groups}
+        self._attention = {group.attention: group.name for group in groups if group.attention}
+        self._changed = {
+            group.name: {name for cut in group.cuts for side in self._sides[cut.layer] for name, _ in side}
+            for group in groups
+        }
+
+    def _layer(self, name: str) -> float:
+        cost = self.costs.layers.get(name, 0.0)
+        for side in self._sides[name]:
+            cost *= 1 - sum(share * (self._units[group] - self.left[group]) for group, share in side)
+        return cost
+
+    def _own(self, group: Group) -> float:
+        """The cost of the layers that the units of a group are in."""
+        heads = self.costs.heads.get(group.attention, 0.0) * self.left[group.name] / group.units
+        return sum(self._layer(name) for name in {cut.layer for cut in group.cuts}) + heads
+
+    def saving(self, group: Group) -> float:
+        """What the next unit of a group saves."""
+        before = self._own(group)
+        self.left[group.name] -= 1
+        after = self._own(group)
+        self.left[group.name] += 1
+        return before - after
+
+    def neighbours(self, group: Group) -> set[str]:
+        """The groups whose savings change with those of a group; itself among them."""
+        return self._changed[group.name]
+
+    def remove(self, group: Group) -> None:
+        """Remove one unit."""
+        self.left[group.name] -= 1
+
+    @property
+    def total(self) -> float:
+        """The cost of the model as it is now."""
+        dense = sum(self.costs.layers.get(name, 0.0) for name in self._sides)
+        now = sum(self._layer(name) for name in self._sides)
+        attention = sum(
+            self.costs.heads.get(name, 0.0) * (1 - self.left[group] / self._units[group])
+            for name, group in self._attention.items()
+        )
+        return self.costs.total - (dense - now) - attention
+
+
+def allocate_units(
+    model: nn.Module,
+    groups: Sequence[Group],
+    losses: Mapping[str, Tensor],
+    costs: Costs,
+    target: float,
+) -> dict[str, int]:
+    """Units to remove from each group, so that at most ``target`` of the cost remains with the least predicted loss.
+
+    Units compete by loss per cost saved at that point; along a group the score is made monotone by a running maximum, as in :mod:`capruner.allocation`. One
+    unit of each group remains.
+
+    Raises:
+        ValueError: the target is out of reach.
+    """
+    ledger = Ledger(model, groups, costs)
+    by_name = {group.name: group for group in groups}
+    running = {name: loss.cummax(0).values.tolist() for name, loss in losses.items()}
+    scores: dict[str, float] = {}
+
+    def score(name: str) -> None:
+        group = by_name[name]
+        step = group.units - ledger.left[name]
+        saving = ledger.saving(group) if ledger.left[name] > 1 else 0.0
+        if saving > 0:
+            scores[name] = running[name][step] / saving
+        else:
+            scores.pop(name, None)
+
+    for name in by_name:
+        score(name)
+    while (total := ledger.total) > target * costs.total * (1 + 1e-12):
+        if not scores:
+            raise ValueError(
+                f"{target:.1%} of the cost is out of reach: with one unit left of each of {len(groups)} groups {total / costs.total:.1%} remains"
+            )
+        best = by_name[min(scores, key=scores.__getitem__)]
+        ledger.remove(best)
+        for name in ledger.neighbours(best):
+            score(name)
+    assert math.isfinite(total)
+    return {name: by_name[name].units - left for name, left in ledger.left.items()}

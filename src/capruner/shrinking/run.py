@@ -1,0 +1,205 @@
+"""``shrink``: find the units, calibrate, eliminate, allocate, cut."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from capruner.batches import Batches, BatchFunction, default_loss, own_copy, plain
+from capruner.checks import check_count, check_finite, check_flag, check_model, check_names, check_number, show
+from capruner.distributed import world
+from capruner.finite import NO_GRADIENT
+from capruner.gradients import GradientMode, LossFunction, gradient_slabs
+from capruner.modes import eval_mode
+from capruner.shrinking.budget import Costs, allocate_units
+from capruner.shrinking.channels import channel_groups
+from capruner.shrinking.costs import multiply_adds_of
+from capruner.shrinking.elimination import Reader, ReaderFisher, feed, solve
+from capruner.shrinking.probing import Probe, heads, neurons
+from capruner.shrinking.result import Shrunk
+from capruner.shrinking.surgery import Removal, compare, why_not
+from capruner.shrinking.units import KINDS, Group, LeftAlone
+from capruner.wrappers import unwrap
+
+SLAB = 8
+"""Gradients that are kept before they are added to the Fisher matrices."""
+
+
+def shrink(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss_fn: LossFunction = default_loss,
+    *,
+    macs: float,
+    example_inputs: Any,
+    units: str | Sequence[str] = KINDS,
+    exclude: str | Sequence[str] = (),
+    num_grads: int = 512,
+    gradients: GradientMode = "batch",
+    damp: float = 0.01,
+    batch_fn: BatchFunction | None = None,
+    progress: bool = True,
+) -> Shrunk:
+    """Remove whole neurons, heads and channels, re-fit the weights that remain, and return a smaller dense copy that every runtime runs faster.
+
+    The model itself is not changed. The copy consists of the same layers with fewer rows and columns, so it trains, exports and saves like the dense one.
+
+    >>> small = capruner.shrink(model, loader, macs=0.5, example_inputs=torch.randn(1, 3, 224, 224))
+    >>> print(small.report())
+    >>> small.save("small.safetensors")
+    >>> model = capruner.load_shrunk("small.safetensors", timm.create_model("deit_small_patch16_224"))
+
+    Args:
+        model: any module; its parameters' device is where the work happens.
+        batches, loss_fn, batch_fn: see :func:`capruner.prune`.
+        macs: share of the model's multiply-adds that may remain, between 0 and 1.
+        example_inputs: what the model is called with: a tensor, a tuple, or a dict of keywords. Multiply-adds are counted on it, and the smaller model is
+            compared on it with the dense one whose removed units are set to zero.
+        units: of ``"neurons"`` (pairs of linear layers, as in an MLP), ``"heads"`` (timm's attention) and ``"channels"`` (convolutions; models with several
+            need ``pip install 'capruner[shrink]'``). What could not be removed, and why, is in ``left_alone`` and in the report.
+        exclude: names of modules, or ``re:`` patterns of them, whose units all remain.
+        num_grads: gradients that the Fisher matrices are estimated from: batches, or samples with ``gradients="sample"``.
+        gradients: ``"batch"`` or ``"sample"``.
+        damp: added to the diagonal of the Fisher matrices, relative to its mean.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: an invalid argument or data; no units to remove; a target that is out of reach.
+        ModuleNotFoundError: torch-pruning is needed and not installed.
+    """
+    kinds = [units] if isinstance(units, str) else list(units)
+    _check(model, loss_fn, macs, kinds, exclude, num_grads, damp, progress)
+    model = unwrap(model)
+    check_finite(model)
+    inputs = own_copy(plain(example_inputs), next(model.parameters()).device)
+    with eval_mode(model):
+        groups, left_alone = find_units(model, inputs, kinds, exclude)
+        costs = multiply_adds_of(model, inputs, [group.attention for group in groups if group.attention])
+        readers = _calibrated(model, Batches(batches, batch_fn), loss_fn, groups, num_grads, gradients, damp, progress)
+    eliminated = solve(groups, readers, progress)
+    counts = allocate_units(model, groups, {name: losses for name, (_, losses) in eliminated.items()}, costs, macs)
+    removed = {name: order[: counts[name]] for name, (order, _) in eliminated.items()}
+    small, removal = _cut(model, groups, readers, removed, inputs)
+    rows = [{"name": g.name, "kind": g.kind, "units": g.units, "left": g.units - counts[g.name]} for g in groups]
+    return Shrunk(small, removal, rows, left_alone, _costs(costs, model, small, inputs))
+
+
+def _check(
+    model: Any, loss_fn: Any, macs: Any, kinds: list[str], exclude: Any, num_grads: Any, damp: Any, progress: Any
+) -> None:
+    check_model(model)
+    if not callable(loss_fn):
+        raise ValueError(f"loss_fn must be a function of outputs and targets, got {show(loss_fn)}")
+    if isinstance(macs, bool) or not isinstance(macs, int | float) or not 0 < macs < 1:
+        raise ValueError(f"macs must be the share of multiply-adds that may remain, between 0 and 1, got {show(macs)}")
+    if not kinds or not set(kinds) <= set(KINDS):
+        raise ValueError(f"units must be some of {list(KINDS)}, got {show(kinds)}")
+    check_names("exclude", exclude)
+    check_count("num_grads", num_grads)
+    check_number("damp", damp)
+    check_flag("progress", progress)
+    if world()[1] > 1:
+        raise ValueError(
+            "shrink works in one process; call it before torch.distributed is initialised, or on one rank alone"
+        )
+
+
+def find_units(
+    model: nn.Module, inputs: Any, kinds: Sequence[str], exclude: str | Sequence[str] = ()
+) -> tuple[list[Group], list[LeftAlone]]:
+    """The groups of units of some kinds, in eval mode.
+
+    Raises:
+        ValueError: there are none.
+    """
+    probe = Probe(model, inputs)
+    groups: list[Group] = []
+    left: list[LeftAlone] = []
+    for kind, find in (("neurons", neurons), ("heads", heads)):
+        if kind in kinds:
+            found, not_found = find(probe)
+            groups += found
+            left += not_found
+    if "channels" in kinds:
+        found, not_found = channel_groups(model, inputs)
+        groups += found
+        left += not_found
+    entries = [exclude] if isinstance(exclude, str) else list(exclude)
+    for entry in entries:
+        if not any(_is_in(group, entry) for group in groups):
+            raise ValueError(
+                f"exclude: {entry!r} is not the name of a module with units to remove: {[group.name for group in groups]}"
+            )
+    frozen = {n.rpartition(".")[0] for n, p in model.named_parameters() if not p.requires_grad}
+    chosen = []
+    for group in groups:
+        if any(_is_in(group, entry) for entry in entries):
+            left.append(LeftAlone(group.name, "excluded"))
+        elif still := [cut.layer for cut in group.readers if cut.layer in frozen]:
+            left.append(
+                LeftAlone(group.name, f"{still[0]} is frozen (requires_grad=False), and would have to be re-fitted")
+            )
+        elif reason := why_not(model, group, inputs):
+            left.append(LeftAlone(group.name, reason))
+        else:
+            chosen.append(group)
+    if not chosen:
+        reasons = "; ".join(f"{item.name}: {item.reason}" for item in left[:5])
+        raise ValueError(f"the model has no {' or '.join(kinds)} to remove{': ' if reasons else ''}{reasons}")
+    place = {name: index for index, (name, _) in enumerate(model.named_modules())}
+    return sorted(chosen, key=lambda group: place[group.name]), left
+
+
+def _is_in(group: Group, entry: str) -> bool:
+    if entry.startswith("re:"):
+        return re.search(entry.removeprefix("re:"), group.name) is not None
+    return group.name == entry or group.name.startswith(f"{entry}.")
+
+
+def _calibrated(
+    model: nn.Module,
+    batches: Batches,
+    loss_fn: LossFunction,
+    groups: Sequence[Group],
+    num_grads: int,
+    gradients: GradientMode,
+    damp: float,
+    progress: bool,
+) -> dict[str, Reader]:
+    """The layers that read units, with their inverse Fisher matrices."""
+    layers = {cut.layer: model.get_submodule(cut.layer) for group in groups for cut in group.readers}
+    fishers = {name: ReaderFisher(layer, num_grads, damp) for name, layer in layers.items()}
+    parameters = {f"{name}.{n}": p for name, layer in layers.items() for n, p in layer.named_parameters(recurse=False)}
+    slabs = gradient_slabs(model, batches, loss_fn, parameters, num_grads, mode=gradients, slab=SLAB, progress=progress)
+    feed(fishers, slabs)
+    if not any(fisher.heard for fisher in fishers.values()):
+        raise ValueError(NO_GRADIENT)
+    return {name: fisher.solve() for name, fisher in fishers.items()}
+
+
+def _cut(
+    model: nn.Module, groups: Sequence[Group], readers: Mapping[str, Reader], removed: Mapping[str, Tensor], inputs: Any
+) -> tuple[nn.Module, Removal]:
+    """The smaller model, compared with the dense one that has the same weights and zeros for what is removed."""
+    twin = copy.deepcopy(model)
+    removal = Removal.of(model, groups, removed)
+    for name, reader in readers.items():
+        if gone := removal.layers.get(name, {}).get("in"):
+            reader.write_to(twin.get_submodule(name), gone)
+    removal.zero(twin)
+    small = copy.deepcopy(twin)
+    removal.apply(small)
+    compare(twin, small, inputs)
+    return small, removal
+
+
+def _costs(dense: Costs, model: nn.Module, small: nn.Module, inputs: Any) -> dict[str, tuple[float, float]]:
+    parameters = [sum(p.numel() for p in m.parameters()) for m in (model, small)]
+    return {
+        "macs": (dense.total, multiply_adds_of(small, inputs).total),
+        "parameters": (parameters[0], parameters[1]),
+    }
