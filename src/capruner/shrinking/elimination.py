@@ -9,7 +9,7 @@ With ``H = A⁻¹``, removing the columns ``S`` of the weights ``W`` costs ``½ 
     W ← W − Wₛ Hₛₛ⁻¹ Hₛ,
 
 whatever ``G`` is. The greedy loop removes the cheapest unit, which is a set of columns of each of its readers, brings ``W`` and ``H`` up to date, and repeats.
-The gradient of the bias is one more column that is never removed: so the mean of what is removed goes into the bias.
+Biases stay as they are.
 """
 
 from __future__ import annotations
@@ -55,17 +55,13 @@ class ReaderFisher:
         self._rows = torch.zeros(rows, rows, dtype=torch.float64, device=weight.device)
 
     def matrix(self) -> Tensor:
-        """The layer's weights as ``(rows, columns)``, the bias (if any) as the last column."""
+        """The layer's weights as ``(rows, columns)``."""
         weight = self.layer.weight.detach().flatten(1)  # type: ignore[operator]
-        bias = self.layer.bias
-        weight = weight if bias is None else torch.cat([weight, bias.detach()[:, None]], dim=1)  # type: ignore[operator]
         return weight.to(working_dtype(weight))
 
-    def add(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Fold in ``k`` gradients of the weight and of the bias."""
-        rows = weight.flatten(2)
-        if bias is not None:
-            rows = torch.cat([rows, bias[:, :, None]], dim=2)
+    def add(self, gradients: Tensor) -> None:
+        """Fold in ``k`` gradients of the weight."""
+        rows = gradients.flatten(2)
         self._columns.add(rows.flatten(0, 1)[:, None])
         for gradient in rows.double():
             self._rows += gradient @ gradient.T
@@ -91,7 +87,7 @@ class Reader:
 
     Attributes:
         layer: the module.
-        weight: ``W``, ``(rows, columns)`` float64, the bias (if any) as the last column.
+        weight: ``W``, ``(rows, columns)`` float64.
         H: ``A⁻¹``, float64.
         root: ``R`` with ``Rᵀ R = G``, so that losses are squared norms of columns of ``R W``.
     """
@@ -114,11 +110,8 @@ class Reader:
         """Put the weights into ``layer``, re-fitted to the removal of the input channels ``gone``."""
         positions = torch.tensor(gone, device=self.H.device)[:, None]
         weight = self.refit(columns(self.layer, positions).flatten())
-        parameter, bias = layer.weight, layer.bias
+        parameter = layer.weight
         assert isinstance(parameter, Tensor)
-        if isinstance(bias, Tensor):
-            bias.copy_(weight[:, -1])
-            weight = weight[:, :-1]
         parameter.copy_(weight.view_as(parameter))
 
 
@@ -177,10 +170,10 @@ def eliminate_units(group: Group, readers: Mapping[str, Reader]) -> tuple[Tensor
 
 
 def feed(fishers: Mapping[str, ReaderFisher], slabs: Iterable[Mapping[str, Tensor]]) -> None:
-    """Fold gradients of the readers' weights and biases into their Fisher matrices."""
+    """Fold gradients of the readers' weights into their Fisher matrices."""
     for slab in slabs:
         for name, fisher in fishers.items():
-            fisher.add(slab[f"{name}.weight"], slab.get(f"{name}.bias"))
+            fisher.add(slab[f"{name}.weight"])
 
 
 def solve(groups: Sequence[Group], readers: Mapping[str, Reader], progress: bool) -> dict[str, tuple[Tensor, Tensor]]:

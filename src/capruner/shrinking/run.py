@@ -173,7 +173,7 @@ def _calibrated(
     """The layers that read units, with their inverse Fisher matrices."""
     layers = {cut.layer: model.get_submodule(cut.layer) for group in groups for cut in group.readers}
     fishers = {name: ReaderFisher(layer, num_grads, damp) for name, layer in layers.items()}
-    parameters = {f"{name}.{n}": p for name, layer in layers.items() for n, p in layer.named_parameters(recurse=False)}
+    parameters = {f"{name}.weight": layer.get_parameter("weight") for name, layer in layers.items()}
     slabs = gradient_slabs(model, batches, loss_fn, parameters, num_grads, mode=gradients, slab=SLAB, progress=progress)
     feed(fishers, slabs)
     if not any(fisher.heard for fisher in fishers.values()):
