@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import capruner
+from capruner.batches import Batches
+from capruner.calibration.stream import CalibrationStream
 from capruner.gradients import gradient_slabs
 from capruner.layout import BlockLayout
 from capruner.modes import eval_mode
@@ -40,8 +42,9 @@ def textbook_masks(model: nn.Module, data: list, args: argparse.Namespace) -> di
     B = args.block_size
     layouts = {name: BlockLayout.of(p.shape, B) for name, p in parameters.items()}
     fisher = {n: torch.zeros(layout.num_blocks, B, B, dtype=torch.float64) for n, layout in layouts.items()}
+    stream = CalibrationStream(Batches(data), torch.device("cpu"))
     with eval_mode(model):
-        for slab in gradient_slabs(model, data, F.cross_entropy, parameters, args.num_grads, mode="sample", slab=64):
+        for slab in gradient_slabs(model, stream, F.cross_entropy, parameters, args.num_grads, mode="sample", slab=64):
             for name, rows in slab.items():
                 G = layouts[name].to_blocks(rows, torch.float64).transpose(0, 1)
                 fisher[name].baddbmm_(G.mT, G, alpha=1 / args.num_grads)

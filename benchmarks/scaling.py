@@ -22,7 +22,7 @@ from memory import peak_bytes
 from torch import nn
 
 import capruner
-from capruner.calibration import WORKING_SET
+from capruner.calibration.memory_plan import WORKING_SET
 
 WIDTH = 384
 BASE = {"layers": 2, "num_grads": 512, "block_size": 96}

@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import capruner
-from capruner import state
+from capruner.checkpoint import run, store
 from capruner.files import digest
 from capruner.result import load_result
 
@@ -202,7 +202,7 @@ class State(Target):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.place = folder / "state" / "rank-0-of-1"
-        state.SAVE_EVERY = 0.0
+        run.SAVE_EVERY = 0.0
         for stop in (8, None):
             capruner.remove_state(folder / "state")
             with contextlib.suppress(KeyboardInterrupt):
@@ -230,7 +230,7 @@ class State(Target):
         else:
             path = self.folder / "manifest-00000001.json"
             path.write_bytes(self.body())
-            state.read_manifest(path)
+            store.read_manifest(path)
 
     def body(self) -> bytes:
         if random.random() < 0.3:

@@ -31,7 +31,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import capruner
-from capruner import state
+from capruner.checkpoint import run, store
 from capruner.distributed import PeerError
 from capruner.files import digest, file_digest
 from capruner.methods import CAP
@@ -174,7 +174,7 @@ def one_shot(args: argparse.Namespace, place: Path) -> bool:
 
     def begin(experiment: str, *more: str) -> subprocess.Popen[bytes]:
         hurried = (
-            f"import sys; sys.path.insert(0, {str(ROOT)!r}); from capruner import state; state.SAVE_EVERY = 1.0; "
+            f"import sys; sys.path.insert(0, {str(ROOT)!r}); from capruner.checkpoint import run; run.SAVE_EVERY = 1.0; "
             "from capruner.cli import arguments as cli; from capruner.vision import one_shot_pruning; sys.exit(cli.run(one_shot_pruning.main))"
         )
         words = [sys.executable, "-c", hurried, "--data-dir", str(place / "data"), "--model", "vit_tiny_patch16_224"]
@@ -212,7 +212,7 @@ def one_shot(args: argparse.Namespace, place: Path) -> bool:
             kills += 1
             tally.lost.append(time.time() - max(saved, woke))
             for path in folder.glob("*/manifest-*.json"):
-                tally.read(lambda path=path: state.read_manifest(path))
+                tally.read(lambda path=path: store.read_manifest(path))
         # Killed in its last moments a run is finished all the same, and would refuse to begin again.
         summary = place / experiment / "summary.json"
         finished = summary.is_file() and bool(json.loads(summary.read_bytes())["finished"])
@@ -253,10 +253,10 @@ class Tally:
 
 STAGES: dict[str, tuple[Any, str] | None] = {
     "gradients": None,
-    "saving": (state.State, "save_feed"),
+    "saving": (run.RunCheckpoint, "save"),
     "inverting": (CAP, "prepare"),
     "solving": (CAP, "solve_counts"),
-    "finishing": (state.State, "finish_step"),
+    "finishing": (run.RunCheckpoint, "_finish"),
 }
 
 
@@ -267,7 +267,7 @@ def die(*_: Any, **__: Any) -> None:
 def worker(rank: int, size: int, folder: str, name: str, victim: int, stage: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/{name}.store", rank=rank, world_size=size)
-    state.SAVE_EVERY = 0.0
+    run.SAVE_EVERY = 0.0
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 31), nn.Tanh(), nn.Linear(31, 5))
     data = [(torch.randn(4, 20), torch.randint(5, (4,))) for _ in range(96)][rank::size]
@@ -317,8 +317,8 @@ def stages(args: argparse.Namespace, place: Path) -> bool:
     for stage in STAGES:
         victim = random.randrange(size)
         said, seconds = together(f"{stage}.killed", victim, stage)
-        named = [f"rank {victim} is gone" in text or f"{victim}" in text.split(" are gone")[0] for text in said]
-        first = any(text.startswith(f"rank {victim} is gone") for text in said)
+        named = [f"rank {victim} died" in text or f"{victim}" in text.split(" died")[0] for text in said]
+        first = any(text.startswith(f"rank {victim} died") for text in said)
         again, _ = together(f"{stage}.again", -1, stage)
         ok = first and all(n for r, n in enumerate(named) if r != victim) and set(again) == {expected}
         well &= ok

@@ -44,8 +44,8 @@ DIFFERENT: dict[str, tuple[dict[str, Any], str]] = {
     "shapes": ({"model": wide}, "parameter 0.weight (and 3 more) is float32 (31, 20) on rank 0, float32 (33, 20) on rank 1"),
     "dtype": ({"model": lambda: net().double()}, "parameter 0.weight (and 3 more) is float32 (31, 20) on rank 0, float64 (31, 20) on rank 1"),
     "weights": ({"model": moved}, "parameter 2.weight has other values on rank 1 than on rank 0"),
-    "an invalid argument": ({"num_grads": 0}, "rank 1 cannot begin, so no process does: num_grads must be"),
-    "a layer that is not there": ({"params": ["9.weight"]}, "rank 1 cannot begin, so no process does: params: no parameter"),
+    "an invalid argument": ({"num_grads": 0}, "rank 1 cannot start, so no process does: num_grads must be"),
+    "a layer that is not there": ({"params": ["9.weight"]}, "rank 1 cannot start, so no process does: params: no parameter"),
 }  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import capruner
 from capruner.batches import BatchError, Batches, as_batch, default_loss
+from capruner.calibration.stream import CalibrationStream
 
 MODES = ["batch", "sample"]
 
@@ -328,7 +329,7 @@ def test_batches_without_samples() -> None:
 def test_a_killed_run_resumes_in_a_later_pass(
     mode: str, labels: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("capruner.state.SAVE_EVERY", 0.0)
+    monkeypatch.setattr("capruner.checkpoint.run.SAVE_EVERY", 0.0)
 
     class Shuffled:
         """Another order in each pass, as of a loader that shuffles."""
@@ -372,7 +373,7 @@ def test_a_killed_run_resumes_in_a_later_pass(
 
 @pytest.mark.parametrize("labels", ["data", "model"])
 def test_changed_data_inside_a_mapping_is_noticed(labels: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("capruner.state.SAVE_EVERY", 0.0)
+    monkeypatch.setattr("capruner.checkpoint.run.SAVE_EVERY", 0.0)
     seen: list[Any] = []
 
     def loss(outputs: Any, targets: Any) -> Tensor:
@@ -393,16 +394,39 @@ def test_changed_data_inside_a_mapping_is_noticed(labels: str, tmp_path: Path, m
 
 
 def test_streams() -> None:
-    batches = Batches([0, 1, 2])
-    assert [batch for batch, _ in zip(batches.stream(4), range(5))] == [1, 2, 0, 1, 2]
-    assert list(Batches(iter([0, 1, 2])).stream(1)) == [1, 2]
-    with pytest.raises(ValueError, match="ended after 3 batches, where 4 were drawn before"):
-        list(Batches(iter([0, 1, 2])).stream(4))
-    with pytest.raises(ValueError, match="ended after 3 batches, where 4 were drawn before"):
-        Batches(iter([0, 1, 2])).pass_over(4)
-    source = iter([0, 1, 2])
-    Batches(source).pass_over(2)
-    assert list(source) == [2]
+    assert [batch for batch, _ in zip(Batches([0, 1, 2]), range(5))] == [0, 1, 2, 0, 1]
+    assert list(Batches(iter([0, 1, 2]))) == [0, 1, 2]
+
+
+def stream(source: Any, drawn: int = 0) -> CalibrationStream:
+    found = CalibrationStream(Batches(source), torch.device("cpu"))
+    found.drawn = drawn
+    return found
+
+
+def test_a_stream_resumes_after_what_was_drawn() -> None:
+    batches = pairs(3)
+    assert [index for (index, _, _), _ in zip(stream(batches, 2), range(3))] == [2, 3, 4]
+    unfinished = stream(batches, 2)
+    unfinished.used = 1
+    assert next(unfinished)[0] == 1
+    for resume in (lambda s: next(s), lambda s: s.skip()):
+        with pytest.raises(ValueError, match="ended after 3 batches, but 4 were drawn before"):
+            resume(stream(iter(batches), 4))
+    source = iter(batches)
+    stream(source, 2).skip()
+    assert len(list(source)) == 1
+
+
+def test_a_stream_that_is_restored_continues() -> None:
+    one = stream(iter(pairs(5)))
+    next(one), next(one)
+    one.skipped.append(1)
+    one.digests = ["a", "b"]
+    other = stream(pairs(5))
+    other.load_state_dict(one.state_dict())
+    assert other.state_dict() == one.state_dict()
+    assert next(other)[0] == 2
 
 
 # Models that change their inputs

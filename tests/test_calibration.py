@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import capruner
-from capruner.distributed import world
+from capruner.distributed import processes
 
 
 def data(count: int = 8, size: int = 4) -> list[tuple[Tensor, Tensor]]:
@@ -110,7 +110,7 @@ def on_ranks(rank: int, size: int) -> dict[str, Any]:
             found[method] = str(error)
         # One process alone has gradients.
         found[f"{method} layers"] = prune(
-            two_layers(), lambda outputs, _: outputs.sum() * float(world()[0] == 1), method=method
+            two_layers(), lambda outputs, _: outputs.sum() * float(processes().rank == 1), method=method
         ).settings["layers_without_gradient"]
         silent = prune(TwoPaths(), method=method).settings["layers_without_gradient"]
         found[f"{method} silent"] = silent

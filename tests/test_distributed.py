@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import capruner
-from capruner.distributed import PeerError, Shards
+from capruner.distributed import Partition, PeerError
 from capruner.layout import BlockLayout
 
 
@@ -123,12 +123,12 @@ def test_uneven_shares_and_a_failing_rank_is_named_on_all(tmp_path: Path) -> Non
 
 def owned_share(rank: int, size: int) -> dict[str, Any]:
     layouts = {"a": BlockLayout.of((100, 10), 10), "b": BlockLayout.of((7,), 10), "c": BlockLayout.of((33, 5), 10)}
-    balanced, whole = Shards(layouts), Shards(layouts, whole_layers=True)
+    balanced, whole = Partition(layouts), Partition(layouts, whole_layers=True)
     covered = {}
-    for kind, shards in (("balanced", balanced), ("whole", whole)):
+    for kind, partition in (("balanced", balanced), ("whole", whole)):
         for name, layout in layouts.items():
-            local = torch.arange(layout.num_blocks)[shards.own(name)]
-            covered[f"{kind} {name}"] = shards.gather(name, local)
+            local = torch.arange(layout.num_blocks)[partition.own(name)]
+            covered[f"{kind} {name}"] = partition.gather(name, local)
     covered["blocks"] = sum(len(torch.arange(layouts[n].num_blocks)[balanced.own(n)]) for n in layouts)
     return covered
 

@@ -14,11 +14,11 @@ from torch import nn
 from training_case import ROOT
 
 import capruner
-from capruner import state
 from capruner.files import digest
 
 pytest.importorskip("capruner.sparseml", exc_type=ImportError)
 assert ROOT  # it puts the repository on the path
+from capruner.checkpoint import run  # noqa: E402
 from capruner.cli.arguments import UserError  # noqa: E402
 from capruner.sparseml import recipe  # noqa: E402
 from qa import fuzz  # noqa: E402
@@ -27,7 +27,7 @@ from qa import fuzz  # noqa: E402
 @pytest.mark.promise("Hostile input", "Damaged result files are refused with a message")
 @pytest.mark.parametrize(("name", "executions"), [("result", 300), ("state", 300), ("recipe", 100), ("report", 150)])
 def test_spoiled_files_are_refused(name: str, executions: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(run, "SAVE_EVERY", 0.0)
     found = fuzz.fuzz(name, executions, minutes=1)
     assert found["details"] == []
     assert (found["crashes"], found["hangs"], found["code"]) == (0, 0, 0)

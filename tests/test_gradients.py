@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from untouched import same, snapshot
 
-from capruner.batches import ModelInputs
+from capruner.batches import Batches, ModelInputs
+from capruner.calibration.stream import CalibrationStream
 from capruner.gradients import gradient_slabs
 from capruner.modes import eval_mode
 
@@ -54,12 +55,16 @@ def weights(model: nn.Module) -> dict[str, nn.Parameter]:
     return {n: p for n, p in model.named_parameters() if n.endswith("weight") and p.dim() > 1}
 
 
+def stream(data: Any) -> CalibrationStream:
+    return CalibrationStream(Batches(data), torch.device("cpu"))
+
+
 def collect(model: nn.Module, data: Any, num_grads: int, loss: Any = F.cross_entropy, **more: Any) -> dict[str, Tensor]:
     params = more.pop("parameters", None) or weights(model)
     with eval_mode(model):
         slabs = [
             {name: rows.clone() for name, rows in slab.items()}
-            for slab in gradient_slabs(model, data, loss, params, num_grads, progress=False, **more)
+            for slab in gradient_slabs(model, stream(data), loss, params, num_grads, progress=False, **more)
         ]
     return {name: torch.cat([slab[name] for slab in slabs]) for name in params}
 
@@ -112,7 +117,7 @@ def test_slabs_of_any_size_hold_the_same_gradients(mode: str, num_grads: int, sl
     with eval_mode(model):
         got = []
         for s in gradient_slabs(
-            model, data, F.cross_entropy, weights(model), num_grads, mode=mode, slab=slab, progress=False
+            model, stream(data), F.cross_entropy, weights(model), num_grads, mode=mode, slab=slab, progress=False
         ):  # type: ignore[arg-type]
             got.append(s["weight"].clone())
             sizes.append(len(s["weight"]))
@@ -288,7 +293,7 @@ def test_nothing_changes_after_an_exception(mode: str, where: str) -> None:
 
     def run() -> None:
         with eval_mode(model):
-            slabs = gradient_slabs(model, data(), loss, weights(model), 9, mode=mode, slab=2, progress=False)  # type: ignore[arg-type]
+            slabs = gradient_slabs(model, stream(data()), loss, weights(model), 9, mode=mode, slab=2, progress=False)  # type: ignore[arg-type]
             for _ in slabs:
                 if where == "consumer":
                     raise Boom

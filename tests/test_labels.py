@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ from torch.nn import functional as F
 
 import capruner
 from capruner.batches import Batches
+from capruner.calibration.stream import CalibrationStream
 from capruner.gradients import gradient_slabs
-from capruner.labels import Chances, loss_of_model_labels
+from capruner.labels import draw_uniform, loss_of_model_labels
 from capruner.modes import eval_mode
 
 
@@ -37,7 +39,7 @@ def labels_of(batches: Any, logits: Tensor, seed: int = 0) -> Tensor:
         seen.append(targets)
         return F.cross_entropy(outputs, targets)
 
-    loss, draw = loss_of_model_labels(spy), Chances(seed)
+    loss, draw = loss_of_model_labels(spy), functools.partial(draw_uniform, seed=seed)
     for index, (x, _) in enumerate(batches):
         chances = draw(index, x)
         loss(logits.expand(len(x), -1), chances)
@@ -63,10 +65,11 @@ def test_their_outer_products_are_the_fisher_matrix(mode: str) -> None:
     model = linear().double()
     x = torch.randn(1, 4, dtype=torch.float64)
     count = 4000
-    batches, loss = Batches([(x, None)] * count, draw_targets=Chances()), loss_of_model_labels(F.cross_entropy)
+    stream = CalibrationStream(Batches([(x, None)] * count), x.device, draw_uniform)
+    loss = loss_of_model_labels(F.cross_entropy)
     total = torch.zeros(12, 12, dtype=torch.float64)
     with eval_mode(model):
-        slabs = gradient_slabs(model, batches, loss, {"weight": model.weight}, count, mode=mode, progress=False)  # type: ignore[arg-type]
+        slabs = gradient_slabs(model, stream, loss, {"weight": model.weight}, count, mode=mode, progress=False)  # type: ignore[arg-type]
         for slab in slabs:
             g = slab["weight"].flatten(1)
             total += g.mT @ g / count

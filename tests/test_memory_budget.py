@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import capruner
-from capruner.calibration import WORKING_SET
+from capruner.calibration.memory_plan import WORKING_SET
 from capruner.memory import parse_bytes
 
 

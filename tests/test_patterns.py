@@ -229,7 +229,7 @@ def test_what_cannot_hold_a_pattern_is_named_or_skipped_on_request() -> None:
 
 def test_a_sparsity_or_block_size_that_the_pattern_cannot_have() -> None:
     model, data = small_conv_net(), small_images()
-    with pytest.raises(ValueError, match=r"2:4 means that 2 of 4 weights stay, a sparsity of 0\.5; got \[0\.75\]"):
+    with pytest.raises(ValueError, match=r"2:4 keeps 2 of 4 weights, a sparsity of 0\.5; got \[0\.75\]"):
         capruner.prune(model, data, sparsity=0.75, mask_type="2:4", num_grads=4)
     with pytest.raises(ValueError, match="fisher_block_size must be a multiple of 4"):
         capruner.prune(model, data, sparsity=0.5, mask_type="2:4", num_grads=4, fisher_block_size=50)

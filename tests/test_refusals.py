@@ -58,7 +58,7 @@ def test_a_saved_outcome_that_is_of_another_run(tmp_path: Path) -> None:
 
     whole["state"]["steps"][0]["files"] = {tensors.name: file_digest(tensors)}
     manifest.write_text(json.dumps({"sha256": digest([whole["state"]]), "state": whole["state"]}))
-    with pytest.raises(capruner.StateError, match="holds no outcome of this run"):
+    with pytest.raises(capruner.StateError, match="has no outcome of this run"):
         prune(conv_net(), images(), state_dir=tmp_path)
 
 
@@ -137,16 +137,16 @@ def test_bad_data_behind_a_finite_loss() -> None:
 
 
 def test_magnitude_takes_no_gradients_and_keeps_none() -> None:
-    from capruner.calibration import Shards
+    from capruner.distributed import Partition
     from capruner.methods import METHODS
     from capruner.methods.base import Stopwatch
 
-    method = METHODS["magnitude"](Shards({}), capruner.PruneConfig().settings(), Stopwatch())
+    method = METHODS["magnitude"](Partition({}), capruner.PruneConfig().settings(), Stopwatch())
     with pytest.raises(TypeError, match="magnitude pruning takes no gradients"):
         method.add({})
     with pytest.raises(ValueError, match=r"method 'magnitude' keeps no gradients of 0\.weight"):
-        method.load("0.weight", {})
-    assert method.state() == {}
+        method.load_state_dict("0.weight", {})
+    assert method.state_dict() == {}
 
 
 def test_the_command_line_without_a_command(capsys: pytest.CaptureFixture[str]) -> None:

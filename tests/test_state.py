@@ -1,4 +1,4 @@
-"""Killed, started again, and nobody can tell: the folder that a calibration goes on from."""
+"""Interrupted runs resume with bit-identical results."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from untouched import same, snapshot
 
 import capruner
-from capruner import state
-from capruner.calibration import WORKING_SET
+from capruner.calibration.memory_plan import WORKING_SET
+from capruner.checkpoint import run
 from capruner.methods.base import SecondOrderMethod
 
 
@@ -86,7 +86,7 @@ def equal(a: capruner.PruningResult, b: capruner.PruningResult) -> bool:
 @pytest.fixture
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Save after every slab."""
-    monkeypatch.setattr(state, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(run, "SAVE_EVERY", 0.0)
 
 
 @pytest.mark.promise("Resume", "A calibration killed at any moment resumes with bit-identical results on a CPU")
@@ -160,8 +160,10 @@ def test_without_a_reason_it_is_saved_at_the_end_of_the_gradients_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved = []
-    save = state.State.save_feed
-    monkeypatch.setattr(state.State, "save_feed", lambda self, *a: (saved.append(a[1]["taken"]), save(self, *a)))
+    save = run.RunCheckpoint.save
+    monkeypatch.setattr(
+        run.RunCheckpoint, "save", lambda self, *a: (saved.append(a[1]["stream"]["taken"]), save(self, *a))
+    )
     expected = prune(Data(), sparsity=0.5)
     assert equal(prune(Data(), sparsity=0.5, state_dir=tmp_path), expected)
     assert saved == [40]

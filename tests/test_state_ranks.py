@@ -16,13 +16,14 @@ from test_distributed import ARGUMENTS, batches, net, run
 from torch import Tensor, nn
 
 import capruner
-from capruner import state
+from capruner.checkpoint import StateError
+from capruner.checkpoint import run as checkpoint_run
 from capruner.distributed import PeerError
 from capruner.methods import CAP
 
 
 def prune(rank: int, size: int, folder: str = "", dies_at: int | None = None) -> dict[str, Any]:
-    state.SAVE_EVERY = 0.0
+    checkpoint_run.SAVE_EVERY = 0.0
     arguments = ARGUMENTS | {"num_grads": 47, "sparsity": [0.5, 0.9], "state_dir": folder or None}
     result = capruner.prune(net(), batches(rank, size), Loss(dies_at), **arguments)
     return {f"{s} {name}": w for s in (0.5, 0.9) for name, w in result.level(s).weights.items()}
@@ -92,14 +93,14 @@ def test_one_of_two_is_killed_and_both_go_on(stage: str, expected: dict[str, Any
         worker.join(60)
     assert [worker.exitcode for worker in workers] == [0, -signal.SIGKILL]
     assert time.monotonic() - began < 60
-    assert (tmp_path / "0.txt").read_text().startswith("rank 1 is gone: killed")
+    assert (tmp_path / "0.txt").read_text().startswith("rank 1 died: killed")
     for found in run(2, tmp_path / "again", Going(tmp_path / "state")):
         assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
 @pytest.mark.promise("Resume", "A state of another number of processes is refused")
 def test_a_state_of_two_is_not_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(checkpoint_run, "SAVE_EVERY", 0.0)
     (tmp_path / "state" / "rank-1-of-2").mkdir(parents=True)
-    with pytest.raises(state.StateError, match=r"rank-1-of-2 is of a run with 2 processes, this one has 1"):
+    with pytest.raises(StateError, match=r"rank-1-of-2 was saved by 2 processes, this run has 1"):
         prune(0, 1, str(tmp_path / "state"))

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from untouched import same, snapshot
 
 import capruner
-from capruner import state
+from capruner.checkpoint import StateError, store
+from capruner.checkpoint import run as checkpoint_run
 from capruner.files import digest
-from capruner.state import StateError
 
 
 @pytest.fixture
 def half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The state of a run that was killed in the midst of its gradients."""
-    monkeypatch.setattr(state, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(checkpoint_run, "SAVE_EVERY", 0.0)
     with pytest.raises(Killed):
         run(tmp_path / "state", Data(kill_at=20))
     return tmp_path / "state"
@@ -46,7 +46,7 @@ def manifest(folder: Path) -> Path:
 
 
 def feed(folder: Path) -> Path:
-    return sorted(rank(folder).glob("feed-*.safetensors"))[0]
+    return sorted(rank(folder).glob("progress-*.safetensors"))[0]
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -64,31 +64,31 @@ def flip(path: Path) -> None:
 
 
 SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a file of somebody else's": (lambda f: (f / "thesis.tex").write_text("x"), r"thesis.tex is no part of a state of capruner; choose"),
-    "a foreign file in a process's folder": (lambda f: (rank(f) / "notes.txt").write_text("x"), r"notes.txt is no part of a state"),
+    "a file of somebody else's": (lambda f: (f / "thesis.tex").write_text("x"), r"thesis.tex is not part of a capruner checkpoint; choose"),
+    "a foreign file in a process's folder": (lambda f: (rank(f) / "notes.txt").write_text("x"), r"notes.txt is not part of a capruner checkpoint"),
     "a torn manifest": (lambda f: manifest(f).write_bytes(manifest(f).read_bytes()[:200]), r"manifest-\d+.json cannot be read"),
     "an empty manifest": (lambda f: manifest(f).write_bytes(b""), r"manifest-\d+.json cannot be read"),
     "a manifest that is a list": (lambda f: manifest(f).write_text("[]"), r"manifest-\d+.json cannot be read"),
     "a changed manifest": (lambda f: manifest(f).write_text(manifest(f).read_text().replace('"taken": 18', '"taken": 12')), r"manifest-\d+.json is damaged"),
-    "another program's": (lambda f: rewrite(f, lambda b: b.update(format="other")), r"is no state of capruner"),
-    "a newer version": (lambda f: rewrite(f, lambda b: b.update(version=state.VERSION + 1)), r"is from a newer capruner .* update capruner"),
+    "another program's": (lambda f: rewrite(f, lambda b: b.update(format="other")), r"is not a capruner checkpoint"),
+    "a newer version": (lambda f: rewrite(f, lambda b: b.update(version=store.VERSION + 1)), r"is from a newer capruner .* update capruner"),
     "an older version": (lambda f: rewrite(f, lambda b: b.update(version=1)), r"is from an older capruner .* finish the run with that version"),
-    "a path in place of a file": (lambda f: rewrite(f, lambda b: b["feed"].update(files={"../../up.safetensors": "0"})), "names '../../up"),
-    "another rank's": (lambda f: rewrite(f, lambda b: b.update(rank=1)), r"is of process 1 of 1, this one is 0 of 1"),
-    "a damaged tensor file": (lambda f: flip(feed(f)), r"feed-\d+-00000.safetensors is damaged"),
-    "a tensor file cut short": (lambda f: feed(f).write_bytes(feed(f).read_bytes()[:100]), r"feed-\d+-00000.safetensors is damaged"),
-    "a missing tensor file": (lambda f: feed(f).unlink(), r"feed-\d+-00000.safetensors cannot be read"),
-    "a run of two processes": (lambda f: (f / "rank-1-of-2").mkdir(), r"rank-1-of-2 is of a run with 2 processes, this one has 1"),
-    "a place that is no number": (lambda f: rewrite(f, lambda b: b["feed"]["position"].update(taken="many")), r"holds no gradients of this run"),
-    "a place without a number": (lambda f: rewrite(f, lambda b: b["feed"]["position"].pop("samples")), r"holds no gradients of this run"),
-    "no place at all": (lambda f: rewrite(f, lambda b: b["feed"].pop("position")), r"manifest-\d+.json cannot be read"),
-    "a place that is a list": (lambda f: rewrite(f, lambda b: b["feed"].update(position=[])), r"position is no dict"),
-    "files that are a word": (lambda f: rewrite(f, lambda b: b["feed"].update(files="")), r"files is no dict"),
-    "a skipped batch that never came": (lambda f: rewrite(f, lambda b: b["feed"]["position"].update(skipped=[99])), r"holds no gradients of this run"),
-    "a place of negative size": (lambda f: rewrite(f, lambda b: b["feed"]["position"].update(batches=-3)), r"holds no gradients of this run"),
-    "more gradients than there are": (lambda f: rewrite(f, lambda b: b["feed"]["position"].update(taken=4000)), r"holds no gradients of this run"),
-    "a layer too few": (lambda f: rewrite(f, lambda b: b["feed"]["files"].popitem()), r"holds no gradients of this run"),
-    "notes that are none": (lambda f: rewrite(f, lambda b: b.update(notes={"damped_blocks": 3})), r"damped_blocks"),
+    "a path in place of a file": (lambda f: rewrite(f, lambda b: b["progress"].update(files={"../../up.safetensors": "0"})), "names '../../up"),
+    "another rank's": (lambda f: rewrite(f, lambda b: b.update(rank=1)), r"was saved by rank 1 of 1, this is rank 0 of 1"),
+    "a damaged tensor file": (lambda f: flip(feed(f)), r"progress-\d+-00000.safetensors is damaged"),
+    "a tensor file cut short": (lambda f: feed(f).write_bytes(feed(f).read_bytes()[:100]), r"progress-\d+-00000.safetensors is damaged"),
+    "a missing tensor file": (lambda f: feed(f).unlink(), r"progress-\d+-00000.safetensors cannot be read"),
+    "a run of two processes": (lambda f: (f / "rank-1-of-2").mkdir(), r"rank-1-of-2 was saved by 2 processes, this run has 1"),
+    "a place that is no number": (lambda f: rewrite(f, lambda b: b["progress"]["state"]["stream"].update(taken="many")), r"has no gradients of this run"),
+    "a place without a number": (lambda f: rewrite(f, lambda b: b["progress"]["state"]["stream"].pop("used")), r"has no gradients of this run"),
+    "no place at all": (lambda f: rewrite(f, lambda b: b["progress"].pop("state")), r"manifest-\d+.json cannot be read"),
+    "a place that is a list": (lambda f: rewrite(f, lambda b: b["progress"].update(state=[])), r"state is not of type dict"),
+    "files that are a word": (lambda f: rewrite(f, lambda b: b["progress"].update(files="")), r"files is not of type dict"),
+    "a skipped batch that never came": (lambda f: rewrite(f, lambda b: b["progress"]["state"]["stream"].update(skipped=[99])), r"has no gradients of this run"),
+    "a place of negative size": (lambda f: rewrite(f, lambda b: b["progress"]["state"]["stream"].update(drawn=-3)), r"has no gradients of this run"),
+    "more gradients than there are": (lambda f: rewrite(f, lambda b: b["progress"]["state"]["stream"].update(taken=4000)), r"has no gradients of this run"),
+    "a layer too few": (lambda f: rewrite(f, lambda b: b["progress"]["files"].popitem()), r"has no gradients of this run"),
+    "notes that are none": (lambda f: rewrite(f, lambda b: b["notes"]["report"].update(damped_blocks=3)), r"damped_blocks"),
 }  # fmt: skip
 
 
@@ -129,7 +129,7 @@ def test_a_spoiled_state_is_refused_by_name(case: str, half: Path) -> None:
 def test_other_arguments_are_named(more: dict[str, Any], said: str, half: Path) -> None:
     if "masks" in more:  # the model of the fixture has no zeros, so there must be one mask that differs
         more = more | {"masks": {"0.weight": torch.arange(31 * 20).view(31, 20) % 9 != 0}}
-    with pytest.raises(StateError, match=f"is of another run .*{said}.*start again with the same arguments"):
+    with pytest.raises(StateError, match=f"was created with different arguments .*{said}.*pass the same arguments"):
         run(half, **more)
 
 
@@ -138,7 +138,7 @@ def test_other_weights_are_another_run(half: Path) -> None:
     model, data = net(), Data()
     with torch.no_grad():
         next(model.parameters())[0, 0] += 1
-    with pytest.raises(StateError, match=r"is of another run \(weights"):
+    with pytest.raises(StateError, match=r"was created with different arguments \(weights"):
         capruner.prune(model, data, data.loss, 0.5, state_dir=half, **ARGUMENTS)
 
 
@@ -197,9 +197,9 @@ def half_of(loss: Callable[[Any, Any], Tensor], folder: Path) -> None:
 
 @pytest.mark.promise("Resume", "Another loss or another model code is refused")
 def test_another_loss_is_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(checkpoint_run, "SAVE_EVERY", 0.0)
     half_of(lambda o, y: nn.functional.cross_entropy(o, y), tmp_path)
-    with pytest.raises(StateError, match=r"is of another run \(loss"):
+    with pytest.raises(StateError, match=r"was created with different arguments \(loss"):
         capruner.prune(
             net(), Data(), lambda o, y: 2 * nn.functional.cross_entropy(o, y), 0.5, state_dir=tmp_path, **ARGUMENTS
         )
@@ -209,7 +209,7 @@ def test_another_loss_is_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_another_architecture_with_the_same_weights_is_another_run(half: Path) -> None:
     model, data = net(), Data()
     model[1] = nn.ReLU()
-    with pytest.raises(StateError, match=r"is of another run \(model"):
+    with pytest.raises(StateError, match=r"was created with different arguments \(model"):
         capruner.prune(model, data, data.loss, 0.5, state_dir=half, **ARGUMENTS)
 
 
@@ -225,8 +225,8 @@ def test_data_that_have_become_fewer(half: Path) -> None:
     "Too little disk space for a state is reported before the work; space taken by an earlier state counts as free",
 )
 def test_too_little_room_is_found_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = state.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(state.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    usage = store.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(store.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     data = Data()
     with pytest.raises(OSError, match="choose a folder on another disk, or a smaller fisher_block_size"):
         run(tmp_path / "state", data)
@@ -238,11 +238,11 @@ def test_too_little_room_is_found_before_the_work(tmp_path: Path, monkeypatch: p
     "Too little disk space for a state is reported before the work; space taken by an earlier state counts as free",
 )
 def test_what_the_state_takes_already_is_no_reason_to_refuse_it(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage, there = state.shutil.disk_usage(half), sum(path.stat().st_size for path in rank(half).glob("feed-*"))
-    monkeypatch.setattr(state.shutil, "disk_usage", lambda path: usage._replace(free=there))
+    usage, there = store.shutil.disk_usage(half), sum(path.stat().st_size for path in rank(half).glob("progress-*"))
+    monkeypatch.setattr(store.shutil, "disk_usage", lambda path: usage._replace(free=there))
     run(half)
-    monkeypatch.setattr(state.shutil, "disk_usage", lambda path: usage._replace(free=there // 2))
-    with pytest.raises(OSError, match="are free or in use by this state already"):
+    monkeypatch.setattr(store.shutil, "disk_usage", lambda path: usage._replace(free=there // 2))
+    with pytest.raises(OSError, match="are free or in use by this checkpoint already"):
         run(half.with_name("another"))
 
 
@@ -250,7 +250,7 @@ def test_what_the_state_takes_already_is_no_reason_to_refuse_it(half: Path, monk
 def test_another_capruner_is_refused_and_another_torch_is_noted(half: Path, caplog: pytest.LogCaptureFixture) -> None:
     rewrite(half, lambda body: body["versions"].update(torch="1.0"))
     run(half)
-    assert "torch 1.0 then" in caplog.text
+    assert "torch was 1.0" in caplog.text
     assert "may differ in its last bits" in caplog.text
     rewrite(half, lambda body: body["versions"].update(capruner="0.0.1"))
     with pytest.raises(StateError, match=r"was saved by capruner 0.0.1, this is .* finish the run with that version"):
@@ -260,7 +260,7 @@ def test_another_capruner_is_refused_and_another_torch_is_noted(half: Path, capl
 HOLDER = """
 import sys
 from pathlib import Path
-from capruner.lock import FolderLock
+from capruner.checkpoint.lock import FolderLock
 lock = FolderLock(Path(sys.argv[1]))
 print("locked", flush=True)
 sys.stdin.read()
@@ -308,8 +308,8 @@ def test_a_disk_that_fills_up_leaves_the_state_before_whole(half: Path, monkeypa
         Path(path).write_bytes(b"torn")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(state, "save_file", full)
-    with pytest.raises(OSError, match=r"cannot be saved to .*No space left .* what was saved before is whole"):
+    monkeypatch.setattr(store, "save_file", full)
+    with pytest.raises(OSError, match=r"cannot be saved to .*No space left .* the one before is complete"):
         run(half)
     monkeypatch.undo()
     assert not list(rank(half).glob(".*"))
@@ -323,7 +323,7 @@ def test_what_a_killed_writer_left_does_not_stop_a_run(half: Path) -> None:
     (rank(half) / ".tmpAbCdEf").write_text("safetensors writes here before it renames")
     private = rank(half) / ".capruner-abcd1234.partial"
     private.mkdir()
-    (private / "feed-00000099-00000.safetensors").write_text("torn")
+    (private / "progress-00000099-00000.safetensors").write_text("torn")
     continued = Data()
     run(half, continued)
     assert continued.seen == ARGUMENTS["num_grads"] - 18
@@ -332,7 +332,7 @@ def test_what_a_killed_writer_left_does_not_stop_a_run(half: Path) -> None:
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"state_dir=.*file/state cannot be made: Not a directory; choose another"):
+    with pytest.raises(OSError, match=r"state_dir=.*file/state cannot be created: Not a directory; choose another"):
         run(tmp_path / "file" / "state")
 
 

@@ -11,6 +11,7 @@ from capruner import startup  # noqa: F401 - first: what it does has to happen b
 
 # isort: split
 from capruner.calibrated import CalibratedModel, Sparsest
+from capruner.checkpoint import StateError, remove_state
 from capruner.config import PruneConfig
 from capruner.macs import MultiplyAdds, multiply_adds
 from capruner.masking import MaskHandle, mask_model
@@ -24,7 +25,6 @@ from capruner.refine.training import Distillation
 from capruner.result import PruningResult, load_result
 from capruner.shrinking.result import Shrunk, load_shrunk
 from capruner.shrinking.run import shrink
-from capruner.state import StateError, remove_state
 from capruner.training.gradual import GradualPruner
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Batches as people have them, turned into ``(inputs, targets)``; passes over the data; and what the model and the loss make of a batch."""
+"""Batches of any supported form as ``(inputs, targets)``, and calls of the model and the loss with them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BatchFunction = Callable[[Any], tuple[Any, Any]]
 
 
 class BatchError(ValueError):
-    """A batch that cannot be used, or that the model or the loss fails on. The message names the batch and says what to do."""
+    """An invalid batch, or one on which the model or the loss fails. The message names the batch and the remedy."""
 
 
 class ModelInputs(NamedTuple):
@@ -43,14 +43,14 @@ def call_model(model: Callable[..., Any], inputs: Any) -> Any:
 def as_batch(batch: Any, index: int, batch_fn: BatchFunction | None = None) -> tuple[Any, Any]:
     """``(inputs, targets)`` of batch number ``index``.
 
-    A pair is taken as it is. A mapping (a dict, ``BatchEncoding``, ``BatchFeature``) is both: keyword inputs, and what the loss is computed from. A tensor,
-    or a tuple of one entry, is inputs without targets.
+    A pair is returned unchanged. A mapping (a dict, ``BatchEncoding``, ``BatchFeature``) is both keyword inputs and what the loss is computed from. A tensor,
+    or a tuple with one entry, is inputs without targets.
 
     Args:
         batch_fn: turns a batch of any other kind into a pair; called with every batch.
 
     Raises:
-        BatchError: any other kind, without ``batch_fn``; or ``batch_fn`` fails.
+        BatchError: any other kind without ``batch_fn``; or ``batch_fn`` fails.
     """
     if batch_fn is not None:
         try:
@@ -77,7 +77,7 @@ def as_batch(batch: Any, index: int, batch_fn: BatchFunction | None = None) -> t
 
 
 def plain(value: Any) -> Any:
-    """Mappings inside as dicts, so that tensors in them can be moved and sliced."""
+    """Convert nested mappings to dicts, so that tensors in them can be moved and sliced."""
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -88,7 +88,7 @@ def plain(value: Any) -> Any:
 
 
 def own_copy(value: Any, device: torch.device) -> Any:
-    """``value`` with its tensors on the device; never the user's own, which a model may change in place."""
+    """Copy ``value`` with its tensors to the device; a model may change its inputs in place."""
 
     def copy(tensor: Tensor) -> Tensor:
         moved = tensor.to(device, non_blocking=True)
@@ -100,33 +100,36 @@ def own_copy(value: Any, device: torch.device) -> Any:
 
 @dataclass
 class Batches:
-    """The user's data, as often as it is needed.
+    """The calibration data. Iterating repeats ``source`` without end, unless it is an iterator.
 
     Attributes:
-        source: any iterable. Started again where it ends too early; an iterator cannot be.
+        source: any iterable.
         batch_fn: see :func:`as_batch`.
-        draw_targets: makes targets from a batch's number and inputs, in the place of the data's.
-        seen: called with the number of each batch that is drawn, skipped ones too, and the batch.
     """
 
     source: Iterable[Any]
     batch_fn: BatchFunction | None = None
-    draw_targets: Callable[[int, Any], Any] | None = None
-    seen: Callable[[int, Any], None] | None = None
-    _said: bool = False
+    _warned: bool = False
 
     @property
     def once(self) -> bool:
-        """Whether there can be one pass only."""
+        """Whether the data can be read only once."""
         return isinstance(self.source, Iterator)
 
-    def pair(self, batch: Any, index: int) -> tuple[Any, Any]:
-        """``(inputs, targets)``."""
-        inputs, targets = as_batch(batch, index, self.batch_fn)
-        return inputs, targets if self.draw_targets is None else self.draw_targets(index, inputs)
+    def __iter__(self) -> Iterator[Any]:
+        drawn, before = 0, -1
+        while drawn > before:
+            before = drawn
+            for batch in self.source:
+                if drawn == before > 0:
+                    self._warn(drawn)
+                drawn += 1
+                yield batch
+            if self.once:
+                break
 
     def check_length(self, needed: int) -> None:
-        """Compare the number of batches, where it is known, with what is needed of them.
+        """Compare the number of batches, if it is known, with the number needed.
 
         Raises:
             ValueError: an iterator has too few.
@@ -141,56 +144,23 @@ class Batches:
                     f"the calibration data is an iterator of {length} batches, and num_grads is {needed}: pass a DataLoader or a list, which can be "
                     f"started again, or num_grads={length}"
                 )
-            self._say(length)
+            self._warn(length)
 
-    def stream(self, skip: int = 0) -> Iterator[Any]:
-        """The batches as they come, after the first ``skip``; without end unless ``source`` is an iterator.
-
-        Raises:
-            ValueError: there are fewer than ``skip``.
-        """
-        drawn, before = 0, -1
-        while drawn > before:
-            before = drawn
-            for batch in self.source:
-                if drawn == before > 0:
-                    self._say(drawn)
-                if self.seen is not None:
-                    self.seen(drawn, batch)
-                drawn += 1
-                if drawn > skip:
-                    yield batch
-            if self.once:
-                break
-        if drawn < skip:
-            raise ValueError(f"the calibration data ended after {drawn} batches, where {skip} were drawn before")
-
-    def pass_over(self, count: int) -> None:
-        """Draw and drop ``count`` batches, as a pass of an earlier run did.
-
-        Raises:
-            ValueError: there are fewer.
-        """
-        stream = self.stream()
-        for drawn in range(count):
-            if next(stream, stream) is stream:
-                raise ValueError(f"the calibration data ended after {drawn} batches, where {count} were drawn before")
-
-    def _say(self, length: int) -> None:
-        if not self._said:
+    def _warn(self, length: int) -> None:
+        if not self._warned:
             _LOGGER.warning(
                 "the calibration data ends after %d batches, fewer than num_grads needs, and is started again: gradients repeat, unless the loader shuffles "
                 "or augments",
                 length,
             )
-        self._said = True
+        self._warned = True
 
 
 def default_loss(outputs: Any, targets: Any) -> Tensor:
-    """The loss where none is given: the output's own ``loss`` for batches without targets apart from the inputs, else cross-entropy of the logits.
+    """Default loss: the output's own ``loss`` if the batch has no separate targets, else cross-entropy of the logits.
 
     Raises:
-        BatchError: there is neither.
+        BatchError: the output has neither.
     """
     if targets is None or isinstance(targets, Mapping):
         loss = _field(outputs, "loss")
@@ -198,7 +168,7 @@ def default_loss(outputs: Any, targets: Any) -> Tensor:
             return loss
         if targets is None:
             raise BatchError(
-                "the batch has no targets, and the model's output no `loss`: give batches as (inputs, targets), pass labels='model' to draw labels from "
+                "the batch has no targets, and the model's output has no `loss`: give batches as (inputs, targets), pass labels='model' to draw labels from "
                 "the model, or a loss_fn that ignores its second argument"
             )
         raise BatchError(
@@ -214,13 +184,13 @@ def default_loss(outputs: Any, targets: Any) -> Tensor:
 
 
 def take(outputs: Any) -> str:
-    """Advice on a loss for outputs that are no tensor."""
+    """Advice on a loss for outputs that are not a tensor."""
     first = repr(next(iter(outputs), "logits")) if isinstance(outputs, Mapping) else 0
     return f"pass a loss_fn that takes such outputs, for example lambda outputs, targets: cross_entropy(outputs[{first}], targets)"
 
 
 def logits_of(outputs: Any) -> Tensor | None:
-    """A tensor of outputs, or their ``logits``; None where there are none."""
+    """The outputs if they are a tensor, or their ``logits``; None if there are none."""
     found = outputs if isinstance(outputs, Tensor) else _field(outputs, "logits")
     return found if isinstance(found, Tensor) else None
 
@@ -231,12 +201,12 @@ def _field(outputs: Any, name: str) -> Any:
 
 @contextmanager
 def failing(what: str, index: int, hint: str = "", **parts: Any) -> Iterator[None]:
-    """Turn any error of the model or the loss into one that names the batch and what is in it.
+    """Turn any error of the model or the loss into one that names and describes the batch.
 
     Args:
-        what: "the model", for example.
+        what: for example "the model".
         hint: what to do.
-        parts: by name, what to describe.
+        parts: what to describe, by name.
     """
     try:
         yield
@@ -249,13 +219,13 @@ def failing(what: str, index: int, hint: str = "", **parts: Any) -> Iterator[Non
 
 
 def _reason(error: Exception) -> str:
-    """The first line; the traceback of the cause has the others."""
+    """The first line of the message; the traceback of the cause has the others."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:400]}" if lines else type(error).__name__
 
 
 def describe(value: Any) -> str:
-    """Kind and shape, in a few words."""
+    """Type and shape, in a few words."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
     if isinstance(value, Mapping):
@@ -268,7 +238,7 @@ def describe(value: Any) -> str:
 
 
 def batch_size(inputs: Any, index: int) -> int:
-    """Samples in a batch: the length of the first tensor.
+    """Number of samples in a batch: the length of the first tensor.
 
     Raises:
         BatchError: there is no tensor.

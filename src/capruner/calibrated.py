@@ -1,22 +1,21 @@
-"""A calibrated model: what :func:`capruner.calibrate` returns. It solves for any sparsity, and searches for the largest that a metric allows."""
+"""The result of :func:`capruner.calibrate`: solves for any sparsity, and searches for the largest that a metric allows."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from capruner.agreement import agreeing
-from capruner.calibration import Calibration
+from capruner.calibration.driver import Calibrated, Calibration
 from capruner.checks import check_number, check_sparsity, show
 from capruner.config import check_competition
+from capruner.distributed import agreeing
 from capruner.job import Job
-from capruner.methods import Method
 from capruner.modes import eval_mode, weights_restored
 from capruner.result import PruningResult
 from capruner.targets import Sparsity, pruned_share, selected
@@ -45,22 +44,23 @@ class Sparsest:
 
 
 class CalibratedModel:
-    """One calibration, solved as often as wanted.
+    """One calibration that solves for any sparsity.
 
-    It holds the inverse Fisher blocks, the order of elimination and a copy of the weights that were calibrated. Changes of the model do not matter to it.
-    On several processes all of them call the same methods with the same arguments.
+    It holds the inverse Fisher blocks, the order of elimination and a copy of the weights that were calibrated, so the model may change.
+    With several processes all of them call the same methods with the same arguments.
 
     Args:
-        job: what was asked.
-        calibration: over all layers, run.
-        pruner: the method, ready to solve.
+        job: the arguments of :func:`capruner.calibrate`.
+        calibration: of all layers.
+        calibrated: its outcome.
     """
 
-    def __init__(self, job: Job, calibration: Calibration, pruner: Method) -> None:
-        self._job, self._calibration, self._pruner = job, calibration, pruner
-        # Copies: results have the device and dtype of these, whatever becomes of the model.
-        self._dense = {n: nn.Parameter(p.detach().clone(), requires_grad=False) for n, p in job.parameters.items()}
-        calibration.parameters = self._dense
+    def __init__(self, job: Job, calibration: Calibration, calibrated: Calibrated) -> None:
+        # Copies: results have the device and dtype of these, whatever happens to the model.
+        self._dense = {n: p.detach().clone() for n, p in job.parameters.items()}
+        self._job, self._calibration = job, calibration
+        self._calibrated = replace(calibrated, parameters=self._dense)
+        self._processes = calibrated.pruner.processes
         self._seconds = dict(calibration.clock.seconds)
 
     @agreeing
@@ -75,11 +75,10 @@ class CalibratedModel:
         """
         check_sparsity(sparsity)
         own = self._own(sparsity) if isinstance(sparsity, Mapping) else None
-        rungs = self._job.rungs(sparsity, own)
-        self._job.agreed([s for s, _ in rungs] if own is None else own)
+        levels = self._job.levels_at(sparsity, own)
+        self._job.agree(levels, own)
         self._calibration.clock.seconds = dict(self._seconds)
-        levels = self._calibration.solved_by(self._pruner, rungs)
-        return self._job.result(levels, self._calibration)
+        return self._job.result(self._calibrated.solve(levels), self._calibration)
 
     def sparsest(
         self,
@@ -133,7 +132,7 @@ class CalibratedModel:
 
         rounds = max(0, math.ceil(math.log2((high - low) / tolerance)))
         start = low
-        hidden = not self._calibration.progress or self._pruner.shards.rank != 0
+        hidden = not self._calibration.progress or self._processes.rank != 0
         with tqdm(total=1 + rounds, desc="sparsest", disable=hidden) as bar:
             if not meets(high):
                 while high - low > tolerance:
@@ -151,8 +150,8 @@ class CalibratedModel:
 
     def _measured(self, metric: Metric, weights: Mapping[str, Tensor], where: str) -> float:
         """The metric with these weights in place."""
-        model, shards = self._job.model, self._pruner.shards
-        with shards.together("evaluating the metric"), weights_restored(model), eval_mode(model), torch.no_grad():
+        model, everybody = self._job.model, self._processes
+        with everybody.together("evaluating the metric"), weights_restored(model), eval_mode(model), torch.no_grad():
             parameters = first_names(model)
             for name, weight in weights.items():
                 parameters[name].copy_(weight)
@@ -163,13 +162,13 @@ class CalibratedModel:
                 raise ValueError(f"metric must return a number, got {show(value)} for {where}") from None
             if not math.isfinite(number):
                 raise ValueError(f"metric must return a finite number, got {number} for {where}")
-        return shards.sum(number) / shards.size
+        return everybody.sum(number) / everybody.world_size
 
     def _pruned_already(self) -> float:
         """The lowest sparsity that ``masks`` leaves open."""
-        kept = self._job.kept
-        groups = [tuple(kept)] if self._job.config.global_sparsity else [(name,) for name in kept]
-        return max(pruned_share(names, kept) for names in groups)
+        masks = self._job.masks
+        groups = [tuple(masks)] if self._job.config.global_sparsity else [(name,) for name in masks]
+        return max(pruned_share(names, masks) for names in groups)
 
     def _own(self, sparsity: Mapping[float, Sequence[str]]) -> dict[str, float]:
         """The target of each calibrated parameter.

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from capruner.batches import BatchError
-from capruner.distributed import Shards
+from capruner.distributed import Partition
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -67,24 +67,24 @@ def checked(slab: dict[str, Tensor], batches: Sequence[int]) -> dict[str, Tensor
     return slab
 
 
-def check_heard(silent: Sequence[str], shards: Shards, noted: list[str], whole: bool) -> None:
-    """Warn of layers whose gradients are all zero, and note them.
+def check_heard(silent: Sequence[str], partition: Partition, noted: list[str], whole: bool) -> None:
+    """Warn about layers whose gradients are all zero, and note them.
 
     Args:
-        silent: layers of which this process owns blocks, and every gradient of these was zero.
-        noted: names are added to it.
-        whole: the layers of ``shards`` are all there are.
+        silent: layers of which this process owns blocks, all of whose gradients were zero.
+        noted: names are appended to it.
+        whole: the layers of ``partition`` are all there are.
 
     Raises:
         ValueError: every gradient of all layers is zero.
     """
-    if not shards.any(bool(silent)):
+    processes = partition.processes
+    if not processes.any(bool(silent)):
         return
-    own = {name: shards.own(name) for name in shards.layouts}
-    heard = {name for name, blocks in own.items() if blocks.stop > blocks.start and name not in silent}
-    names = [name for name in shards.layouts if not shards.any(name in heard)]
+    heard = {name for name in partition.layouts if partition.count(name) and name not in silent}
+    names = [name for name in partition.layouts if not processes.any(name in heard)]
     noted += [name for name in names if name not in noted]
-    if whole and len(names) == len(shards.layouts):
+    if whole and len(names) == len(partition.layouts):
         raise ValueError(NO_GRADIENT)
     if names:
         _LOGGER.warning(

@@ -1,4 +1,4 @@
-"""Gradients out of a model and a loader, in slabs of ``k``, leaving no trace on the model.
+"""Gradients of a model on calibration data, in slabs of ``k``; the model is not changed.
 
 ``batch``
     One gradient is the mean over one batch, as in the published recipes: ``m`` gradients cost ``m`` batches.
@@ -10,9 +10,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -23,17 +23,16 @@ from tqdm.auto import tqdm
 
 from capruner.batches import (
     BatchError,
-    Batches,
     batch_size,
     call_model,
     describe,
     failing,
     is_batched,
     logits_of,
-    own_copy,
     plain,
     take,
 )
+from capruner.calibration.stream import CalibrationStream
 from capruner.computed import FirstLook
 from capruner.finite import BadBatchError, check_loss, checked, floats
 from capruner.memory import halved
@@ -46,31 +45,12 @@ LossFunction = Callable[[Any, Any], Tensor]
 
 VMAP = "gradients='sample' needs torch.func.vmap, which not every operation supports; gradients='batch' does not"
 FEW_BATCHES = 16
-"""So many batches have to be drawn before a majority of bad ones ends the run: a loader without end would skip for ever."""
-
-
-@dataclass
-class Position:
-    """How far the drawing of gradients has come; brought up to date before each slab.
-
-    Attributes:
-        taken: gradients that came out.
-        batches: batches drawn, bad ones included.
-        samples: ``sample`` mode: samples of the last batch that are used up.
-        averaged: samples that the gradients taken are means over, all together.
-        skipped: numbers of the batches that were left out, in whole or in part, for NaN or Inf.
-    """
-
-    taken: int = 0
-    batches: int = 0
-    samples: int = 0
-    averaged: int = 0
-    skipped: list[int] = field(default_factory=list)
+"""After this many batches a majority of bad ones is an error: an endless loader would be skipped forever."""
 
 
 def gradient_slabs(
     model: nn.Module,
-    batches: Iterable[Any] | Batches,
+    stream: CalibrationStream,
     loss_fn: LossFunction,
     parameters: Mapping[str, nn.Parameter],
     num_grads: int,
@@ -78,26 +58,24 @@ def gradient_slabs(
     mode: GradientMode = "batch",
     slab: int = 16,
     on_bad_batch: OnBadBatch = "raise",
-    position: Position | None = None,
     progress: bool = True,
 ) -> Iterator[dict[str, Tensor]]:
     """Yield ``{name: (k, *shape)}`` slabs, ``k ≤ slab``, ``num_grads`` gradients in all; float32 (float64 for float64 parameters).
 
-    The tensors of a slab are only valid until the next one is asked for. Use inside :func:`capruner.modes.eval_mode`.
+    The tensors of a slab are valid until the next one is requested. Use inside :func:`capruner.modes.eval_mode`.
 
     Args:
-        model: called as ``model(inputs)``; a tuple or list of inputs is spread, a mapping goes in as keywords.
-        batches: see :func:`capruner.batches.as_batch`; copied to the model's device. Started again where they end too early and can be.
+        model: called as ``model(inputs)``; a tuple or list of inputs is unpacked, a mapping is passed as keywords.
+        stream: the data; counts the gradients, so that a resumed stream yields the remaining ones.
         loss_fn: ``loss_fn(outputs, targets)``, a scalar: the mean over the batch. For a batch that is a mapping, ``loss_fn(outputs, batch)``.
-        parameters: what to differentiate by.
+        parameters: what to differentiate with respect to.
         num_grads: batches (``mode="batch"``) or samples (``mode="sample"``) to draw.
-        on_bad_batch: ``"raise"``, or ``"skip"``: a batch (``mode="sample"``: the sample) with NaN or Inf is left out and another one drawn.
-        position: where to begin, if not at the start; tells after each slab how far the drawing has come.
+        on_bad_batch: ``"raise"``, or ``"skip"``: leave out a batch (``mode="sample"``: the sample) with NaN or Inf and draw another one.
 
     Raises:
         ValueError: the loader is empty, or an iterator that ends early.
-        BatchError: a batch that cannot be used; the model or the loss fails on one; a parameter does not take part in the loss.
-        BadBatchError: data, a loss or a gradient is NaN or Inf (with the batch and parameter); with ``on_bad_batch="skip"``: most batches are bad.
+        BatchError: an invalid batch; the model or the loss fails on one; a parameter does not take part in the loss.
+        BadBatchError: data, a loss or a gradient is NaN or Inf (names the batch and parameter); with ``on_bad_batch="skip"``: most batches are bad.
     """
     if mode not in get_args(GradientMode):
         raise ValueError(f"gradients must be one of {get_args(GradientMode)}, got {mode!r}")
@@ -109,86 +87,70 @@ def gradient_slabs(
         raise ValueError(
             f"{born[0]} was made in torch.inference_mode(), so it cannot have a gradient: build or load the model outside of it"
         )
-    device = next(iter(parameters.values())).device
-    at = Position() if position is None else position
-    if not isinstance(batches, Batches):
-        batches = Batches(batches)
-    if mode == "batch" and not at.batches:
-        batches.check_length(num_grads)
-    drawn = _drawn(batches, device, at)
+    if mode == "batch" and not stream.drawn:
+        stream.batches.check_length(num_grads)
     first = FirstLook(model, parameters)
     source = _BatchGradients if mode == "batch" else _SampleGradients
     with tqdm(
         total=num_grads,
-        initial=at.taken,
+        initial=stream.taken,
         desc="gradients",
         unit=mode,
         disable=None if progress else True,
         leave=False,
     ) as bar:
-        for slab_gradients in source(model, first, drawn, loss_fn, parameters, num_grads, slab, on_bad_batch, at):
-            bar.update(at.taken - bar.n)
+        for slab_gradients in source(model, first, stream, loss_fn, parameters, num_grads, slab, on_bad_batch):
+            bar.update(stream.taken - bar.n)
             yield slab_gradients
-    if at.taken < num_grads:
+    if stream.taken < num_grads:
         unit = "batches" if mode == "batch" else "samples"
         hint = "" if mode == "sample" else ", or gradients='sample' to draw one gradient from each sample"
-        bad = f" ({len(at.skipped)} bad batches were skipped)" if at.skipped else ""
+        bad = f" ({len(stream.skipped)} bad batches were skipped)" if stream.skipped else ""
         raise ValueError(
-            f"the calibration data ended after {at.taken} {unit}{bad} and cannot be started again, but num_grads is {num_grads}: pass a DataLoader or a "
-            f"list instead of an iterator, more data, or num_grads={max(at.taken, 1)}{hint}"
-            if at.batches
-            else "the calibration data is empty: not one batch came out of it"
+            f"the calibration data ended after {stream.taken} {unit}{bad} and cannot be started again, but num_grads is {num_grads}: pass a DataLoader or a "
+            f"list instead of an iterator, more data, or num_grads={max(stream.taken, 1)}{hint}"
+            if stream.drawn
+            else "the calibration data is empty: it yields no batch"
         )
-
-
-def _drawn(batches: Batches, device: torch.device, at: Position) -> Iterator[tuple[int, Any, Any]]:
-    """``(number, inputs, targets)``, copies on the device. In the middle of a ``sample`` mode batch that batch comes again."""
-    again = at.batches - 1
-    for index, batch in enumerate(batches.stream(max(again, 0)), start=max(again, 0)):
-        inputs, targets = batches.pair(batch, index)
-        at.batches = index + 1
-        if index == again and not at.samples:
-            continue
-        yield index, own_copy(inputs, device), own_copy(targets, device)
 
 
 @dataclass
 class _Source:
-    """Iterable of slabs; what both modes share."""
+    """Iterable of slabs; the base of both modes."""
 
     model: nn.Module
     looking: FirstLook
-    batches: Iterator[tuple[int, Any, Any]]
+    stream: CalibrationStream
     loss_fn: LossFunction
     parameters: Mapping[str, nn.Parameter]
     num_grads: int
     slab: int
     on_bad_batch: OnBadBatch
-    at: Position
 
     def bad(self, index: int, error: BadBatchError) -> None:
-        """Count a bad batch, or stop at it."""
+        """Note that a batch is skipped, or raise."""
         if self.on_bad_batch == "raise":
             raise error
-        if index not in self.at.skipped[-1:]:
-            self.at.skipped.append(index)
-        if self.at.batches >= FEW_BATCHES and 2 * len(self.at.skipped) > self.at.batches:
+        stream = self.stream
+        if index not in stream.skipped[-1:]:
+            stream.skipped.append(index)
+        if stream.drawn >= FEW_BATCHES and 2 * len(stream.skipped) > stream.drawn:
             raise BadBatchError(
-                f"{len(self.at.skipped)} of the first {self.at.batches} batches are bad, too many to skip; the last one: {error}"
+                f"{len(stream.skipped)} of the first {stream.drawn} batches are bad, too many to skip; the last one: {error}"
             )
 
 
 class _BatchGradients(_Source):
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        at, slab = self.at, min(self.slab, self.num_grads)
+        stream, slab = self.stream, min(self.slab, self.num_grads)
         rows = {
             name: torch.empty(slab, *p.shape, dtype=working_dtype(p), device=p.device)
             for name, p in self.parameters.items()
         }
         filled: list[int] = []  # the batch of each row
         averaged = 0
-        while at.taken + len(filled) < self.num_grads:
-            item = next(self.batches, None)
+        while stream.taken + len(filled) < self.num_grads:
+            item = next(stream, None)
             if item is None:
                 break
             try:
@@ -203,13 +165,13 @@ class _BatchGradients(_Source):
             filled.append(item[0])
             averaged += next((len(leaf) for leaf in tree_leaves(item[1]) if is_batched(leaf)), 1)
             if len(filled) == slab:
-                at.taken += slab
-                at.averaged += averaged
+                stream.taken += slab
+                stream.averaged += averaged
                 yield checked(rows, filled)
                 filled, averaged = [], 0
         if filled:
-            at.taken += len(filled)
-            at.averaged += averaged
+            stream.taken += len(filled)
+            stream.averaged += averaged
             yield checked({name: row[: len(filled)] for name, row in rows.items()}, filled)
 
 
@@ -266,10 +228,10 @@ def _detached(index: int, outputs: Any) -> str:
 
 class _SampleGradients(_Source):
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        at, parameters = self.at, self.parameters
+        stream, parameters = self.stream, self.parameters
         tried = False
-        while at.taken < self.num_grads:
-            item = next(self.batches, None)
+        while stream.taken < self.num_grads:
+            item = next(stream, None)
             if item is None:
                 return
             index, inputs, targets = item
@@ -284,9 +246,9 @@ class _SampleGradients(_Source):
                     tried = True
                 except BadBatchError:  # found again below
                     pass
-            start = at.samples  # not 0 in the batch in whose midst an earlier run had stopped
-            while start < size and at.taken < self.num_grads:
-                stop = min(start + self.slab, size, start + self.num_grads - at.taken)
+            start = stream.used  # not 0 in the batch at which an interrupted run stopped
+            while start < size and stream.taken < self.num_grads:
+                stop = min(start + self.slab, size, start + self.num_grads - stream.taken)
                 part = _rows(slice(start, stop), inputs, targets)
                 try:
                     gradients, losses = self._per_sample(index, *part)
@@ -306,13 +268,13 @@ class _SampleGradients(_Source):
                     good = _good_samples(slab, losses, part)
                     slab = {n: g[good] for n, g in slab.items()}
                 start = stop
-                at.samples = stop
+                stream.used = stop
                 found = len(next(iter(slab.values())))
-                at.taken += found
-                at.averaged += found
+                stream.taken += found
+                stream.averaged += found
                 if found:
                     yield slab
-            at.samples = 0
+            stream.used = 0
 
     def _per_sample(self, index: int, inputs: Any, targets: Any) -> tuple[dict[str, Tensor], Tensor]:
         """Gradients and losses ``(k, ...)`` of each sample. What is no tensor, or a scalar, is the same for all."""

@@ -1,32 +1,32 @@
-"""A pruning job: arguments that were checked against the model, before the first side effect. What ``prune``, ``calibrate`` and ``plan`` share."""
+"""A pruning job: arguments that were validated against the model, before any side effect. Shared by ``prune``, ``calibrate`` and ``plan``."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from capruner.agreement import agree
 from capruner.allocation import checked_costs
 from capruner.batches import Batches, BatchFunction
-from capruner.calibration import Calibration
+from capruner.calibration.driver import Calibration
+from capruner.calibration.memory_plan import log_groups, split_into_groups
+from capruner.checkpoint import RunCheckpoint
 from capruner.checks import check_arguments, check_finite
 from capruner.config import PruneConfig, check_competition
+from capruner.distributed import agree
+from capruner.files import digest
 from capruner.gradients import LossFunction
-from capruner.identity import loss_digest
-from capruner.labels import Chances, loss_of_model_labels
-from capruner.methods import Settings, Target
+from capruner.identity import loss_digest, model_digest
+from capruner.labels import loss_of_model_labels
+from capruner.methods import Settings, SparsityLevel
 from capruner.patterns import supporting
 from capruner.refine.distill import of_logits
-from capruner.refine.levels import Distiller, Replay
+from capruner.refine.levels import Replay
 from capruner.result import Level, PruningResult
-from capruner.resume import fingerprint, knobs, recall
-from capruner.state import State
-from capruner.targets import Sparsity, check_not_below, initial_masks, rungs_of, selected
+from capruner.targets import Sparsity, check_not_below, initial_masks, selected, sparsity_levels
 from capruner.weights import left_dense, linear_weights, log_selection
 from capruner.wrappers import by_first_name, unwrap
 
@@ -36,29 +36,31 @@ class Job:
     """What to calibrate, and how.
 
     Attributes:
-        model: not wrapped.
-        data: None for methods without gradients.
+        model: without wrappers.
+        batches: the data; None if there is none.
         parameters: ``{name: parameter}`` to prune.
-        passed: names of those that are left dense with a warning already given.
+        passed: reasons, by name, of parameters that are left dense and were warned about.
         dense: rows of the weights that are left dense.
-        skipped: names of those that cannot hold the mask type.
+        skipped: names of the parameters that do not support the mask type.
         settings: what the method reads of ``config``.
-        kept: masks of earlier pruning, True = remains.
+        masks: of earlier pruning, True = keep.
         own: with sparsities per layer, the target of each.
+        levels: what to solve for; empty if that is decided later.
         total_weights: weights of the whole model.
     """
 
     config: PruneConfig
     model: nn.Module
-    data: Batches | None
+    batches: Batches | None
     loss_fn: LossFunction
     parameters: dict[str, nn.Parameter]
     passed: Mapping[str, str]
     dense: list[dict[str, Any]]
     skipped: list[str]
     settings: Settings
-    kept: dict[str, Tensor]
+    masks: dict[str, Tensor]
     own: dict[str, float] | None
+    levels: list[SparsityLevel]
     total_weights: int
 
     @classmethod
@@ -75,12 +77,12 @@ class Job:
         without_data: bool = False,
         **others: Any,
     ) -> Job:
-        """Check arguments, see :func:`capruner.prune`.
+        """Validate arguments, see :func:`capruner.prune`.
 
         Args:
-            sparsity: None: what remains open until later.
-            without_data: accept that there are no batches where gradients are needed.
-            others: arguments that are checked only.
+            sparsity: None: decided later.
+            without_data: accept a missing ``batches``.
+            others: arguments that are only checked.
 
         Raises:
             ValueError: an invalid argument, parameter selection or model.
@@ -106,7 +108,6 @@ class Job:
                 raise ValueError(f"distill_passes={config.distill_passes:g} needs data: give `batches`")
         if config.distill_passes and isinstance(batches, Iterator):
             batches = Replay(batches, batch_fn)
-        draw = Chances() if config.labels == "model" else None
         selection, own = selected(
             model, params, 0.0 if sparsity is None else sparsity, config.exclude, config.kind.uses_gradients
         )
@@ -117,10 +118,10 @@ class Job:
         if config.costs is not None:
             costs = checked_costs(by_first_name(model, config.costs, "costs"), parameters)
             check_competition(config, per_layer=own is not None)
-        return cls(
+        job = cls(
             config,
             model,
-            None if batches is None else Batches(batches, batch_fn, draw),
+            None if batches is None else Batches(batches, batch_fn),
             loss_fn,
             parameters,
             selection.passed,
@@ -129,97 +130,103 @@ class Job:
             config.settings(costs),
             initial_masks(model, parameters, masks),
             own,
+            [],
             sum(p.numel() for p in model.parameters()),
         )
+        return job if sparsity is None else replace(job, levels=job.levels_at(sparsity, own))
 
-    def rungs(
-        self, sparsity: Sparsity | Sequence[float], own: Mapping[str, float] | None
-    ) -> list[tuple[float, list[Target]]]:
-        """Per sparsity, ascending, its targets.
+    def levels_at(self, sparsity: Sparsity | Sequence[float], own: Mapping[str, float] | None) -> list[SparsityLevel]:
+        """The levels of ``sparsity``, ascending.
 
         Raises:
-            ValueError: a sparsity that is invalid, or below what earlier pruning has reached.
+            ValueError: a sparsity that is invalid, or below what ``masks`` has pruned already.
         """
-        rungs = rungs_of(self.parameters, own, sparsity, self.config.global_sparsity, self.config.pattern)
-        check_not_below(rungs[0][1], self.kept, self.config.pattern)
-        return rungs
+        levels = sparsity_levels(self.parameters, own, sparsity, self.config.global_sparsity, self.config.pattern)
+        check_not_below(levels[0].targets, self.masks, self.config.pattern)
+        return levels
 
-    def agreed(self, sparsities: Any, with_state: bool = False) -> dict[str, Any]:
-        """The arguments that decide the result, as JSON values, the same on all processes.
+    def agree(
+        self, levels: Sequence[SparsityLevel], own: Mapping[str, float] | None, state_dir: bool = False
+    ) -> dict[str, Any]:
+        """The arguments that decide the result, as JSON values, after a check that all processes have the same.
 
         Raises:
             ValueError: the processes were called with different arguments or models.
         """
-        same = (
-            *("method", "num_recomputations", "recomputation_inter_func", "gradients", "labels", "on_bad_batch"),
-            *("distill_passes", "global_sparsity"),
-        )
-        arguments: dict[str, Any] = {name: getattr(self.config, name) for name in same}
-        arguments |= {"memory_budget": self.config.budget, "sparsity": sparsities, **knobs(self.settings, self.kept)}
-        given = {"params": list(self.parameters), "batches": self.data is not None, "state_dir": with_state}
-        agree(arguments | given, self.model)
+        arguments: dict[str, Any] = {name: getattr(self.config, name) for name in (*_REPORTED, *_DECIDING)}
+        sparsities = [level.sparsity for level in levels] if own is None else own
+        arguments |= {
+            "memory_budget": self.config.budget,
+            "sparsity": sparsities,
+            **deciding(self.settings, self.masks),
+        }
+        presence = {"params": list(self.parameters), "batches": self.batches is not None, "state_dir": state_dir}
+        agree(arguments | presence, self.model)
         return arguments
 
-    def state(self, folder: str | Path, arguments: Mapping[str, Any]) -> State:
-        """The state folder of this job, opened."""
-        batch_fn = None if self.data is None else self.data.batch_fn
-        code = {
-            "loss": loss_digest(self.loss_fn),
-            "batch_fn": None if batch_fn is None else loss_digest(batch_fn),
-        }
-        return State(folder, {**arguments, **code, **fingerprint(self.model, self.parameters)})
+    def start(self, progress: bool, state_dir: str | Path | None = None) -> Calibration:
+        """The calibration of this job. Logs what is pruned; opens the checkpoint in ``state_dir``.
 
-    def calibration(self, progress: bool, state: State | None = None) -> Calibration:
-        """The calibration that does the work, brought to where ``state`` was left. Logs what is pruned and what is not."""
+        Raises:
+            ValueError: the processes disagree, or the memory budget is too small.
+        """
+        arguments, config = self.agree(self.levels, self.own, state_dir is not None), self.config
         log_selection(self.model, self.parameters, self.dense, self.passed)
-        loss_fn = loss_of_model_labels(self.loss_fn) if self.config.labels == "model" else self.loss_fn
-        if self.config.distill_passes:
-            loss_fn = of_logits(loss_fn)  # refused at the first batch, and not after the calibration
+        loss_fn = loss_of_model_labels(self.loss_fn) if config.labels == "model" else self.loss_fn
+        if config.distill_passes:
+            loss_fn = of_logits(loss_fn)  # other outputs are refused at the first batch, and not after the calibration
         calibration = Calibration(
             self.model,
-            self.data,
+            Batches(()) if self.batches is None else self.batches,
             loss_fn,
             self.parameters,
             self.settings,
-            self.config.gradients,
+            config.gradients,
+            config.labels,
+            config.on_bad_batch,
             progress,
-            self.config.budget,
-            self.config.on_bad_batch,
-            state,
         )
-        if state is not None:
-            recall(state, calibration.notes, calibration.clock.seconds)
+        log_groups(calibration, split_into_groups(calibration, config.kind, config.budget), config.budget)
+        if state_dir is not None:
+            identity, notes, clock = self._identity(arguments), calibration.notes, calibration.clock
+            calibration.checkpoint = RunCheckpoint(state_dir, identity, notes, clock)
         return calibration
 
-    def refined(self, levels: list[Level], calibration: Calibration) -> tuple[list[Level], list[dict[str, Any]]]:
-        """The levels after distillation, and what the report says of it; the levels themselves without ``distill_passes``."""
-        passes = self.config.distill_passes
-        if not passes or self.data is None:
-            return levels, []
-        skip_bad = self.config.on_bad_batch == "skip"
-        state, clock, progress = calibration.state, calibration.clock, calibration.progress
-        distiller = Distiller(self.model, self.data, passes, skip_bad, state, clock, progress)
-        return [distiller(level) for level in levels], distiller.notes
+    def _identity(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """What a checkpoint of this job is recognised by."""
+        model, batch_fn = self.model, None if self.batches is None else self.batches.batch_fn
+        tensors = (part for named in (*model.named_parameters(), *model.named_buffers()) for part in named)
+        return {
+            **arguments,
+            "loss": loss_digest(self.loss_fn),
+            "batch_fn": None if batch_fn is None else loss_digest(batch_fn),
+            "parameters": {name: [str(p.dtype), *p.shape] for name, p in self.parameters.items()},
+            "weights": digest(tensors),
+            "model": model_digest(model),
+        }
 
-    def result(
-        self, levels: list[Level], calibration: Calibration, distilled: Sequence[dict[str, Any]] = ()
-    ) -> PruningResult:
+    def result(self, levels: list[Level], calibration: Calibration) -> PruningResult:
         """The result, with the settings that it was calibrated with."""
         config = self.config
-        same = ("num_recomputations", "recomputation_inter_func", "gradients", "labels", "global_sparsity")
-        return PruningResult(
-            method=config.method,
-            levels=levels,
-            total_weights=self.total_weights,
-            settings=asdict(self.settings)
-            | {"pattern": str(config.pattern), **{name: getattr(config, name) for name in same}}
-            | {
-                "skipped": self.skipped,
-                "distill_passes": config.distill_passes,
-                "distill": list(distilled),
-                "left_dense": self.dense,
-                "block_sizes": {name: layout.block_size for name, layout in calibration.layouts.items()},
-                **copy.deepcopy(calibration.notes),
-            },
-            timings=dict(calibration.clock.seconds),
-        )
+        settings = asdict(self.settings) | {"pattern": str(config.pattern)}
+        settings |= {name: getattr(config, name) for name in _REPORTED} | {
+            "skipped": self.skipped,
+            "distill_passes": config.distill_passes,
+            "left_dense": self.dense,
+            "block_sizes": {name: layout.block_size for name, layout in calibration.layouts.items()},
+        }
+        settings |= calibration.notes.state_dict()
+        return PruningResult(config.method, levels, self.total_weights, settings, dict(calibration.clock.seconds))
+
+
+_REPORTED = ("num_recomputations", "recomputation_inter_func", "gradients", "labels", "global_sparsity")
+_DECIDING = ("method", "on_bad_batch", "distill_passes")
+"""Knobs that decide the result, and are not among the method's settings."""
+
+
+def deciding(settings: Settings, masks: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Settings that decide the result, as JSON values, and a digest of the masks."""
+    others = ("blocks_in_parallel", "fisher_inv_device", "pattern")
+    found = {key: value for key, value in asdict(settings).items() if key not in others}
+    dense = all(mask.all() for mask in masks.values())
+    return found | {"pattern": str(settings.pattern), "masks": None if dense else digest(masks.values())}

@@ -16,7 +16,6 @@ frequencies are orthonormal.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -24,14 +23,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from capruner.batches import BatchError, batch_size, default_loss, describe, logits_of
-from capruner.distributed import world
+from capruner.distributed import processes
 from capruner.gradients import LossFunction
 
 Labels = Literal["data", "model"]
 
 
 def loss_of_model_labels(loss_fn: LossFunction) -> LossFunction:
-    """A loss whose gradients estimate the Fisher matrix of ``loss_fn``, from the uniform random numbers of :class:`Chances` that come as targets.
+    """A loss whose gradients estimate the Fisher matrix of ``loss_fn``, from the uniform random numbers of :func:`draw_uniform` that come as targets.
 
     Cross-entropy, without weights or smoothing: all classes at once, see the module's docstring. Any other loss: each random number becomes the class at
     that place of the cumulative distribution, which needs the model's outputs, and only the loss sees these.
@@ -70,14 +69,10 @@ def _of_all_classes(logits: Tensor, chances: Tensor) -> Tensor:
     return -(signs.to(log_p) * (log_p.detach() / 2).exp() * log_p).sum(dim=1).mean()
 
 
-@dataclass(frozen=True)
-class Chances:
-    """Uniform random numbers for the samples of a batch. They depend on the seed and on the batch's number alone."""
-
-    seed: int = 0
-
-    def __call__(self, index: int, inputs: Any) -> Tensor:
-        rank, size = world()
-        # The number that this batch has among those of all processes, which share out one stream.
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index * size + rank)
-        return torch.rand(batch_size(inputs, index), generator=generator, dtype=torch.float64)
+def draw_uniform(index: int, inputs: Any, seed: int = 0) -> Tensor:
+    """Uniform random numbers for the samples of batch number ``index``, in place of its targets."""
+    everybody = processes()
+    # The number of this batch in the stream that all processes share.
+    number = index * everybody.world_size + everybody.rank
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+    return torch.rand(batch_size(inputs, index), generator=generator, dtype=torch.float64)

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from capruner.agreement import agreeing
 from capruner.batches import BatchFunction, default_loss
-from capruner.calibration import Calibration
+from capruner.calibration.driver import Calibration
+from capruner.calibration.memory_plan import estimate_memory, split_into_groups
 from capruner.config import Knobs, PruneConfig, resolve
-from capruner.distributed import Shards
+from capruner.distributed import Partition, agreeing, processes
 from capruner.gradients import LossFunction, gradient_slabs
 from capruner.job import Job
 from capruner.keywords import takes_knobs
@@ -105,16 +105,15 @@ def plan(
             "batches is an iterator, which would lose what plan() draws; pass a DataLoader or a list, or leave batches out"
         )
     job = Job.of(config, model, batches, loss_fn, params, masks, batch_fn, without_data=True, progress=False)
-    job.agreed(None)
-    calibration = job.calibration(progress=False)
-    parts = calibration.parts(config.kind)
+    calibration = job.start(progress=False)
+    groups = split_into_groups(calibration, config.kind, config.budget)
     layers = [
         {"name": name, "shape": list(p.shape), "numel": p.numel(), "block_size": calibration.layouts[name].block_size}
         for name, p in job.parameters.items()
     ]
-    fisher, peak = calibration.memory(config.kind, parts)
-    memory = {"fisher_blocks": fisher, "peak": peak, "groups": len(parts)}
-    seconds = None if batches is None else _seconds(job, calibration, len(parts))
+    fisher, peak = estimate_memory(calibration, config.kind, groups)
+    memory = {"fisher_blocks": fisher, "peak": peak, "groups": len(groups)}
+    seconds = None if batches is None else _seconds(job, calibration, len(groups))
     return Plan(layers, job.dense, memory, seconds, job.total_weights, config)
 
 
@@ -124,7 +123,7 @@ def _seconds(job: Job, calibration: Calibration, groups: int) -> float:
     seconds = 0.0
     with _same_random_numbers():
         if job.config.kind.uses_gradients:
-            seconds += job.settings.num_grads * _seconds_of_gradient(calibration) / Shards({}).size
+            seconds += job.settings.num_grads * _seconds_of_gradient(calibration) / processes().world_size
         sizes: dict[tuple[int, torch.dtype], list[int]] = {}
         for name, p in job.parameters.items():
             layout = calibration.layouts[name]
@@ -142,12 +141,11 @@ def _seconds(job: Job, calibration: Calibration, groups: int) -> float:
 
 def _seconds_of_gradient(calibration: Calibration) -> float:
     """Of the second slab: the first one starts workers, compiles and warms up."""
-    assert calibration.batches is not None
-    slab = 1 if calibration.gradients == "batch" else calibration.slab()
+    slab = 1 if calibration.gradients == "batch" else calibration.slab
     with eval_mode(calibration.model):
         slabs = gradient_slabs(
             calibration.model,
-            calibration.batches,
+            calibration.stream(),
             calibration.loss_fn,
             calibration.parameters,
             2 * slab,
@@ -161,8 +159,8 @@ def _seconds_of_gradient(calibration: Calibration) -> float:
         with clock("gradients"):
             rows = next(slabs)
         del slabs
-    shards = Shards({})
-    return shards.sum(clock.seconds["gradients"]) / shards.size / len(next(iter(rows.values())))
+    everybody = processes()
+    return everybody.sum(clock.seconds["gradients"]) / everybody.world_size / len(next(iter(rows.values())))
 
 
 def _seconds_of_blocks(calibration: Calibration, job: Job, size: int, dtype: torch.dtype, some: int) -> float:
@@ -170,22 +168,21 @@ def _seconds_of_blocks(calibration: Calibration, job: Job, size: int, dtype: tor
     layout = BlockLayout((some, size), size)
     name, device = "a block", next(iter(job.parameters.values())).device
     method, settings = job.config.kind, replace(job.settings, costs=None, damp=0.5, relative_damp=True)
-    shards = Shards({name: layout}, method.whole_layers)
-    own = shards.own(name)
-    weights = torch.randn(own.stop - own.start, size, dtype=dtype, device=device)
+    partition = Partition({name: layout}, method.whole_layers)
+    weights = torch.randn(partition.count(name), size, dtype=dtype, device=device)
     pattern = job.config.pattern
     target = Target((name,), layout.numel, 0.5 if pattern.sparsity is None else pattern.sparsity)
     runs = []
     for _ in range(2):  # the first one compiles and warms up
-        pruner, clock = method(shards, settings, Stopwatch()), Stopwatch()
+        pruner, clock = method(partition, settings, Stopwatch()), Stopwatch()
         with clock("blocks"):
-            for start in range(0, settings.num_grads if method.uses_gradients else 0, calibration.slab()):
-                rows = min(calibration.slab(), settings.num_grads - start)
+            for start in range(0, settings.num_grads if method.uses_gradients else 0, calibration.slab):
+                rows = min(calibration.slab, settings.num_grads - start)
                 pruner.add({name: weights.new_empty(rows, *weights.shape).normal_()})
             pruner.prepare({name: weights.clone()}, {name: torch.zeros_like(weights, dtype=torch.bool)})
             pruner.solve([[target]])
         runs.append(clock.seconds["blocks"])
-    return shards.sum(min(runs)) / shards.size
+    return partition.processes.sum(min(runs)) / partition.processes.world_size
 
 
 @contextmanager

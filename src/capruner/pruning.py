@@ -1,4 +1,4 @@
-"""``prune``: plan, calibrate, solve, refine, result. ``calibrate`` stops half-way, so that any number of sparsities can be solved for later."""
+"""``prune``: plan, calibrate, solve, refine, result. ``calibrate`` stops halfway, so that any sparsity can be solved for later."""
 
 from __future__ import annotations
 
@@ -10,27 +10,29 @@ from typing import Any, Literal, Unpack
 import torch
 from torch import Tensor, nn
 
-from capruner.agreement import agree, agreeing
 from capruner.batches import Batches, BatchFunction, default_loss
 from capruner.calibrated import CalibratedModel
-from capruner.calibration import Calibration
+from capruner.calibration.driver import Calibration
+from capruner.calibration.levels import calibrate_levels
+from capruner.calibration.memory_plan import split_into_groups
 from capruner.checks import check_arguments, check_masks, check_sparsity
 from capruner.config import Knobs, PruneConfig, resolve
+from capruner.distributed import agree, agreeing
 from capruner.fisher import Solver
 from capruner.gradients import GradientMode, LossFunction
-from capruner.job import Job
+from capruner.job import Job, deciding
 from capruner.keywords import takes_knobs
-from capruner.methods import OBS
-from capruner.recomputation import recomputed_levels
-from capruner.result import PruningResult
-from capruner.resume import knobs as deciding
+from capruner.methods import OBS, SparsityLevel
+from capruner.recomputation import recompute_levels
+from capruner.refine.levels import refine_levels
+from capruner.result import Level, PruningResult
 from capruner.selection import select_parameters
 from capruner.targets import Sparsity, initial_masks, pruned_share
 from capruner.wrappers import unwrap
 
 
 @takes_knobs
-def checked(
+def make_job(
     model: nn.Module,
     batches: Iterable[Any] | None,
     loss_fn: LossFunction = default_loss,
@@ -44,18 +46,16 @@ def checked(
     config: PruneConfig | None = None,
     **knobs: Unpack[Knobs],
 ) -> Job:
-    """Check everything about a call of :func:`prune`, whose arguments these are, that can be checked before any data is drawn.
+    """Validate the arguments of a call of :func:`prune`, before any side effect.
 
     Raises:
         ValueError: as :func:`prune`.
     """
     config = resolve(config, knobs)
     check_sparsity(sparsity)
-    job = Job.of(
+    return Job.of(
         config, model, batches, loss_fn, params, masks, batch_fn, sparsity, state_dir=state_dir, progress=progress
     )
-    job.rungs(sparsity, job.own)
-    return job
 
 
 @agreeing
@@ -76,33 +76,34 @@ def prune(
 ) -> PruningResult:
     """Compute masks and re-fitted weights for ``model`` at one or more sparsities.
 
-    The model itself is not changed: :meth:`PruningResult.apply` does that, for any sparsity of the list.
+    The model is not changed: :meth:`PruningResult.apply` writes the weights of any sparsity of the list into it.
 
     Args:
-        model: any module; its parameters' device is where the work happens.
+        model: any module; computations run on the device of its parameters.
         batches: any iterable of ``(inputs, targets)``, such as a ``DataLoader``. A batch that is a mapping (a dict, Hugging Face's ``BatchEncoding`` or
-            ``BatchFeature``) goes into the model as keywords. An iterable that ends before ``num_grads`` is started again, and it is started again
-            for every calibration; an iterator continues. ``None`` for ``method="magnitude"``.
-        loss_fn: ``loss_fn(outputs, targets)``, the mean over a batch; ``loss_fn(outputs, batch)`` where the batch is a mapping. Default: cross-entropy
-            of the outputs or of their ``logits``; where the batch is a mapping, the output's own ``loss``.
-        sparsity: share of the selected weights to remove, in [0, 1); a list of them; or SparseML's dict ``{sparsity: [params]}``, which gives
-            layers targets of their own (``params`` is not looked at then); of two entries with the same parameter the first counts.
+            ``BatchFeature``) is passed to the model as keywords. Each calibration iterates over it, again if it ends before ``num_grads``; an iterator
+            continues. ``None`` for ``method="magnitude"``.
+        loss_fn: ``loss_fn(outputs, targets)``, the mean over a batch; ``loss_fn(outputs, batch)`` if the batch is a mapping. Default: cross-entropy
+            of the outputs or of their ``logits``; if the batch is a mapping, the output's own ``loss``.
+        sparsity: fraction of the selected weights to prune, in [0, 1); a list of them; or SparseML's dict ``{sparsity: [params]}``, which sets per-layer
+            targets and overrides ``params``; the first matching entry wins.
         params: parameter or module names, ``re:`` patterns, ``__ALL__``, ``__ALL_PRUNABLE__``: the weights of all Linear, convolution, attention and
-            recurrent layers, see :func:`capruner.selection.select`. Frozen ones are passed over, with a warning, where gradients are needed.
-        masks: what earlier pruning removed, ``{name: bool, True = stays}``, or ``"zeros"``: every weight that is exactly 0. Those stay removed.
-        state_dir: a folder for what is needed to go on after a kill: the same call with the same data in the same order then draws no gradient
-            twice, and ends with the same bits (on a CPU). Saved every two minutes or so, and after each calibration. Up to twice the bytes of the
-            Fisher blocks. It stays after the end, so that nothing is lost before the result is safe: :func:`capruner.remove_state` deletes it.
+            recurrent layers, see :func:`capruner.selection.select`. If gradients are needed, frozen parameters are left out with a warning.
+        masks: masks of earlier pruning, ``{name: bool, True = keep}``, or ``"zeros"``: every weight that is exactly 0 is pruned already. Pruned weights remain
+            pruned.
+        state_dir: a folder for checkpoints. After an interruption the same call with the same data in the same order resumes: it computes no gradient
+            twice, and its result is bit-identical (on a CPU). Saved about every two minutes and after each calibration; takes up to twice the bytes of
+            the Fisher blocks. :func:`capruner.remove_state` deletes it once the result is saved.
         batch_fn: turns a batch of any other kind into ``(inputs, targets)``.
         progress: show progress bars.
         config: all knobs as one object; keywords win over it.
         knobs: the fields of :class:`capruner.PruneConfig`, as keywords.
 
     Raises:
-        ValueError: an argument, a parameter selection, data, or a state folder that cannot be; the message says which and what to do.
-        NotPositiveDefiniteError: a Fisher block will not factor; the message says where and what damping to try.
+        ValueError: an invalid argument, parameter selection, batch or checkpoint; the message says which and what to do.
+        NotPositiveDefiniteError: a Fisher block is not positive definite; the message says where and what damping to try.
     """
-    job = checked(
+    job = make_job(
         model,
         batches,
         loss_fn,
@@ -115,19 +116,24 @@ def prune(
         config=config,
         **knobs,
     )
-    rungs, config = job.rungs(sparsity, job.own), job.config
-    arguments = job.agreed([s for s, _ in rungs] if job.own is None else job.own, with_state=state_dir is not None)
-    state = None if state_dir is None else job.state(state_dir, arguments)
-    calibration = job.calibration(progress, state)
+    calibration = job.start(progress, state_dir)
+    levels = solve_levels(job, calibration)
+    levels = refine_levels(calibration, levels, job.config.distill_passes)
+    calibration.checkpoint.close()
+    return job.result(levels, calibration)
+
+
+def solve_levels(job: Job, calibration: Calibration) -> list[Level]:
+    """Calibrate and solve for the levels of ``job``: all at once, or with recomputations one after the other."""
+    config, kind = job.config, job.config.kind
+
+    def calibrate(masks: Mapping[str, Tensor], levels: Sequence[SparsityLevel]) -> list[Level]:
+        return calibrate_levels(calibration, kind, masks, levels, config.budget)
+
     if config.num_recomputations == 1:
-        levels = calibration.levels(config.kind, job.kept, rungs)
-    else:
-        steps, interpolation = config.num_recomputations, config.recomputation_inter_func
-        levels = recomputed_levels(calibration, config.kind, job.kept, rungs, steps, interpolation)
-    levels, distilled = job.refined(levels, calibration)
-    if state is not None:
-        state.close()
-    return job.result(levels, calibration, distilled)
+        return calibrate(job.masks, job.levels)
+    steps, interpolation = config.num_recomputations, config.recomputation_inter_func
+    return recompute_levels(job.model, job.parameters, job.masks, job.levels, steps, interpolation, calibrate)
 
 
 @agreeing
@@ -144,18 +150,17 @@ def calibrate(
     config: PruneConfig | None = None,
     **knobs: Unpack[Knobs],
 ) -> CalibratedModel:
-    """Do the expensive half of :func:`prune`: gradients, Fisher matrix and elimination. Any sparsity is then cheap.
+    """Compute the expensive half of :func:`prune`: gradients, Fisher matrix and elimination. Any sparsity is then cheap.
 
-    The model is not changed, and it may be used, pruned or trained before :meth:`CalibratedModel.solve` is called: the calibration holds what it needs, which
-    is about the memory of the Fisher blocks, until it is deleted.
+    The model is not changed, and may be used, pruned or trained before :meth:`CalibratedModel.solve` is called: the calibration holds what it needs, about
+    the memory of the Fisher blocks, until it is deleted.
 
     Args:
         model, batches, loss_fn, params, masks, batch_fn, progress, config, knobs: see :func:`prune`.
 
     Raises:
-        ValueError: as :func:`prune`; and for what one calibration of the dense model cannot hold: ``num_recomputations`` above 1, ``distill_passes``, a
-            ``memory_budget`` that needs several groups of layers.
-        NotPositiveDefiniteError: a Fisher block will not factor.
+        ValueError: as :func:`prune`; and for ``num_recomputations`` above 1, ``distill_passes``, or a ``memory_budget`` that needs several groups of layers.
+        NotPositiveDefiniteError: a Fisher block is not positive definite.
     """
     config = resolve(config, knobs)
     if config.num_recomputations > 1:
@@ -169,9 +174,14 @@ def calibrate(
             "capruner.distill"
         )
     job = Job.of(config, model, batches, loss_fn, params, masks, batch_fn, progress=progress)
-    job.agreed(None)
-    calibration = job.calibration(progress)
-    return CalibratedModel(job, calibration, calibration.whole_run(config.kind, job.kept))
+    calibration = job.start(progress)
+    groups = split_into_groups(calibration, config.kind, config.budget)
+    if len(groups) > 1:
+        raise ValueError(
+            f"memory_budget={config.memory_budget} calibrates the layers in {len(groups)} groups, and calibrate() holds all of them at once; call prune() "
+            "with the sparsities instead, allow more memory, or use a smaller fisher_block_size or method='fast_cap'"
+        )
+    return CalibratedModel(job, calibration, calibration.run(config.kind, job.masks, calibration.stream()))
 
 
 @agreeing
@@ -193,17 +203,17 @@ def compensate_masks(
     batch_fn: BatchFunction | None = None,
     progress: bool = True,
 ) -> PruningResult:
-    """The exact OBS weights for masks from anywhere: another pruner's, NVIDIA's, hand-made.
+    """Compute the exact OBS weights for masks of any origin: another pruner, NVIDIA's tools, or hand-made.
 
     Args:
-        masks: ``{parameter name: tensor}``, True or non-zero = stays. Parameters without a mask are left alone.
+        masks: ``{parameter name: tensor}``, True or non-zero = keep. Parameters without a mask are not changed.
         model, batches, loss_fn, num_grads, ...: see :func:`prune`.
 
     Returns:
         A result with one level; ``result.apply(model)`` needs no sparsity.
 
     Raises:
-        ValueError: as :func:`prune`; a mask that names no parameter or has another shape.
+        ValueError: as :func:`prune`; a mask that names no parameter, or has the wrong shape.
     """
     check_arguments(locals())
     check_masks(masks)
@@ -221,21 +231,22 @@ def compensate_masks(
     )
     model = unwrap(model)
     parameters = select_parameters(model, list(masks))
-    kept = initial_masks(model, parameters, masks)
+    keep = initial_masks(model, parameters, masks)
     settings = config.settings(shrinks=True)
-    agree({"gradients": gradients, "params": list(parameters), **deciding(settings, kept)}, model)
-    data = Batches(batches, batch_fn)
-    calibration = Calibration(model, data, loss_fn, parameters, settings, gradients, progress)
-    # OBS keeps the inverses; the masks come to the solver as an order whose prefix is what leaves.
-    nothing_yet = {name: torch.ones_like(mask) for name, mask in kept.items()}
-    pruner = calibration.run(OBS, nothing_yet)
+    agree({"gradients": gradients, "params": list(parameters), **deciding(settings, keep)}, model)
+    calibration = Calibration(
+        model, Batches(batches, batch_fn), loss_fn, parameters, settings, gradients, progress=progress
+    )
+    dense = {name: torch.ones_like(mask) for name, mask in keep.items()}
+    calibrated = calibration.run(OBS, dense, calibration.stream())
+    pruner, layouts = calibrated.pruner, calibration.layouts
     assert isinstance(pruner, OBS)
-    gone = {n: calibration.layouts[n].to_blocks(~k, torch.bool)[pruner.shards.own(n)] for n, k in kept.items()}
-    level = calibration.level(pruner.shards, pruned_share(tuple(kept), kept), pruner.solve_masks(gone))
+    blocks = {n: layouts[n].to_blocks(~k, torch.bool)[pruner.partition.own(n)] for n, k in keep.items()}
+    level = calibrated.level(pruned_share(tuple(keep), keep), pruner.solve_masks(blocks))
     return PruningResult(
         method="masks",
         levels=[level],
         total_weights=sum(p.numel() for p in model.parameters()),
-        settings=asdict(settings) | {"pattern": "given", "gradients": gradients, **calibration.notes},
+        settings=asdict(settings) | {"pattern": "given", "gradients": gradients, **calibration.notes.state_dict()},
         timings=calibration.clock.seconds,
     )

@@ -1,21 +1,18 @@
-"""Recomputations: each sparsity is reached in steps, with a fresh calibration at the weights of the step before."""
+"""Recomputations: reach each sparsity in steps, each with a fresh calibration at the weights of the step before."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from capruner.methods import Method, Target
+from capruner.methods import SparsityLevel
 from capruner.modes import weights_restored
 from capruner.result import Level
 from capruner.targets import pruned_share
-
-if TYPE_CHECKING:
-    from capruner.calibration import Calibration
 
 Interpolation = Literal["linear", "cubic", "geometric"]
 
@@ -28,31 +25,37 @@ INTERPOLATIONS: dict[str, Callable[[float, float, float], float]] = {
 
 
 @torch.no_grad()
-def recomputed_levels(
-    calibration: Calibration,
-    method: type[Method],
-    kept: Mapping[str, Tensor],
-    rungs: Sequence[tuple[float, Sequence[Target]]],
+def recompute_levels(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    masks: Mapping[str, Tensor],
+    levels: Sequence[SparsityLevel],
     steps: int,
     interpolation: Interpolation,
+    calibrate: Callable[[Mapping[str, Tensor], Sequence[SparsityLevel]], list[Level]],
 ) -> list[Level]:
-    """The levels of ``rungs``, each reached from the one before in ``steps`` calibrations, whose predicted losses add up. The model's weights are restored."""
-    climb = INTERPOLATIONS[interpolation]
-    levels = []
-    with weights_restored(calibration.model):
-        for s, targets in rungs:
-            starts = [pruned_share(target.names, kept) for target in targets]
-            losses = dict.fromkeys(calibration.parameters, 0.0)
+    """Reach each level from the one before in ``steps`` calibrations, whose predicted losses add up. The model's weights are restored.
+
+    Args:
+        masks: what is pruned already, True = keep.
+        calibrate: solves for levels at the model's present weights, given the masks reached.
+    """
+    sparsity_at = INTERPOLATIONS[interpolation]
+    reached = []
+    with weights_restored(model):
+        for level in levels:
+            starts = [pruned_share(target.names, masks) for target in level.targets]
+            losses = dict.fromkeys(parameters, 0.0)
             for step in range(1, steps + 1):
-                now = [
-                    # The last step takes the target itself: interpolation can miss it by a rounding error, and the count by one weight.
-                    replace(g, sparsity=climb(start, g.sparsity, step / steps)) if step < steps else g
-                    for g, start in zip(targets, starts)
-                ]
-                level = calibration.levels(method, kept, [(s, now)])[0]
-                kept = dict(level.masks)
-                losses = {name: losses[name] + loss for name, loss in level.losses.items()}
-                for name, p in calibration.parameters.items():
-                    p.copy_(level.weights[name])
-            levels.append(replace(level, losses=losses))
-    return levels
+                now = tuple(
+                    # The last step has the target itself: interpolation can miss it by a rounding error, and the count by one weight.
+                    replace(t, sparsity=sparsity_at(start, t.sparsity, step / steps)) if step < steps else t
+                    for t, start in zip(level.targets, starts)
+                )
+                (solved,) = calibrate(masks, [SparsityLevel(level.sparsity, now)])
+                masks = solved.masks
+                losses = {name: losses[name] + loss for name, loss in solved.losses.items()}
+                for name, p in parameters.items():
+                    p.copy_(solved.weights[name])
+            reached.append(replace(solved, losses=losses))
+    return reached

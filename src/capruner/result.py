@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,11 @@ class Level:
     """The model at one sparsity.
 
     Attributes:
-        sparsity: share of the prunable weights that was asked for.
+        sparsity: the target, a fraction of the prunable weights.
         weights: ``{name: tensor}`` in the parameter's shape and dtype, exactly 0 where the mask is False.
-        masks: ``{name: bool tensor}``, True = stays.
+        masks: ``{name: bool tensor}``, True = keep.
         losses: ``{name: predicted increase of the loss}``.
-        others: parameters beside the pruned ones that a refinement after the pruning has changed.
+        others: parameters beside the pruned ones that refinement has changed.
     """
 
     sparsity: float
@@ -40,6 +40,30 @@ class Level:
     masks: Mapping[str, Tensor]
     losses: Mapping[str, float]
     others: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def to(self, parameters: Mapping[str, Tensor]) -> Level:
+        """A copy on the devices of these parameters, in their order.
+
+        Raises:
+            KeyError: a parameter is absent.
+        """
+        device = next(iter(parameters.values())).device
+        return replace(
+            self,
+            weights={name: self.weights[name].to(p) for name, p in parameters.items()},
+            masks={name: self.masks[name].to(p.device) for name, p in parameters.items()},
+            losses={name: self.losses[name] for name in parameters},
+            others={name: value.to(device) for name, value in self.others.items()},
+        )
+
+    @classmethod
+    def merge(cls, levels: Sequence[Level]) -> Level:
+        """One level out of the same level of several groups of layers."""
+        parts: list[dict[str, Any]] = [{}, {}, {}]
+        for level in levels:
+            for whole, part in zip(parts, (level.weights, level.masks, level.losses)):
+                whole |= part
+        return cls(levels[0].sparsity, *parts)
 
 
 @dataclass(repr=False)
@@ -154,13 +178,7 @@ class PruningResult:
         target = Path(path)
         if not target.parent.is_dir():
             raise FileNotFoundError(f"cannot write {target}: there is no folder {target.parent}")
-        tensors: dict[str, Tensor] = {}
-        for index, level in enumerate(self.levels):
-            for name, weight in level.weights.items():
-                tensors[f"{index}/weight/{name}"] = weight.detach().cpu().contiguous()
-                tensors[f"{index}/mask/{name}"] = pack(level.masks[name])
-            for name, value in level.others.items():
-                tensors[f"{index}/other/{name}"] = value.detach().cpu().contiguous()
+        tensors, levels = pack_levels(self.levels)
         header = {
             "format": FORMAT,
             "version": VERSION,
@@ -168,10 +186,7 @@ class PruningResult:
             "total_weights": self.total_weights,
             "settings": self.settings,
             "timings": self.timings,
-            "levels": [
-                {"sparsity": level.sparsity, "losses": dict(level.losses), "others": list(level.others)}
-                for level in self.levels
-            ],
+            "levels": levels,
         }
         header = json.loads(json.dumps(header, default=str))
         header["sha256"] = _checksum(header, sorted(tensors.items()))
@@ -199,7 +214,7 @@ def load_result(path: str | Path) -> PruningResult:
                     f"{path} was written by a newer capruner (format {header['version']}, this one reads {VERSION})"
                 )
             _check_header(header)
-            levels = [_read_level(file, index, entry) for index, entry in enumerate(header["levels"])]
+            levels = unpack_levels(file.get_tensor, header["levels"])
             result = PruningResult(
                 header["method"], levels, header["total_weights"], header["settings"], header["timings"]
             )
@@ -239,22 +254,42 @@ def _check_header(header: Mapping[str, Any]) -> None:
             raise TypeError(f"{key} is no {kind.__name__}")
     if header["total_weights"] < 1 or not header["levels"]:
         raise TypeError("it has no weights, or no levels")
-    for entry in header["levels"]:
-        numbers = [entry["sparsity"], *entry["losses"].values()]
-        if not entry["losses"] or not all(type(number) in (int, float) for number in numbers):
-            raise TypeError("a level without layers, or whose sparsity or losses are no numbers")
-        if not 0 <= entry["sparsity"] <= 1:
-            raise TypeError(f"a sparsity of {entry['sparsity']}")
     if not all(type(value) in (int, float) for value in header["timings"].values()):
         raise TypeError("timings that are no numbers")
 
 
-def _read_level(file: Any, index: int, entry: Mapping[str, Any]) -> Level:
-    weights = {name: file.get_tensor(f"{index}/weight/{name}") for name in entry["losses"]}
-    masks = {}
-    for name, weight in weights.items():
-        if not weight.is_floating_point():
-            raise TypeError(f"{name} is {weight.dtype}")
-        masks[name] = unpack(file.get_tensor(f"{index}/mask/{name}"), weight.shape, name)
-    others = {name: file.get_tensor(f"{index}/other/{name}") for name in entry.get("others", [])}  # version 1 has none
-    return Level(entry["sparsity"], weights, masks, entry["losses"], others)
+def pack_levels(levels: Sequence[Level]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Levels as the tensors, on the CPU, and the JSON values of a file: of a result or of a checkpoint."""
+    tensors: dict[str, Tensor] = {}
+    for index, level in enumerate(levels):
+        for name, weight in level.weights.items():
+            tensors[f"{index}/weight/{name}"] = weight.detach().cpu().contiguous()
+            tensors[f"{index}/mask/{name}"] = pack(level.masks[name])
+        for name, value in level.others.items():
+            tensors[f"{index}/other/{name}"] = value.detach().cpu().contiguous()
+    return tensors, [{"sparsity": x.sparsity, "losses": dict(x.losses), "others": list(x.others)} for x in levels]
+
+
+def unpack_levels(tensor: Callable[[str], Tensor], entries: Sequence[Mapping[str, Any]]) -> list[Level]:
+    """The inverse of :func:`pack_levels`, on the CPU.
+
+    Args:
+        tensor: returns the tensor of a name.
+
+    Raises:
+        TypeError, KeyError: tensors or entries that :func:`pack_levels` does not write.
+    """
+    levels = []
+    for index, entry in enumerate(entries):
+        numbers = [entry["sparsity"], *entry["losses"].values()]
+        if not entry["losses"] or not all(type(number) in (int, float) for number in numbers):
+            raise TypeError("a level without layers, or whose sparsity or losses are not numbers")
+        if not 0 <= entry["sparsity"] <= 1:
+            raise TypeError(f"a sparsity of {entry['sparsity']}")
+        weights = {name: tensor(f"{index}/weight/{name}") for name in entry["losses"]}
+        if wrong := [f"{name} is {weight.dtype}" for name, weight in weights.items() if not weight.is_floating_point()]:
+            raise TypeError(wrong[0])
+        masks = {name: unpack(tensor(f"{index}/mask/{name}"), w.shape, name) for name, w in weights.items()}
+        others = {name: tensor(f"{index}/other/{name}") for name in entry.get("others", [])}  # version 1 has none
+        levels.append(Level(entry["sparsity"], weights, masks, entry["losses"], others))
+    return levels

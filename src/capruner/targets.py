@@ -1,4 +1,4 @@
-"""What is asked of :func:`capruner.prune`: which parameters, how many of their weights at each sparsity, and what earlier pruning has left."""
+"""Parameters, sparsities and masks of a call of :func:`capruner.prune`: what to prune, and how far."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from capruner.allocation import refuse_below
-from capruner.methods import Target
+from capruner.methods import SparsityLevel, Target
 from capruner.patterns import Pattern
 from capruner.selection import Selection, select
 from capruner.wrappers import by_first_name
@@ -24,7 +24,7 @@ def selected(
     exclude: str | Sequence[str],
     trainable: bool,
 ) -> tuple[Selection, dict[str, float] | None]:
-    """The parameters to prune; with a dict of sparsities the target of each."""
+    """The parameters to prune; with a dict of sparsities also the target of each."""
     if not isinstance(sparsity, Mapping):
         return select(model, params, exclude, trainable=trainable), None
     if not sparsity:
@@ -42,36 +42,37 @@ def selected(
     return Selection(parameters, passed), own
 
 
-def rungs_of(
+def sparsity_levels(
     parameters: Mapping[str, nn.Parameter],
     own: Mapping[str, float] | None,
     sparsity: Sparsity | Sequence[float],
     global_sparsity: bool,
     pattern: Pattern,
-) -> list[tuple[float, list[Target]]]:
-    """Per sparsity, ascending, its targets."""
+) -> list[SparsityLevel]:
+    """The levels of a call, ascending in sparsity."""
     if own is not None:
         total = sum(p.numel() for p in parameters.values())
         overall = sum(own[name] * p.numel() for name, p in parameters.items()) / total
-        rungs = [(overall, [Target((name,), p.numel(), own[name]) for name, p in parameters.items()])]
+        each = tuple(Target((name,), p.numel(), own[name]) for name, p in parameters.items())
+        levels = [SparsityLevel(overall, each)]
     else:
         assert not isinstance(sparsity, Mapping)
         listed = [sparsity] if isinstance(sparsity, int | float) else list(sparsity)
         if not listed:
-            raise ValueError("the list of sparsities is empty; give at least one, 0.5 say")
+            raise ValueError("the list of sparsities is empty; pass at least one, for example 0.5")
         groups = [tuple(parameters)] if global_sparsity else [(name,) for name in parameters]
         ascending = sorted({_checked_sparsity(s) for s in listed})
         numel = [sum(parameters[name].numel() for name in group) for group in groups]
-        rungs = [(s, [Target(group, size, s) for group, size in zip(groups, numel)]) for s in ascending]
+        levels = [
+            SparsityLevel(s, tuple(Target(group, size, s) for group, size in zip(groups, numel))) for s in ascending
+        ]
     if pattern.sparsity is not None:
-        wrong = sorted(
-            {t.sparsity for _, targets in rungs for t in targets if abs(t.sparsity - pattern.sparsity) > 1e-6}
-        )
+        wrong = sorted({t.sparsity for x in levels for t in x.targets if abs(t.sparsity - pattern.sparsity) > 1e-6})
         if wrong:
             raise ValueError(
-                f"mask_type {pattern} means that {pattern.stay} of {pattern.group} weights stay, a sparsity of {pattern.sparsity:g}; got {wrong}"
+                f"mask_type {pattern} keeps {pattern.stay} of {pattern.group} weights, a sparsity of {pattern.sparsity:g}; got {wrong}"
             )
-    return rungs
+    return levels
 
 
 def _checked_sparsity(value: Any) -> float:
@@ -86,7 +87,7 @@ def _checked_sparsity(value: Any) -> float:
 def initial_masks(
     model: nn.Module, parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor] | Literal["zeros"] | None
 ) -> dict[str, Tensor]:
-    """The weights of each parameter that earlier pruning left, True = stays."""
+    """Masks of earlier pruning for each parameter, True = keep."""
     if masks == "zeros":
         return {name: p.detach() != 0 for name, p in parameters.items()}
     kept = {name: torch.ones_like(p, dtype=torch.bool) for name, p in parameters.items()}
@@ -107,14 +108,15 @@ def initial_masks(
     return kept
 
 
-def check_not_below(targets: Sequence[Target], kept: Mapping[str, Tensor], pattern: Pattern) -> None:
-    """Before any data is drawn: no target below what is pruned already."""
+def check_not_below(targets: Sequence[Target], masks: Mapping[str, Tensor], pattern: Pattern) -> None:
+    """Raise ``ValueError`` for a target below what is pruned already."""
     if pattern.n_m is not None:
         return
     for target in targets:
-        gone = sum(int((~kept[name]).sum()) for name in target.names)
-        refuse_below(gone, target.steps(pattern.group) * pattern.group, target.names)
+        pruned = sum(int((~masks[name]).sum()) for name in target.names)
+        refuse_below(pruned, target.steps(pattern.group) * pattern.group, target.names)
 
 
-def pruned_share(names: Sequence[str], kept: Mapping[str, Tensor]) -> float:
-    return sum(int((~kept[n]).sum()) for n in names) / sum(kept[n].numel() for n in names)
+def pruned_share(names: Sequence[str], masks: Mapping[str, Tensor]) -> float:
+    """Fraction of the weights of these parameters that is pruned."""
+    return sum(int((~masks[n]).sum()) for n in names) / sum(masks[n].numel() for n in names)

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from capruner.computed import loses_zeros, parametrization_loses_zeros
-from capruner.distributed import world
+from capruner.distributed import processes
 from capruner.wrappers import first_names, walk
 
 _LOGGER = logging.getLogger(__name__)
@@ -163,7 +163,7 @@ def log_selection(
     Args:
         told: names of those that there was a warning about.
     """
-    if world()[0] != 0:
+    if processes().rank != 0:
         return
     total, pruned = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in parameters.values())
     names = list(parameters)

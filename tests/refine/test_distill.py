@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from untouched import same, snapshot
 
 import capruner
-from capruner import state
-from capruner.calibration import WORKING_SET
-from capruner.distributed import Shards
+from capruner.calibration.memory_plan import WORKING_SET
+from capruner.checkpoint import run as checkpoint_run
+from capruner.distributed import processes
 from capruner.refine import training
 from capruner.refine.distill import collect, inputs_of
 from capruner.refine.training import _Training
@@ -328,7 +328,7 @@ class Stream:
 def test_killed_again_and_again_it_ends_with_the_same_bits(
     source: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(state, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(checkpoint_run, "SAVE_EVERY", 0.0)
     monkeypatch.setattr("capruner.refine.levels.SAMPLES", 200)
     more = {"sparsity": [0.5, 0.8], "num_recomputations": 2, "passes": 4}
     expected = prune(net(), source(), **more)
@@ -360,7 +360,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(
 
 
 def test_other_data_is_refused_when_it_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(checkpoint_run, "SAVE_EVERY", 0.0)
     advance = _Training.advance
 
     def killed(self: Any) -> None:
@@ -377,8 +377,8 @@ def test_other_data_is_refused_when_it_resumes(tmp_path: Path, monkeypatch: pyte
 
 
 def test_samples_are_counted_over_all_batches() -> None:
-    lessons = collect(net(), inputs_of(data(), None), Shards({}), 10)
+    lessons = collect(net(), inputs_of(data(), None), processes(), 10)
     assert [len(lesson.target) for lesson in lessons] == [4, 4, 4]
     bad = copy.deepcopy(data(6))
     bad[1][0][0, 0] = torch.nan
-    assert len(collect(net(), inputs_of(bad, None), Shards({}), 100, skip_bad=True)) == 5
+    assert len(collect(net(), inputs_of(bad, None), processes(), 100, skip_bad=True)) == 5

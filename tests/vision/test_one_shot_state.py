@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from training_case import ROOT, Line
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning:timm")
-import capruner  # noqa: E402
-from capruner import state  # noqa: E402
-from capruner.calibration import WORKING_SET  # noqa: E402
+from capruner.calibration import driver  # noqa: E402
+from capruner.calibration.memory_plan import WORKING_SET  # noqa: E402
+from capruner.checkpoint import store  # noqa: E402
 from capruner.cli import arguments as cli  # noqa: E402
 from capruner.vision import one_shot_pruning  # noqa: E402
 
@@ -36,17 +36,17 @@ FLAGS: dict[str, Any] = {
 DYING = """
 import os, sys
 sys.path.insert(0, {root!r})
-from capruner import state
+from capruner.checkpoint import run
 from capruner.vision import one_shot_pruning
 from capruner.cli import arguments as cli
-state.SAVE_EVERY = 0.0
-saves, save = [], state.State.save_feed
+run.SAVE_EVERY = 0.0
+saves, save = [], run.RunCheckpoint.save
 def save_and_die(self, *args):
     save(self, *args)
     saves.append(0)
     if len(saves) == {last}:
         os.kill(os.getpid(), {number})
-state.State.save_feed = save_and_die
+run.RunCheckpoint.save = save_and_die
 sys.exit(cli.run(one_shot_pruning.main))
 """
 
@@ -80,10 +80,8 @@ def test_killed_it_goes_on_to_the_same_bits(
         assert done.stderr.splitlines()[-1].startswith("terminated; what was saved before is whole")
     assert list((tmp_path / "state").glob("*/manifest-00000003.json"))
     drawn = []
-    passing = capruner.calibration.gradient_slabs
-    monkeypatch.setattr(
-        capruner.calibration, "gradient_slabs", lambda *a, **k: (drawn.append(k["position"].taken), passing(*a, **k))[1]
-    )
+    passing = driver.gradient_slabs
+    monkeypatch.setattr(driver, "gradient_slabs", lambda *a, **k: (drawn.append(a[1].taken), passing(*a, **k))[1])
     one_shot_pruning.main(there)
     one_shot_pruning.main(arguments(line, experiment="whole", **flags))
     assert drawn == [18, 0]
@@ -102,7 +100,7 @@ def test_killed_after_the_calibration_it_is_not_done_again(line: Line, tmp_path:
     before = weights(tmp_path)
     assert (tmp_path / "state").is_dir()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(capruner.calibration, "gradient_slabs", None)  # nothing is drawn any more
+        patch.setattr(driver, "gradient_slabs", None)  # nothing is drawn any more
         one_shot_pruning.main(words)
     assert all(torch.equal(before[key], value) for key, value in weights(tmp_path).items())
     assert not (tmp_path / "state").exists()
@@ -147,7 +145,7 @@ def test_a_recipe_s_folder_lies_in_that_of_the_experiment(
     line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = []
-    monkeypatch.setattr(state.State, "_sweep", lambda self: opened.append(self.root))
+    monkeypatch.setattr(store.Store, "_sweep", lambda self: opened.append(self.root))
     one_shot_pruning.main(with_recipe(line, "state/here", tmp_path))
     assert set(opened) == {tmp_path / "trial" / "state" / "here"}
 
@@ -187,5 +185,5 @@ def test_a_foreign_state_folder_is_one_line(line: Line, tmp_path: Path, capsys: 
     (tmp_path / "thesis.tex").write_text("x")
     assert cli.run(one_shot_pruning.main, arguments(line, state_dir=tmp_path)) == 2
     error = capsys.readouterr().err
-    assert "thesis.tex is no part of a state of capruner; choose an empty or a new folder" in error
+    assert "thesis.tex is not part of a capruner checkpoint; choose an empty or a new folder" in error
     assert "Traceback" not in error

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from capruner.methods.base import LayerSolution, Method, Settings, Stopwatch, Target
+from capruner.methods.base import LayerSolution, Method, Settings, SparsityLevel, Stopwatch, Target
 from capruner.methods.cap import CAP
 from capruner.methods.fast_cap import FastCAP
 from capruner.methods.magnitude import Magnitude
@@ -22,6 +22,7 @@ __all__ = [
     "Method",
     "MethodName",
     "Settings",
+    "SparsityLevel",
     "Stopwatch",
     "Target",
 ]

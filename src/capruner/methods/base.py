@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from capruner.allocation import Score, allocate, step_scores
-from capruner.distributed import Shards
+from capruner.distributed import Partition
 from capruner.fisher import RUNGS, BlockFisher, Solver
 from capruner.numerics import NotPositiveDefiniteError
 from capruner.obs import Elimination, compensate_prefixes
@@ -44,12 +44,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Target:
-    """So many zeros over the layers named.
+    """A number of zeros over some layers.
 
     Attributes:
         names: the layers.
-        numel: weights of all of them together.
-        sparsity: share of these weights that goes.
+        numel: number of their weights.
+        sparsity: fraction of these weights to prune.
     """
 
     names: tuple[str, ...]
@@ -57,8 +57,21 @@ class Target:
     sparsity: float
 
     def steps(self, group: int = 1) -> int:
-        """Exactly how many weights leave, or groups of so many weights: the nearest whole number."""
+        """Number of weights to prune, or of groups of ``group`` weights, rounded."""
         return round(self.sparsity * (self.numel / group))
+
+
+@dataclass(frozen=True)
+class SparsityLevel:
+    """What is asked of one level.
+
+    Attributes:
+        sparsity: over all layers.
+        targets: each layer is in one of them.
+    """
+
+    sparsity: float
+    targets: tuple[Target, ...]
 
 
 @dataclass(frozen=True)
@@ -66,8 +79,8 @@ class LayerSolution:
     """One layer at one sparsity: the blocks that this process owns.
 
     Attributes:
-        weight: ``(n, B)``, exactly 0 where not kept.
-        keep: ``(n, B)`` bool, True = stays.
+        weight: ``(n, B)``, exactly 0 where the mask is False.
+        keep: ``(n, B)`` bool, the mask, True = keep.
         loss: predicted increase of the loss, ``½ w_Sᵀ (H[S,S])⁻¹ w_S``; 0 for methods without a model of the loss.
     """
 
@@ -81,6 +94,12 @@ class Stopwatch:
     """Seconds by stage; CUDA work is waited for."""
 
     seconds: dict[str, float] = field(default_factory=dict)
+
+    def load_state_dict(self, seconds: Mapping[str, float]) -> None:
+        """Restore the seconds; raises ``ValueError`` if they are not numbers."""
+        if not all(type(value) in (int, float) for value in seconds.values()):
+            raise ValueError(f"seconds are {seconds!r}")
+        self.seconds = dict(seconds)
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
@@ -99,7 +118,7 @@ class Method(ABC):
     Life: ``add`` every gradient, ``prepare`` once, ``solve`` as often as wanted.
 
     Args:
-        shards: the layers, in the order in which ties are broken, and who owns which of their blocks.
+        partition: the layers, in the order that breaks ties, and which process owns which of their blocks.
         settings: the knobs.
         clock: collects the seconds of each stage.
     """
@@ -115,9 +134,9 @@ class Method(ABC):
     whole_layers: ClassVar[bool] = False
     """True for methods that cannot share a layer out over processes."""
 
-    def __init__(self, shards: Shards, settings: Settings, clock: Stopwatch) -> None:
-        self.shards = shards
-        self.layouts = shards.layouts
+    def __init__(self, partition: Partition, settings: Settings, clock: Stopwatch) -> None:
+        self.partition, self.processes = partition, partition.processes
+        self.layouts = partition.layouts
         self.settings = settings
         self.clock = clock
         self.drowned: dict[str, int] = {}
@@ -128,26 +147,25 @@ class Method(ABC):
         """Blocks of each layer, other processes' too, that needed more damping than asked for."""
 
     def _own_shape(self, name: str) -> tuple[int, int]:
-        own = self.shards.own(name)
-        return own.stop - own.start, self.layouts[name].block_size
+        return self.partition.count(name), self.layouts[name].block_size
 
     @abstractmethod
     def add(self, slab: Mapping[str, Tensor]) -> None:
         """Fold in ``{name: (k, n, B)}`` gradients."""
 
-    def state(self) -> dict[str, dict[str, Tensor]]:
-        """What the gradients so far have left, by layer, for :meth:`load`; the tensors themselves, not copies."""
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """The gradients added so far, folded, by layer; the tensors themselves, not copies."""
         return {}
 
     def silent(self) -> list[str]:
         """Layers of which this process has blocks, and every gradient of these was exactly zero. Ask between ``add`` and ``prepare``."""
         return []
 
-    def load(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from what :meth:`state` gave for a layer.
+    def load_state_dict(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Resume from the :meth:`state_dict` of a layer.
 
         Raises:
-            ValueError: it is of another calibration.
+            ValueError: it is from a different calibration.
         """
         raise ValueError(f"method {self.name!r} keeps no gradients of {name}")
 
@@ -159,7 +177,7 @@ class Method(ABC):
         """After the last gradient: ``(n, B)`` float32 weights of each layer, and bool of those that an earlier mask removed."""
 
     @abstractmethod
-    def solve(self, rungs: Sequence[Sequence[Target]]) -> list[dict[str, LayerSolution]]:
+    def solve(self, levels: Sequence[Sequence[Target]]) -> list[dict[str, LayerSolution]]:
         """Masks and weights of every layer, for each set of targets.
 
         Raises:
@@ -170,8 +188,8 @@ class Method(ABC):
 class RankedMethod(Method):
     """A method whose blocks each have an order of elimination, so that a target is met by :func:`capruner.allocation.allocate`."""
 
-    def __init__(self, shards: Shards, settings: Settings, clock: Stopwatch) -> None:
-        super().__init__(shards, settings, clock)
+    def __init__(self, partition: Partition, settings: Settings, clock: Stopwatch) -> None:
+        super().__init__(partition, settings, clock)
         self._eliminations: dict[str, Elimination] = {}
         self._scores: dict[str, Tensor] = {}
         self._unit = 1 if settings.pattern.n_m is not None else settings.pattern.group
@@ -189,15 +207,15 @@ class RankedMethod(Method):
         scores = step_scores(losses, self.settings.score)
         self._scores[name] = scores if self.settings.costs is None else scores / self.settings.costs[name]
 
-    def solve(self, rungs: Sequence[Sequence[Target]]) -> list[dict[str, LayerSolution]]:
+    def solve(self, levels: Sequence[Sequence[Target]]) -> list[dict[str, LayerSolution]]:
         with self.clock("allocate"):
             scores = self.scores()
-            counts = [self.count(scores, targets) for targets in rungs]
+            counts = [self.count(scores, targets) for targets in levels]
         return self.solve_counts(counts)
 
     def scores(self) -> dict[str, Tensor]:
         """Per layer the scores that its steps compete with, those of other processes' blocks too."""
-        return {name: self.shards.gather(name, scores) for name, scores in self._scores.items()}
+        return {name: self.partition.gather(name, scores) for name, scores in self._scores.items()}
 
     def count(self, scores: Mapping[str, Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
         """Per layer the steps that each of its blocks takes, other processes' blocks too.
@@ -221,7 +239,7 @@ class RankedMethod(Method):
         with self.clock("compensate"):
             for name in self.layouts:
                 elimination = self._eliminations[name]
-                of_layer = torch.stack([c[name][self.shards.own(name)] for c in counts]).to(elimination.order.device)
+                of_layer = torch.stack([c[name][self.partition.own(name)] for c in counts]).to(elimination.order.device)
                 weights, losses = self._compensate(name, elimination.order, of_layer)
                 for solution, w, k, loss in zip(solutions, weights, of_layer, losses):
                     solution[name] = LayerSolution(w, elimination.keep_mask(k), float(loss.sum()))
@@ -246,8 +264,8 @@ class SecondOrderMethod(RankedMethod):
 
     competing = True
 
-    def __init__(self, shards: Shards, settings: Settings, clock: Stopwatch) -> None:
-        super().__init__(shards, settings, clock)
+    def __init__(self, partition: Partition, settings: Settings, clock: Stopwatch) -> None:
+        super().__init__(partition, settings, clock)
         self._fishers: dict[str, BlockFisher] = {}
         self._inverses: dict[str, Tensor] = {}
         self._units: dict[str, Tensor] = {}
@@ -275,10 +293,10 @@ class SecondOrderMethod(RankedMethod):
             )
         return self._fishers[name]
 
-    def state(self) -> dict[str, dict[str, Tensor]]:
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
         return {name: fisher.tensors() for name, fisher in self._fishers.items()}
 
-    def load(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         self._fisher(name, tensors["blocks"]).load(tensors)
 
     def silent(self) -> list[str]:
@@ -290,13 +308,13 @@ class SecondOrderMethod(RankedMethod):
             with _naming(name):
                 with self.clock("fisher"):
                     device = torch.device(self.settings.fisher_inv_device or weights[name].device)
-                    padding = layout.is_padding(device)[self.shards.own(name)]
+                    padding = layout.is_padding(device)[self.partition.own(name)]
                     gone = dead[name].to(device)
                     if self.settings.shrinkage != 0:
                         self._set_common(name, fisher)
                     H = fisher.inverse(gone | padding, RUNGS)
                 if self.settings.shrinkage != 0:
-                    self.shares[name] = self.shards.sum(float(fisher.shares.sum())) / layout.num_blocks
+                    self.shares[name] = self.processes.sum(float(fisher.shares.sum())) / layout.num_blocks
                 self._count_damped(name, fisher.damped)
                 self._count_drowned(name, fisher.drowned)
                 with self.clock("eliminate"):
@@ -306,15 +324,15 @@ class SecondOrderMethod(RankedMethod):
 
     def _set_common(self, name: str, fisher: BlockFisher) -> None:
         """Average the layer's blocks over all processes."""
-        layout, own, repeat = self.layouts[name], self.shards.own(name), phases(self.layouts[name])
+        layout, own, repeat = self.layouts[name], self.partition.own(name), phases(self.layouts[name])
         phase_of = torch.arange(own.start, own.stop, device=fisher.shares.device) % repeat
         whole = layout.num_blocks - bool(layout.padding) if layout.num_blocks > 1 else 1
         common = fisher.sums(phase_of, repeat, max(0, min(own.stop, whole) - own.start))
-        self.shards.add([common], 1.0)
+        self.processes.all_reduce([common])
         fisher.set_common(common, phase_of)
 
     def _count_damped(self, name: str, own: int) -> None:
-        damped, blocks = self.shards.total(own, "inverting Fisher blocks"), self.layouts[name].num_blocks
+        damped, blocks = self.processes.total(own, "inverting Fisher blocks"), self.layouts[name].num_blocks
         if damped > MOST_DAMPED * blocks:
             raise NotPositiveDefiniteError(
                 f"{damped} of {blocks} Fisher blocks will not factor at damp={self.settings.damp:g}: raise it tenfold, or take more gradients "
@@ -324,7 +342,7 @@ class SecondOrderMethod(RankedMethod):
             self.damped[name] = damped
 
     def _count_drowned(self, name: str, own: int) -> None:
-        if drowned := self.shards.total(own, "inverting Fisher blocks"):
+        if drowned := self.processes.total(own, "inverting Fisher blocks"):
             self.drowned[name] = drowned
 
     def solve_masks(self, gone: Mapping[str, Tensor]) -> dict[str, LayerSolution]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from capruner.allocation import allocate
-from capruner.distributed import Shards
+from capruner.distributed import Partition
 from capruner.fisher import BlockFisher, moderate
 from capruner.methods.base import LayerSolution, Method, Settings, Stopwatch, Target
 from capruner.numerics import NotPositiveDefiniteError, full_precision
@@ -44,8 +44,8 @@ class FastCAP(Method):
     default_damp = 0.5
     whole_layers = True
 
-    def __init__(self, shards: Shards, settings: Settings, clock: Stopwatch) -> None:
-        super().__init__(shards, settings, clock)
+    def __init__(self, partition: Partition, settings: Settings, clock: Stopwatch) -> None:
+        super().__init__(partition, settings, clock)
         self._fishers: dict[str, BlockFisher] = {}
         self._factors: dict[str, Tensor] = {}
         self._last: dict[str, Tensor] = {}
@@ -81,10 +81,10 @@ class FastCAP(Method):
             self._scales[name] = torch.zeros(blocks, 1, dtype=torch.float64, device=like.device)
         return self._fishers[name]
 
-    def state(self) -> dict[str, dict[str, Tensor]]:
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
         return {n: fisher.tensors() | {"scales": self._scales[n]} for n, fisher in self._fishers.items()}
 
-    def load(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         self._fisher(name, tensors["blocks"]).load(tensors)
         if tensors["scales"].shape != self._scales[name].shape:
             raise ValueError(f"scales of shape {tuple(tensors['scales'].shape)} are not of {name}")
@@ -112,9 +112,9 @@ class FastCAP(Method):
                 self._scales[name] = scales.to(weights[name].dtype)
             self._fishers.clear()
 
-    def solve(self, rungs: Sequence[Sequence[Target]]) -> list[dict[str, LayerSolution]]:
+    def solve(self, levels: Sequence[Sequence[Target]]) -> list[dict[str, LayerSolution]]:
         solutions = []
-        for targets in rungs:
+        for targets in levels:
             with self.clock("allocate"):
                 counts = self._counts(targets)
             with self.clock("compensate"):
@@ -138,7 +138,7 @@ class FastCAP(Method):
                 ranked = (
                     ranked * torch.tensor(self._units.get(name, 1.0), dtype=torch.float64, device=ranked.device)[None]
                 )
-                scores.append(self.shards.gather(name, ranked).flatten().sort().values[None])
+                scores.append(self.partition.gather(name, ranked).flatten().sort().values[None])
             n_m = self.settings.pattern.n_m is not None
             taken = (
                 [(s < torch.inf).sum(dim=1) for s in scores] if n_m else allocate(scores, target.steps(), target.names)
@@ -154,7 +154,7 @@ class FastCAP(Method):
         return values
 
     def _padding(self, name: str) -> Tensor:
-        return self.layouts[name].is_padding(self._weights[name].device)[self.shards.own(name)]
+        return self.layouts[name].is_padding(self._weights[name].device)[self.partition.own(name)]
 
     @full_precision()
     def _sweep(self, name: str, count: int) -> LayerSolution:

@@ -29,7 +29,7 @@ class Magnitude(RankedMethod):
             if self._unit > 1:
                 groups = saliency.unflatten(1, (-1, self._unit)).square().sum(dim=2)
                 saliency = groups.repeat_interleave(self._unit, dim=1)
-            padding = layout.is_padding(saliency.device)[self.shards.own(name)]
+            padding = layout.is_padding(saliency.device)[self.partition.own(name)]
             self._rank(name, rank_once(saliency, self.settings.pattern, dead[name], padding))
 
     def _compensate(self, name: str, order: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:

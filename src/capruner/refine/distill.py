@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from capruner.batches import BatchFunction, as_batch, failing
 from capruner.checks import check_count, check_masks, check_model, check_number
-from capruner.distributed import Shards
+from capruner.distributed import Processes, processes
 from capruner.gradients import LossFunction
 from capruner.modes import eval_mode, weights_restored
 from capruner.refine.training import (
@@ -84,10 +84,10 @@ def distill(
     check_count("samples", samples)
     trained = trainable(model)
     masks = zeros_of(trained) if masks is None else _of(trained, by_first_name(model, masks, "masks"))
-    shards = Shards({})
-    with shards.together("distilling"), _random_state_kept(), torch.inference_mode(False), weights_restored(model):
-        lessons = collect(dense, inputs_of(batches, batch_fn), shards, samples)
-        said = train(model, lessons, masks, passes=passes, lr=lr, shards=shards, progress=progress)
+    everybody = processes()
+    with everybody.together("distilling"), _random_state_kept(), torch.inference_mode(False), weights_restored(model):
+        lessons = collect(dense, inputs_of(batches, batch_fn), everybody, samples)
+        said = train(model, lessons, masks, passes=passes, lr=lr, processes=everybody, progress=progress)
         found = [p.detach().clone() for p in trained.values()]
     with torch.no_grad():
         for p, value in zip(trained.values(), found):
@@ -108,7 +108,7 @@ def copy_of(inputs: Any) -> Any:
 
 
 def collect(
-    dense: nn.Module, batches: Iterable[Any], shards: Shards, samples: int, skip_bad: bool = False
+    dense: nn.Module, batches: Iterable[Any], among: Processes, samples: int, skip_bad: bool = False
 ) -> list[Lesson]:
     """The inputs of the first ``samples`` (of all processes together) with what ``dense`` says of them.
 
@@ -116,7 +116,7 @@ def collect(
         ValueError: no batches; outputs that are not logits, or not finite (with ``skip_bad`` such a batch is left out).
     """
     device = next(iter(dense.parameters())).device
-    mine, count, lessons = -(-samples // shards.size), 0, []
+    mine, count, lessons = -(-samples // among.world_size), 0, []
     with eval_mode(dense), torch.no_grad():
         for index, batch in enumerate(batches):
             inputs = copy_of(batch)

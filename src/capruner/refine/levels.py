@@ -1,28 +1,29 @@
-"""The refinement of a pruning result: each level is distilled, from its own pruned weights."""
+"""Refinement of a pruning run: distill each level, starting from its own pruned weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from capruner.batches import Batches, BatchFunction, as_batch, batch_size
-from capruner.distributed import Shards, world
+from capruner.batches import BatchFunction, as_batch, batch_size
+from capruner.calibration.driver import Calibration
+from capruner.checkpoint import StateError
+from capruner.distributed import processes
 from capruner.files import digest
-from capruner.methods import Stopwatch
 from capruner.modes import weights_restored
 from capruner.refine.distill import SAMPLES, collect, copy_of, inputs_of, zeros_of
-from capruner.refine.training import Distillation, Lesson, train, trainable
-from capruner.result import Level
-from capruner.state import State, StateError
+from capruner.refine.training import Lesson, train, trainable
+from capruner.result import Level, pack_levels, unpack_levels
 from capruner.wrappers import first_names
 
 
 class Replay(Iterator[Any]):
-    """An iterator over batches that keeps copies of the inputs of the first ones, as they pass.
+    """An iterator over batches that keeps copies of the inputs of the first ones.
 
     Args:
         batches, batch_fn: see :func:`capruner.prune`.
@@ -31,7 +32,7 @@ class Replay(Iterator[Any]):
     def __init__(self, batches: Iterator[Any], batch_fn: BatchFunction | None) -> None:
         self.batches, self.batch_fn = batches, batch_fn
         self.first: list[Any] = []
-        self._missing = -(-SAMPLES // world()[1])
+        self._missing = -(-SAMPLES // processes().world_size)
 
     def __next__(self) -> Any:
         batch = next(self.batches)
@@ -42,102 +43,96 @@ class Replay(Iterator[Any]):
         return batch
 
     def inputs(self) -> Iterator[Any]:
-        """The inputs of the first batches, and of those that have not been read yet."""
+        """The inputs of the first batches, then of those that have not been read yet."""
         yield from list(self.first)
         yield from inputs_of(self.batches, self.batch_fn)
 
 
-class Distiller:
-    """Distills levels of one pruning run.
+def refine_levels(calibration: Calibration, levels: list[Level], passes: float) -> list[Level]:
+    """Distill each level; masks and predicted losses do not change. The model, which is dense, is restored.
 
     Args:
-        model: dense; afterwards, also after an exception, it is as before.
-        batches: whose source must be a :class:`Replay` if it is an iterator.
-        passes: see :func:`capruner.distill`.
-        skip_bad: leave out batches for which the dense network's outputs are not finite.
-        state: where to save what is done, and to find what an earlier run has done.
+        calibration: whose data is trained on, and whose notes report what was done.
+        passes: see :func:`capruner.distill`; 0: nothing is done.
     """
+    if not passes:
+        return levels
+    lessons = _Lessons(calibration)
+    return [
+        calibration.checkpoint.stage(
+            functools.partial(_distill, calibration, level, passes, lessons),
+            lessons,
+            lambda level: pack_levels([level]),
+            lambda tensors, values: unpack_levels(tensors.__getitem__, values)[0].to(calibration.parameters),
+        )
+        for level in levels
+    ]
 
-    def __init__(
-        self,
-        model: nn.Module,
-        batches: Batches,
-        passes: float,
-        skip_bad: bool,
-        state: State | None,
-        clock: Stopwatch,
-        progress: bool,
-    ) -> None:
-        self.model, self.batches, self.passes, self.skip_bad = model, batches, passes, skip_bad
-        self.state, self.clock, self.progress = state, clock, progress
-        self.shards = Shards({})
-        self.notes: list[dict[str, Any]] = []
-        """By level: its sparsity, and what :class:`Distillation` says."""
+
+class _Lessons:
+    """The dense network's outputs on the first batches, computed when the first level needs them."""
+
+    def __init__(self, calibration: Calibration) -> None:
+        self._calibration = calibration
         self._lessons: list[Lesson] = []
-        self._digest: Tensor | None = None
+        self._digest: str | None = None
 
-    def __call__(self, level: Level) -> Level:
-        """The level with distilled weights and what else the training changed; masks and predicted losses stay."""
-        outcome = self._outcome(level)
-        try:
-            before, after, passes, lr, steps = outcome["distillation"].tolist()
-            said = Distillation(before, after, passes, lr, int(steps))
-            own = trainable(self.model)
-            found = {n: outcome[f"parameter/{n}"].to(p).view(p.shape) for n, p in own.items()}
-            weights = {n: found.get(n, weight) for n, weight in level.weights.items()}
-        except (KeyError, RuntimeError, ValueError, IndexError, TypeError) as error:
-            if self.state is None:
-                raise
-            raise StateError(f"{self.state.folder} holds no distilled level ({error}); {self.state.remedy}") from error
-        self.notes.append({"sparsity": level.sparsity} | asdict(said))
-        others = {n: t for n, t in found.items() if n not in weights and not torch.equal(t, own[n])}
-        return replace(level, weights=weights, others=others)
+    def collect(self) -> list[Lesson]:
+        """The lessons; the model must be dense at the first call.
 
-    def _outcome(self, level: Level) -> dict[str, Tensor]:
-        if self.state is None:
-            return self._distilled(level)
-        step = self.state.next_step()
-        if step is not None:
-            self._digest = step[0].get("digest")
-            return step[0]
-        outcome = self._distilled(level)
-        self.state.notes |= {"seconds": self.clock.seconds}
-        with self.clock("state"), self.shards.together("saving the state"):
-            self.state.finish_step(outcome, [])
-        return outcome
-
-    def _distilled(self, level: Level) -> dict[str, Tensor]:
-        with self.clock("distill"), self.shards.together("distilling"), weights_restored(self.model):
-            self._lessons = self._lessons or self._collected()
-            parameters = first_names(self.model)
-            with torch.no_grad():
-                for name, weight in level.weights.items():
-                    parameters[name].copy_(weight)
-            said = train(
-                self.model,
-                self._lessons,
-                {**level.masks, **zeros_of(trainable(self.model))},  # what was zero elsewhere stays so, too
-                passes=self.passes,
-                shards=self.shards,
-                checkpoint=self.state,
-                progress=self.progress,
-            )
-            found = {f"parameter/{n}": p.detach().clone() for n, p in trainable(self.model).items()}
-        assert self._digest is not None
-        numbers = torch.tensor([said.before, said.after, said.passes, said.lr, said.steps], dtype=torch.float64)
-        return found | {"distillation": numbers, "digest": self._digest}
-
-    def _collected(self) -> list[Lesson]:
-        batches = self.batches
+        Raises:
+            StateError: they differ from those that an interrupted run has distilled from.
+        """
+        if self._lessons:
+            return self._lessons
+        batches, checkpoint = self._calibration.batches, self._calibration.checkpoint
         source = batches.source
         inputs = source.inputs() if isinstance(source, Replay) else inputs_of(source, batches.batch_fn)
-        lessons = collect(self.model, inputs, self.shards, SAMPLES, self.skip_bad)
-        content = bytes.fromhex(digest(lesson.target for lesson in lessons))
-        found = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        if self.state is not None and self._digest is not None and not torch.equal(found, self._digest):
+        skip_bad = self._calibration.on_bad_batch == "skip"
+        self._lessons = collect(self._calibration.model, inputs, processes(), SAMPLES, skip_bad)
+        found = digest(lesson.target for lesson in self._lessons)
+        if self._digest not in (None, found):
             raise StateError(
-                f"the calibration data is not what it was when {self.state.folder} was saved, so the run cannot resume: pass the same data in the "
-                f"same order (seed what shuffles or augments it), or {self.state.remedy}"
+                f"the calibration data differs from the data that {checkpoint.folder} was saved with; cannot resume. Pass the same data in the same order "
+                "(seed what shuffles or augments it), or delete the folder"
             )
         self._digest = found
-        return lessons
+        return self._lessons
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"digest": self._digest}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._digest = state["digest"]
+
+    def skip(self) -> None:
+        """A finished level has drawn nothing; :meth:`collect` compares the data if another level is distilled."""
+
+
+def _distill(calibration: Calibration, level: Level, passes: float, lessons: _Lessons) -> Level:
+    model, everybody = calibration.model, processes()
+    dense = trainable(model)
+    with calibration.clock("distill"), everybody.together("distilling"), weights_restored(model):
+        targets = lessons.collect()
+        _write(model, level)
+        said = train(
+            model,
+            targets,
+            {**level.masks, **zeros_of(dense)},  # zeros of other layers do not change either
+            passes=passes,
+            processes=everybody,
+            checkpoint=calibration.checkpoint,
+            progress=calibration.progress,
+        )
+        trained = {name: p.detach().clone() for name, p in dense.items()}
+    calibration.notes.distill.append({"sparsity": level.sparsity} | asdict(said))
+    weights = {name: trained.get(name, weight) for name, weight in level.weights.items()}
+    others = {n: t for n, t in trained.items() if n not in weights and not torch.equal(t, dense[n])}
+    return replace(level, weights=weights, others=others)
+
+
+@torch.no_grad()
+def _write(model: nn.Module, level: Level) -> None:
+    parameters = first_names(model)
+    for name, weight in level.weights.items():
+        parameters[name].copy_(weight)

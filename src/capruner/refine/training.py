@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from capruner.batches import BatchError, call_model, describe, logits_of, own_copy
-from capruner.distributed import Shards
+from capruner.checkpoint import Checkpoint, NoCheckpoint, StateError
+from capruner.distributed import Processes
 from capruner.files import digest
 from capruner.masking import MaskHandle
 from capruner.modes import eval_mode
@@ -64,29 +65,6 @@ class Lesson:
     target: Tensor
 
 
-class Checkpoint(Protocol):
-    """Where a distillation saves how far it has come; :class:`capruner.state.State` is one."""
-
-    def load_feed(self) -> tuple[list[dict[str, Tensor]], dict[str, Any]] | None: ...
-
-    def due(self) -> bool: ...
-
-    def save_feed(self, layers: Sequence[Mapping[str, Tensor]], position: Mapping[str, Any]) -> None: ...
-
-
-class NoCheckpoint:
-    """Nothing is saved."""
-
-    def load_feed(self) -> None:
-        return None
-
-    def due(self) -> bool:
-        return False
-
-    def save_feed(self, layers: Sequence[Mapping[str, Tensor]], position: Mapping[str, Any]) -> None:
-        raise AssertionError("never due")
-
-
 def train(
     model: nn.Module,
     lessons: Sequence[Lesson],
@@ -94,22 +72,21 @@ def train(
     *,
     passes: float,
     lr: float | None = None,
-    shards: Shards,
+    processes: Processes,
     checkpoint: Checkpoint | None = None,
     progress: bool = True,
 ) -> Distillation:
-    """Train ``model`` on ``lessons``, from where ``checkpoint`` has it if that is in the midst of it.
+    """Train ``model`` on ``lessons``, resuming from ``checkpoint`` if that is in the middle of it.
 
     Args:
         masks: True = keep; those of parameters that are not trained are not needed.
         lr: None: chosen by trials.
-        shards: the processes.
 
     Raises:
         ValueError: a divergence that is not finite.
     """
-    run = _Training(model, lessons, masks, passes, lr, shards, checkpoint or NoCheckpoint())
-    hidden = not progress or shards.rank > 0
+    run = _Training(model, lessons, masks, passes, lr, processes, checkpoint or NoCheckpoint())
+    hidden = not progress or processes.rank > 0
     with eval_mode(model), torch.enable_grad(), run.handle:
         run.begin()
         with tqdm(total=run.steps, initial=run.step, desc="distilling", leave=False, disable=hidden or None) as bar:
@@ -129,10 +106,10 @@ class _Training:
         masks: Mapping[str, Tensor],
         passes: float,
         lr: float | None,
-        shards: Shards,
+        processes: Processes,
         checkpoint: Checkpoint,
     ) -> None:
-        self.model, self.lessons, self.shards, self.checkpoint = model, lessons, shards, checkpoint
+        self.model, self.lessons, self.processes, self.checkpoint = model, lessons, processes, checkpoint
         self.passes, self._given_lr = passes, lr
         self.lr = FIRST_TRIED if lr is None else lr
         self.parameters = trainable(model)
@@ -145,32 +122,32 @@ class _Training:
         kept = {name: mask.to(self.device, torch.bool) for name, mask in masks.items() if name in self.masters}
         self.handle = MaskHandle(model, kept)
         self.optimizer = torch.optim.AdamW(self.masters.values(), lr=self.lr, weight_decay=0.0)
-        self.group = max(1, math.ceil(STEP / shards.size / len(lessons[0].target)))
-        self.per_pass = max(1, shards.least(len(lessons) // self.group))
+        self.group = max(1, math.ceil(STEP / processes.world_size / len(lessons[0].target)))
+        self.per_pass = max(1, processes.min(len(lessons) // self.group))
         self.steps = max(1, round(passes * self.per_pass))
         self.step, self.before = 0, math.nan
 
     def begin(self) -> None:
-        """Measure the divergence, or go to where an earlier run had come."""
+        """Measure the divergence and choose a learning rate, or resume an interrupted run."""
         self._write()
         self.start = {name: p.detach().clone() for name, p in self.parameters.items()}
-        found = self.checkpoint.load_feed()
-        if found is None:
-            self.before = self.divergence()
-            if not math.isfinite(self.before):
-                raise ValueError(
-                    f"the divergence of the pruned network's outputs from the dense network's is {self.before}; look at the pruned weights"
-                )
-            if self._given_lr is None:
-                self.lr = self._chosen()
+        if self.checkpoint.resume("distillation", self._load):
             return
-        tensors, place = found
-        if place["data"] != digest(lesson.target for lesson in self.lessons):
+        self.before = self.divergence()
+        if not math.isfinite(self.before):
             raise ValueError(
-                "the calibration data is not what it was when this distillation was saved, so it cannot resume: pass the same data in the same order "
-                "(seed what shuffles or augments it), or delete the state folder"
+                f"the divergence of the pruned network's outputs from the dense network's is {self.before}; look at the pruned weights"
             )
-        self.step, self.before, self.lr = place["step"], place["before"], place["lr"]
+        if self._given_lr is None:
+            self.lr = self._chosen()
+
+    def _load(self, tensors: Sequence[Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+        if state["data"] != digest(lesson.target for lesson in self.lessons):
+            raise StateError(
+                f"the calibration data differs from the data that {self.checkpoint.folder} was saved with; cannot resume. Pass the same data in the same order "
+                "(seed what shuffles or augments it), or delete the folder"
+            )
+        self.step, self.before, self.lr = state["step"], state["before"], state["lr"]
         for name, master in self.masters.items():
             with torch.no_grad():
                 master.copy_(tensors[0][name])
@@ -251,11 +228,11 @@ class _Training:
         """The mean over the samples on which it is measured; the same on every process."""
         total, count = 0.0, 0
         for lesson in self.lessons:
-            if count * self.shards.size >= MEASURED:
+            if count * self.processes.world_size >= MEASURED:
                 break
             total, count = total + float(self._sum(lesson)), count + len(lesson.target)
-        everywhere = self.shards.total(count, "distilling")  # first: it tells whether another process has failed
-        return self.shards.sum(total) / everywhere
+        everywhere = self.processes.total(count, "distilling")  # first: it tells whether another process has failed
+        return self.processes.sum(total) / everywhere
 
     def _sum(self, lesson: Lesson) -> Tensor:
         found = log_probabilities(self.model, lesson.inputs, self.device)
@@ -281,8 +258,8 @@ class _Training:
             for total, gradient in zip(gradients, found):
                 if gradient is not None:
                     total += gradient
-        share = mine / self.shards.total(mine, "distilling")
-        self.shards.add([*gradients, mean], share)
+        share = mine / self.processes.total(mine, "distilling")
+        self.processes.all_reduce([*gradients, mean], share)
         return float(mean)
 
     @torch.no_grad()
@@ -296,7 +273,7 @@ class _Training:
             {name: self.optimizer.state[master][key] for name, master in self.masters.items()}
             for key in ("exp_avg", "exp_avg_sq")
         ]
-        self.checkpoint.save_feed(
+        self.checkpoint.save(
             [{name: master.detach() for name, master in self.masters.items()}, *moments],
             {
                 "step": self.step,

@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from capruner.batches import Batches, BatchFunction, default_loss, own_copy, plain
+from capruner.calibration.stream import CalibrationStream
 from capruner.checks import check_count, check_finite, check_flag, check_model, check_names, check_number, show
-from capruner.distributed import world
+from capruner.distributed import processes
 from capruner.finite import NO_GRADIENT
 from capruner.gradients import GradientMode, LossFunction, gradient_slabs
 from capruner.modes import eval_mode
@@ -75,11 +76,13 @@ def shrink(
     _check(model, loss_fn, macs, kinds, exclude, num_grads, damp, progress)
     model = unwrap(model)
     check_finite(model)
-    inputs = own_copy(plain(example_inputs), next(model.parameters()).device)
+    device = next(model.parameters()).device
+    inputs = own_copy(plain(example_inputs), device)
     with eval_mode(model):
         groups, left_alone = find_units(model, inputs, kinds, exclude)
         costs = multiply_adds_of(model, inputs, [group.attention for group in groups if group.attention])
-        readers = _calibrated(model, Batches(batches, batch_fn), loss_fn, groups, num_grads, gradients, damp, progress)
+        stream = CalibrationStream(Batches(batches, batch_fn), device)
+        readers = _calibrated(model, stream, loss_fn, groups, num_grads, gradients, damp, progress)
     eliminated = solve(groups, readers, progress)
     counts = allocate_units(model, groups, {name: losses for name, (_, losses) in eliminated.items()}, costs, macs)
     removed = {name: order[: counts[name]] for name, (order, _) in eliminated.items()}
@@ -102,7 +105,7 @@ def _check(
     check_count("num_grads", num_grads)
     check_number("damp", damp)
     check_flag("progress", progress)
-    if world()[1] > 1:
+    if processes().world_size > 1:
         raise ValueError(
             "shrink works in one process; call it before torch.distributed is initialised, or on one rank alone"
         )
@@ -162,7 +165,7 @@ def _is_in(group: Group, entry: str) -> bool:
 
 def _calibrated(
     model: nn.Module,
-    batches: Batches,
+    stream: CalibrationStream,
     loss_fn: LossFunction,
     groups: Sequence[Group],
     num_grads: int,
@@ -174,7 +177,7 @@ def _calibrated(
     layers = {cut.layer: model.get_submodule(cut.layer) for group in groups for cut in group.readers}
     fishers = {name: ReaderFisher(layer, num_grads, damp) for name, layer in layers.items()}
     parameters = {f"{name}.weight": layer.get_parameter("weight") for name, layer in layers.items()}
-    slabs = gradient_slabs(model, batches, loss_fn, parameters, num_grads, mode=gradients, slab=SLAB, progress=progress)
+    slabs = gradient_slabs(model, stream, loss_fn, parameters, num_grads, mode=gradients, slab=SLAB, progress=progress)
     feed(fishers, slabs)
     if not any(fisher.heard for fisher in fishers.values()):
         raise ValueError(NO_GRADIENT)

@@ -21,6 +21,7 @@ from sparseml.pytorch.utils import NamedLayerParam
 from sparseml.utils import FROM_PARAM_TOKEN, interpolate
 from torch import Tensor, nn
 
+from capruner.checkpoint import StateError, remove_state
 from capruner.checks import refuse_unknown
 from capruner.config import Knob, PruneConfig, recipe_knobs
 from capruner.methods import MethodName
@@ -31,7 +32,6 @@ from capruner.result import PruningResult
 from capruner.selection import select_parameters
 from capruner.sparseml.sampling import GradSamplerBatches
 from capruner.sparseml.state import load_modifier_state, modifier_state
-from capruner.state import StateError, remove_state
 from capruner.weights import linear_weights
 from capruner.wrappers import owner
 

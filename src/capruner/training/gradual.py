@@ -31,15 +31,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from capruner.batches import default_loss
+from capruner.batches import Batches, default_loss
 from capruner.bits import pack, unpack
-from capruner.calibration import Calibration
+from capruner.calibration.driver import Calibration
+from capruner.checkpoint import remove_state
 from capruner.gradients import LossFunction
 from capruner.job import Job
 from capruner.masking import MaskHandle, mask_model
-from capruner.pruning import checked, prune
+from capruner.pruning import make_job, prune
 from capruner.result import PruningResult
-from capruner.state import remove_state
 from capruner.training.schedules import SAME_EPOCH, Schedule, check_schedule, plain_number
 from capruner.wrappers import all_parameters, find, first_names
 
@@ -84,7 +84,7 @@ class GradualPruner:
         chosen = {"params": list(job.parameters), "exclude": ()}
         self._knobs = {name: value for name, value in knobs.items() if name not in ("masks", "state_dir")} | chosen
         self._state_dir = None if knobs.get("state_dir") is None else Path(knobs["state_dir"])
-        self._masks: dict[str, Tensor] = dict(job.kept)
+        self._masks: dict[str, Tensor] = dict(job.masks)
         self._configuration: dict[str, Any] = {
             "method": job.config.method,
             "mask_type": str(job.settings.pattern),
@@ -279,9 +279,9 @@ def _check(
     model: nn.Module, batches: Iterable[Any] | None, loss_fn: LossFunction, sparsity: list[float], knobs: dict[str, Any]
 ) -> Job:
     """Check the arguments of all updates to come."""
-    job = checked(model, batches, loss_fn, sparsity, **knobs)
+    job = make_job(model, batches, loss_fn, sparsity, **knobs)
     # Cuts every layer into blocks, or raises.
-    Calibration(job.model, job.data, loss_fn, job.parameters, job.settings)
+    Calibration(job.model, Batches(()), loss_fn, job.parameters, job.settings)
     return job
 
 

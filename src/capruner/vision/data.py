@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from capruner.cli.arguments import UserError, describe
-from capruner.distributed import world
+from capruner.distributed import processes
 from capruner.report.architecture import input_size
 from capruner.vision.image_folders import Converted, ImageFolder, Images, check_classes
 
@@ -135,7 +135,7 @@ def preprocessing(args: Any, model: nn.Module) -> dict[str, Any]:
     channels = size[0]
     per_channel = {"mean": args.mean or config["mean"], "std": args.std or config["std"]}
     found = config | {key: _per_channel(values, channels, f"--{key}") for key, values in per_channel.items()}
-    if args.checkpoint and not (args.mean or args.std or args.crop_pct) and world()[0] == 0:
+    if args.checkpoint and not (args.mean or args.std or args.crop_pct) and processes().rank == 0:
         # The weights say nothing of it, and with another preprocessing than in training they are bad without any error.
         mean, std = (" ".join(f"{value:g}" for value in found[key]) for key in ("mean", "std"))
         print(

@@ -14,11 +14,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from capruner import recipes
+from capruner.checkpoint import remove_state
 from capruner.cli.arguments import UserError
 from capruner.recipes.one_shot import KINDS, OURS, OneShot
 from capruner.recipes.text import modifier_names
 from capruner.result import PruningResult
-from capruner.state import remove_state
 from capruner.vision.data import CalibrationBatches, PlainBatches
 from capruner.vision.output import folder_inside
 

@@ -21,7 +21,7 @@ from timm.utils.misc import natural_key
 from torch.utils.data import Dataset
 
 from capruner.cli.arguments import UserError
-from capruner.distributed import world
+from capruner.distributed import processes
 
 FORMATS = (".jpg", ".jpeg", ".png")
 OTHER_FORMATS = {".avif", ".bmp", ".gif", ".heic", ".jfif", ".jp2", ".npy", ".ppm", ".tif", ".tiff", ".webp"}
@@ -193,7 +193,7 @@ def check_classes(splits: Mapping[str, ImageFolder], outputs: int | None) -> Non
             f"If each is a class, use a checkpoint trained on them, with --model-kwargs num_classes={count}{train.describe_unread()}"
         )
     for name, folder in splits.items():
-        if folder.unread and world()[0] == 0:
+        if folder.unread and processes().rank == 0:
             print(f"note: {name}: {folder.describe_unread().removeprefix('; ')}", file=sys.stderr)
 
 

@@ -1,4 +1,4 @@
-"""Checked before several processes work together: every one of them was called with the same arguments, for the same model."""
+"""Check, before any work, that all processes were called with the same arguments for the same model."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import Any, ParamSpec, TypeVar
 
-import torch.distributed as dist
 from torch import nn
 
-from capruner.distributed import PeerError, Shards, naming_the_dead, world
+from capruner.distributed.collectives import processes
+from capruner.distributed.failures import PeerError
 from capruner.files import digest
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _REACHED: ContextVar[list[bool]] = ContextVar("_REACHED")
-"""Whether the call in progress has come to :func:`agree`; a list, so that it can be changed from within."""
+"""Whether the call in progress has reached :func:`agree`; a list, so that callees can change it."""
 
 
 def agreeing(function: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -35,7 +35,7 @@ def agreeing(function: Callable[_P, _R]) -> Callable[_P, _R]:
             raise
         except Exception as error:
             if not reached[0]:
-                _exchange({"error": " ".join(str(error).split())})
+                processes().all_gather_objects({"error": " ".join(str(error).split())})
             raise
         finally:
             _REACHED.reset(token)
@@ -50,31 +50,19 @@ def agree(arguments: Mapping[str, Any], model: nn.Module) -> None:
         ValueError: on every process, with what differs and on which ranks.
     """
     _REACHED.get()[0] = True
-    if world()[1] == 1:
-        return
+    if processes().world_size == 1:
+        return  # without the digests of all parameters
     parameters = {name: [str(p.dtype), list(p.shape), digest([p])] for name, p in model.named_parameters()}
-    everybody = _exchange({"digest": digest([dict(arguments), parameters])})
+    everybody = processes().all_gather_objects({"digest": digest([dict(arguments), parameters])})
     if failed := [(rank, peer["error"]) for rank, peer in enumerate(everybody) if "error" in peer]:
         rank, error = failed[0]
-        raise ValueError(f"rank {rank} cannot begin, so no process does: {error}")
+        raise ValueError(f"rank {rank} cannot start, so no process does: {error}")
     if len({peer["digest"] for peer in everybody}) == 1:
         return
-    details = _exchange({"arguments": dict(arguments), "parameters": parameters})
+    details = processes().all_gather_objects({"arguments": dict(arguments), "parameters": parameters})
     raise ValueError(
         f"the processes disagree: {'; '.join(_differences(details))}. Call it with the same arguments and the same weights on every process"
     )
-
-
-def _exchange(mine: dict[str, Any]) -> list[dict[str, Any]]:
-    """Everybody's dict, by rank."""
-    size = world()[1]
-    if size == 1:
-        return [mine]
-    Shards({})  # learns who takes part, so that one who dies is named
-    everybody: list[Any] = [None] * size
-    with naming_the_dead():
-        dist.all_gather_object(everybody, mine)
-    return everybody
 
 
 def _differences(everybody: list[dict[str, Any]]) -> list[str]:

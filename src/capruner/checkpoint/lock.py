@@ -1,4 +1,4 @@
-"""A lock on a folder, so that two runs do not write into it at once; the system releases it when the process ends, however it ends."""
+"""A lock on a folder, against two runs that write to it; the system releases it when the process ends, for whatever reason."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import weakref
 from pathlib import Path
 
 LOCK = "lock"
-"""Name of the file in the folder; it holds who has locked it."""
+"""Name of the lock file in the folder; it contains who holds the lock."""
 
 _LOGGER = logging.getLogger(__name__)
 _OWNERS: dict[tuple[int, Path], tuple[int, weakref.ref[FolderLock]]] = {}
-"""The open file and the lock in use, by process (a fork inherits no lock) and file. A process must open a locked file once only: closing it
-anywhere releases the lock."""
+"""The open file and the lock in use, by process (a fork does not inherit locks) and file. A process must open a locked file only once: closing it anywhere
+releases the lock."""
 
 
 class InUseError(OSError):
-    """Another process has the folder locked; the message says which."""
+    """Another process holds the lock; the message says which."""
 
 
 class FolderLock:
-    """Lock ``folder`` for this process. A later lock of the same process takes over, and :meth:`check` of the earlier one then raises.
+    """Lock ``folder`` for this process. A later lock in the same process takes over, and :meth:`check` of the earlier one then raises.
 
     Raises:
-        InUseError: another process has it locked.
+        InUseError: another process holds the lock.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -35,7 +35,7 @@ class FolderLock:
         self._release = weakref.finalize(self, _release, self._key, descriptor, id(self))
 
     def check(self) -> None:
-        """Raise unless this is still the lock in use."""
+        """Raise :class:`InUseError` if a later lock took over."""
         owner = _OWNERS.get(self._key)
         if owner is None or owner[1]() is not self:
             raise InUseError(
@@ -43,7 +43,7 @@ class FolderLock:
             )
 
     def release(self) -> None:
-        """Let others have the folder."""
+        """Release the lock."""
         self._release()
 
 
@@ -55,7 +55,7 @@ def _release(key: tuple[int, Path], descriptor: int, identity: int) -> None:
 
 
 def _locked(file: Path) -> int:
-    import fcntl  # not on Windows, where everything but a state folder works
+    import fcntl  # not on Windows, where everything but checkpoints works
 
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
@@ -75,7 +75,7 @@ def _locked(file: Path) -> int:
             os.truncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             return descriptor
-        os.close(descriptor)  # deleted by the run before, just as it was opened here
+        os.close(descriptor)  # deleted by the previous run just after it was opened here
 
 
 def _is_at(descriptor: int, file: Path) -> bool:

@@ -1,0 +1,1 @@
+"""Calibration: from data to a method that is ready to solve for any sparsity."""

@@ -1,0 +1,235 @@
+"""One calibration: draw gradients, fold them into a method, and make levels of its solutions."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from capruner.batches import Batches
+from capruner.calibration.notes import Notes
+from capruner.calibration.stream import CalibrationStream
+from capruner.checkpoint import Checkpoint, NoCheckpoint
+from capruner.distributed import Partition
+from capruner.finite import check_heard
+from capruner.gradients import GradientMode, LossFunction, OnBadBatch, gradient_slabs
+from capruner.labels import Labels, draw_uniform
+from capruner.layout import BlockLayout, largest
+from capruner.methods import LayerSolution, Method, Settings, SparsityLevel, Stopwatch
+from capruner.methods.base import RankedMethod
+from capruner.modes import eval_mode
+from capruner.numerics import working_dtype
+from capruner.result import Level
+from capruner.weights import linear_weights
+
+_LOGGER = logging.getLogger(__name__)
+
+
+@dataclass
+class Calibration:
+    """A model, its data, the parameters to prune, and the knobs.
+
+    Attributes:
+        model: without wrappers; called in eval mode.
+        batches: see :func:`capruner.prune`; empty for methods without gradients.
+        parameters: ``{name: parameter}``.
+        checkpoint: of the run that this calibration is part of.
+        clock: seconds by stage, over all calibrations of the run.
+        notes: what the run reports.
+        whole: these are all layers, and not one of several groups.
+    """
+
+    model: nn.Module
+    batches: Batches
+    loss_fn: LossFunction
+    parameters: Mapping[str, nn.Parameter]
+    settings: Settings
+    gradients: GradientMode = "batch"
+    labels: Labels = "data"
+    on_bad_batch: OnBadBatch = "raise"
+    progress: bool = True
+    checkpoint: Checkpoint = field(default_factory=NoCheckpoint)
+    clock: Stopwatch = field(default_factory=Stopwatch)
+    notes: Notes = field(default_factory=Notes)
+    whole: bool = True
+
+    def __post_init__(self) -> None:
+        size, group = self.settings.fisher_block_size, self.settings.pattern.group
+        limit = largest(sum(p.numel() for p in self.parameters.values()))
+        linear = linear_weights(self.model)
+        self.layouts = {}
+        for name, p in self.parameters.items():
+            inputs = linear[name].inputs if name in linear else 1
+            self.layouts[name] = BlockLayout.of(
+                p.shape, size, inputs if group > 1 or inputs == 0 else None, group, limit
+            )
+
+    @property
+    def slab(self) -> int:
+        """Gradients that are collected before they are added to the Fisher blocks."""
+        # Enough rows for efficient matrix products, few enough to be a small share of the d·B of the Fisher blocks.
+        return max(6, max(layout.block_size for layout in self.layouts.values()) // 12)
+
+    def stream(self) -> CalibrationStream:
+        """A new pass over the data."""
+        device = next(iter(self.parameters.values())).device
+        draw = draw_uniform if self.labels == "model" else None
+        return CalibrationStream(self.batches, device, draw, self.checkpoint.folder)
+
+    def run(self, method: type[Method], masks: Mapping[str, Tensor], stream: CalibrationStream) -> Calibrated:
+        """Calibrate ``method`` at the model's present weights, some of which ``masks`` (True = keep) have pruned already."""
+        pruner = method(Partition(self.layouts, method.whole_layers), self.settings, self.clock)
+        where = torch.device(self.settings.fisher_inv_device or stream.device)
+        for dtype in {working_dtype(p) for p in self.parameters.values()} if where.type == "cpu" else ():
+            pruner.compile(dtype)
+        if pruner.uses_gradients:
+            with pruner.processes.together("drawing gradients"):
+                self._draw(pruner, stream)
+            check_heard(pruner.silent(), pruner.partition, self.notes.layers_without_gradient, self.whole)
+        pruned, weights = {}, {}
+        for name, p in self.parameters.items():
+            own = pruner.partition.own(name)
+            pruned[name] = self.layouts[name].to_blocks(~masks[name], torch.bool)[own]
+            weights[name] = self.layouts[name].to_blocks(p.detach(), working_dtype(p))[own].masked_fill(pruned[name], 0)
+        with pruner.processes.together("inverting Fisher blocks"):
+            pruner.prepare(weights, pruned)
+        self._report(pruner)
+        return Calibrated(pruner, self.parameters, self._samples_per_gradient(pruner, stream))
+
+    def _draw(self, pruner: Method, stream: CalibrationStream) -> None:
+        """Fold this rank's share of the gradients into ``pruner``."""
+        partition, share = pruner.partition, pruner.processes.share(self.settings.num_grads)
+        dtypes = {name: working_dtype(p) for name, p in self.parameters.items()}
+        self._resume(pruner, stream, share)
+        if share and stream.taken == share:
+            stream.skip()  # so that the next calibration has the next pass
+        with eval_mode(self.model):
+            slabs = gradient_slabs(
+                self.model,
+                stream,
+                self.loss_fn,
+                self.parameters,
+                share,
+                mode=self.gradients,
+                slab=max(1, self.slab // pruner.processes.world_size),
+                on_bad_batch=self.on_bad_batch,
+                progress=self.progress and pruner.processes.rank == 0,
+            )
+            while True:
+                with self.clock("gradients"):
+                    gradients = next(slabs, None) if share else None
+                with self.clock("exchange"):
+                    rows = partition.exchange(None if gradients is None else self._in_blocks(gradients), dtypes)
+                if rows is None:
+                    break
+                pruner.add(rows)
+                if self.checkpoint.due():
+                    self._save(pruner, stream)
+        self._save(pruner, stream)
+        if skipped := stream.skipped:
+            numbers = ", ".join(map(str, skipped[:8])) + (", ..." if len(skipped) > 8 else "")
+            _LOGGER.warning(
+                "skipped %d of %d calibration batches for NaN or Inf: %s", len(skipped), stream.drawn, numbers
+            )
+        self.notes.skipped_batches += int(pruner.processes.sum(len(skipped)))
+
+    def _in_blocks(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: self.layouts[name].to_blocks(rows, rows.dtype) for name, rows in gradients.items()}
+
+    def _samples_per_gradient(self, pruner: Method, stream: CalibrationStream) -> float:
+        if not pruner.uses_gradients:
+            return 1.0
+        return pruner.processes.sum(stream.averaged) / pruner.processes.sum(stream.taken)
+
+    def _save(self, pruner: Method, stream: CalibrationStream) -> None:
+        layers = pruner.state_dict()
+        self.checkpoint.save(list(layers.values()), {"layers": list(layers), "stream": stream.state_dict()})
+
+    def _resume(self, pruner: Method, stream: CalibrationStream, share: int) -> None:
+        """Bring ``pruner`` and ``stream`` to where an interrupted run left them."""
+        partition = pruner.partition
+        blocks = {name: partition.count(name) for name in self.layouts}
+
+        def load(layers: Sequence[Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+            for name, tensors in zip(state["layers"], layers, strict=True):
+                pruner.load_state_dict(name, tensors)
+            if absent := [name for name in blocks if blocks[name] and name not in state["layers"]]:
+                raise ValueError(f"{absent[0]} is absent")
+            stream.load_state_dict(state["stream"])
+            if stream.taken > share:
+                raise ValueError(f"{stream.taken} gradients are more than {share}")
+
+        self.checkpoint.check_space(
+            sum(
+                (min(blocks[name], 1) if pruner.whole_layers else blocks[name])
+                * layout.block_size**2
+                * working_dtype(self.parameters[name]).itemsize
+                for name, layout in self.layouts.items()
+            )
+        )
+        self.checkpoint.resume("gradients", load)
+
+    def _report(self, pruner: Method) -> None:
+        """Note and log what is unusual about the Fisher blocks."""
+        self.notes.shrinkage_by_layer |= pruner.shares
+        damped, damp = self.notes.damped_blocks, self.settings.damp
+        for name, count in pruner.damped.items():
+            damped[name] = max(damped.get(name, 0), count)
+            _LOGGER.warning(
+                "%s: %d of %d Fisher blocks would not factor at damp=%g and got more damping",
+                *(name, count, self.layouts[name].num_blocks, damp),
+            )
+        for name, count in pruner.drowned.items():
+            _LOGGER.warning(
+                "%s: damp=%g is below the float32 rounding error of %d of %d Fisher blocks, so their weights may be off: raise damp, or leave it out",
+                *(name, damp, count, self.layouts[name].num_blocks),
+            )
+
+
+@dataclass
+class Calibrated:
+    """A method that is ready to solve.
+
+    Attributes:
+        pruner: the method.
+        parameters: of the shapes, devices and dtypes that levels have.
+        samples_per_gradient: samples that one gradient is a mean over, on average.
+    """
+
+    pruner: Method
+    parameters: Mapping[str, Tensor]
+    samples_per_gradient: float
+
+    def solve(
+        self, levels: Sequence[SparsityLevel], counts: Sequence[Mapping[str, Tensor]] | None = None
+    ) -> list[Level]:
+        """Masks and weights at each level.
+
+        Args:
+            counts: by level, steps of the blocks of each layer; None: decided among these layers alone.
+        """
+        if counts is None:
+            own = [[t for t in level.targets if t.names[0] in self.parameters] for level in levels]
+            solutions = self.pruner.solve(own)
+        else:
+            assert isinstance(self.pruner, RankedMethod)
+            solutions = self.pruner.solve_counts(counts)
+        return [self.level(level.sparsity, solution) for level, solution in zip(levels, solutions)]
+
+    def level(self, sparsity: float, solutions: Mapping[str, LayerSolution]) -> Level:
+        """One level from the solutions of all processes."""
+        partition = self.pruner.partition
+        weights, masks, losses = {}, {}, {}
+        for name, p in self.parameters.items():
+            layout, solution = partition.layouts[name], solutions[name]
+            masks[name] = layout.from_blocks(partition.gather(name, solution.keep)).to(p.device)
+            weights[name] = layout.from_blocks(partition.gather(name, solution.weight)).to(p)
+            if not torch.isfinite(weights[name]).all():
+                raise ValueError(f"the pruned weights of {name} are not finite in {p.dtype}; raise damp")
+            # The outer product of a mean over b independent gradients is 1/b of the mean of their outer products.
+            losses[name] = partition.processes.sum(solution.loss) * self.samples_per_gradient
+        return Level(sparsity, weights, masks, losses)
