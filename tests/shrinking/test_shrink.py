@@ -156,6 +156,9 @@ def test_refit_beats_plain_removal() -> None:
     [
         ({"macs": 1.0}, "macs must be the share"),
         ({"macs": True}, "macs must be the share"),
+        ({"macs": None}, "give one of macs"),
+        ({"latency": 0.5}, "give one of macs"),
+        ({"macs": None, "latency": 0}, "latency must be the share"),
         ({"macs": 0.001}, "out of reach"),
         ({"units": "weights"}, "units must be some of"),
         ({"units": []}, "units must be some of"),

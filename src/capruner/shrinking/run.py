@@ -20,6 +20,7 @@ from capruner.shrinking.budget import Costs, allocate_units
 from capruner.shrinking.channels import channel_groups
 from capruner.shrinking.costs import multiply_adds_of
 from capruner.shrinking.elimination import Reader, ReaderFisher, feed, solve
+from capruner.shrinking.latency import fast_enough, seconds_of_layers
 from capruner.shrinking.probing import Probe, heads, neurons
 from capruner.shrinking.result import Shrunk
 from capruner.shrinking.surgery import Removal, compare, why_not
@@ -35,8 +36,9 @@ def shrink(
     batches: Iterable[Any],
     loss_fn: LossFunction = default_loss,
     *,
-    macs: float,
     example_inputs: Any,
+    macs: float | None = None,
+    latency: float | None = None,
     units: str | Sequence[str] = KINDS,
     exclude: str | Sequence[str] = (),
     num_grads: int = 512,
@@ -57,7 +59,10 @@ def shrink(
     Args:
         model: any module; its parameters' device is where the work happens.
         batches, loss_fn, batch_fn: see :func:`capruner.prune`.
-        macs: share of the model's multiply-adds that may remain, between 0 and 1.
+        macs: share of the model's multiply-adds that may remain, between 0 and 1. Units are ranked by predicted loss per multiply-add.
+        latency: instead of ``macs``, share of the time of one call with ``example_inputs`` that may remain, measured on this machine as it is set up now
+            (device, ``torch.set_num_threads``). Units are ranked by predicted loss per second of the layers that they are in, and models are cut and timed
+            until one is fast enough; a busy machine makes that inexact.
         example_inputs: what the model is called with: a tensor, a tuple, or a dict of keywords. Multiply-adds are counted on it, and the smaller model is
             compared on it with the dense one whose removed units are set to zero.
         units: of ``"neurons"`` (pairs of linear layers, as in an MLP), ``"heads"`` (timm's attention) and ``"channels"`` (convolutions; models with several
@@ -73,7 +78,7 @@ def shrink(
         ModuleNotFoundError: torch-pruning is needed and not installed.
     """
     kinds = [units] if isinstance(units, str) else list(units)
-    _check(model, loss_fn, macs, kinds, exclude, num_grads, damp, progress)
+    _check(model, loss_fn, macs, latency, kinds, exclude, num_grads, damp, progress)
     model = unwrap(model)
     check_finite(model)
     device = next(model.parameters()).device
@@ -84,21 +89,47 @@ def shrink(
         stream = CalibrationStream(Batches(batches, batch_fn), device)
         readers = _calibrated(model, stream, loss_fn, groups, num_grads, gradients, damp, progress)
     eliminated = solve(groups, readers, progress)
-    counts = allocate_units(model, groups, {name: losses for name, (_, losses) in eliminated.items()}, costs, macs)
-    removed = {name: order[: counts[name]] for name, (order, _) in eliminated.items()}
-    small, removal = _cut(model, groups, readers, removed, inputs)
+    losses = {name: loss for name, (_, loss) in eliminated.items()}
+
+    def cut(share: float, costs: Costs) -> tuple[nn.Module, tuple[Removal, dict[str, int]]]:
+        counts = allocate_units(model, groups, losses, costs, share)
+        removed = {name: order[: counts[name]] for name, (order, _) in eliminated.items()}
+        small, removal = _cut(model, groups, readers, removed, inputs)
+        return small, (removal, counts)
+
+    seconds = {}
+    if macs is not None:
+        small, (removal, counts) = cut(macs, costs)
+    else:
+        assert latency is not None
+        timed = seconds_of_layers(model, inputs, groups)
+        small, (removal, counts), both = fast_enough(lambda share: cut(share, timed), model, inputs, latency)
+        seconds = {"seconds": both}
     rows = [{"name": g.name, "kind": g.kind, "units": g.units, "left": g.units - counts[g.name]} for g in groups]
-    return Shrunk(small, removal, rows, left_alone, _costs(costs, model, small, inputs))
+    return Shrunk(small, removal, rows, left_alone, _costs(costs, model, small, inputs) | seconds)
 
 
 def _check(
-    model: Any, loss_fn: Any, macs: Any, kinds: list[str], exclude: Any, num_grads: Any, damp: Any, progress: Any
+    model: Any,
+    loss_fn: Any,
+    macs: Any,
+    latency: Any,
+    kinds: list[str],
+    exclude: Any,
+    num_grads: Any,
+    damp: Any,
+    progress: Any,
 ) -> None:
     check_model(model)
     if not callable(loss_fn):
         raise ValueError(f"loss_fn must be a function of outputs and targets, got {show(loss_fn)}")
-    if isinstance(macs, bool) or not isinstance(macs, int | float) or not 0 < macs < 1:
-        raise ValueError(f"macs must be the share of multiply-adds that may remain, between 0 and 1, got {show(macs)}")
+    if (macs is None) == (latency is None):
+        raise ValueError(
+            "give one of macs (the share of multiply-adds that may remain) and latency (of the measured time)"
+        )
+    for name, share in (("macs", macs), ("latency", latency)):
+        if share is not None and (isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1):
+            raise ValueError(f"{name} must be the share that may remain, between 0 and 1, got {show(share)}")
     if not kinds or not set(kinds) <= set(KINDS):
         raise ValueError(f"units must be some of {list(KINDS)}, got {show(kinds)}")
     check_names("exclude", exclude)
