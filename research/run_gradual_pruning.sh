@@ -16,7 +16,7 @@ EXPERIMENT=${EXPERIMENT:-gradual/$MODEL-$(basename "$RECIPE" .yaml)}
 PYTHON=${PYTHON:-python}
 weights=(--pretrained)
 for word in "$@"; do
-  case $word in --checkpoint* | --initial-checkpoint* | --initial_checkpoint*) weights=() ;; esac
+  case $word in --checkpoint | --checkpoint=* | --initial[-_]checkpoint* | --checkpoint[-_]path* | --random[-_]weights) weights=() ;; esac
 done
 if [ -z "${NPROC:-}" ]; then
   NPROC=$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')

@@ -11,7 +11,7 @@ GRAD_SAMPLER_BATCH_SIZE=${GRAD_SAMPLER_BATCH_SIZE:-16}
 PYTHON=${PYTHON:-python}
 weights=(--pretrained)
 for word in "$@"; do
-  case $word in --checkpoint*) weights=() ;; esac
+  case $word in --checkpoint | --checkpoint=* | --initial[-_]checkpoint* | --checkpoint[-_]path* | --random[-_]weights) weights=() ;; esac
 done
 for method in ${METHODS:-cap obs gm}; do
   "$PYTHON" "$ROOT/research/one_shot_pruning.py" --data-dir "$DATA_DIR" --model "$MODEL" ${weights[@]+"${weights[@]}"} \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import json
 from typing import Any
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 import capruner
 from capruner.config import Knobs, help_of, knobs, problems, reference_table
+from capruner.vision import one_shot_arguments
 
 
 def test_every_function_has_the_defaults_of_the_config() -> None:
@@ -97,11 +99,13 @@ def test_keywords_win_over_the_config() -> None:
 
 def test_recipes_and_the_command_line_have_the_same_number_of_gradients() -> None:
     from capruner.recipes import values
-    from capruner.vision import one_shot_arguments
 
     number = capruner.PruneConfig.num_grads
     assert values.CAP["num_grads"] == values.FAST_CAP["num_grads"] == number
-    assert set(one_shot_arguments.DEFAULTS["num_grads"].values()) == {number}
+    parser = argparse.ArgumentParser()
+    one_shot_arguments.add_arguments(parser)
+    args = one_shot_arguments.checked(parser.parse_args(["--data-dir", ".", "--model", "resnet18", "--pretrained"]))
+    assert one_shot_arguments.one_shot(args).knobs["num_grads"] == number
 
 
 def test_every_problem_is_found() -> None:

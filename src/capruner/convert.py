@@ -29,9 +29,9 @@ def number(value: Any) -> float:
 
 def whole(value: Any) -> int:
     """A whole number: 4096.0 is valid, 0.5 is not."""
-    if isinstance(value, bool) or int(value) != float(value):
+    if isinstance(value, bool) or not float(value).is_integer():
         raise ValueError("expected a whole number")
-    return int(value)
+    return int(float(value))
 
 
 def blocks(value: Any) -> int | None:

@@ -196,14 +196,14 @@ def test_no_such_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 BAD = {
     "no data": ({"data_dir": None}, "required: --data-dir"),
-    "an engine without a recipe": ({"engine": "sparseml"}, "--engine sparseml is about recipes"),
+    "an engine without a recipe": ({"engine": "sparseml"}, "--engine sparseml needs --sparseml-recipe"),
     "percent": ({"sparsities": [50]}, "write 0.9 for 90 %"),
-    "recipe and flags": ({"sparseml_recipe": "a.yaml"}, "--num-grads, --damp, --fisher-block-size, --params and --sparseml-recipe"),
-    "no such knob": ({"method": "magnitude"}, "--num-grads, --damp, --fisher-block-size means nothing to --method magnitude"),
+    "recipe and flags": ({"sparseml_recipe": "a.yaml"}, "--params: --sparseml-recipe a.yaml decides this"),
+    "no such knob": ({"method": "magnitude"}, "--num-grads, --fisher-block-size, --damp: not supported by --method magnitude"),
     "mask type": ({"mask_type": "4:2"}, "mask_type must be"),
     "no match": ({"params": ["blocks.7"]}, "no parameter or module is called 'blocks.7'"),
     "no steps": ({"num_recomputations": 0}, "num_recomputations must be a whole number, at least 1, got 0"),
-    "passes back": ({"distill_passes": -1}, "--distill-passes -1: must be at least 0"),
+    "passes back": ({"distill_passes": -1}, "distill_passes must be a number, at least 0, got -1"),
     "pattern and sparsity": ({"mask_type": "2:4", "sparsities": [0.9]}, "a sparsity of 0.5; got"),
 }  # fmt: skip
 
@@ -236,10 +236,10 @@ def test_every_method_s_recipe_is_one_that_sparseml_reads(tmp_path: Path) -> Non
     parser = argparse.ArgumentParser()
     one_shot_arguments.add_arguments(parser)
     for (method, mask_type), name in names.items():
-        line = f"--model {MODEL} --data-dir x --method {method} --mask-type {mask_type} --params a.weight re:b.*"
+        line = f"--model {MODEL} --data-dir x --pretrained --method {method} --mask-type {mask_type} --params a.weight re:b.*"
         args = one_shot_arguments.checked(parser.parse_args(line.split()))
         path = tmp_path / f"{method}.yaml"
-        path.write_text(one_shot_arguments.recipe_text(args))
+        path.write_text(one_shot_arguments.recipe_text(one_shot_arguments.one_shot(args)))
         manager = load_manager(str(path))
         modifier = pruning_modifier(manager, str(path))
         assert type(modifier).__name__ == name

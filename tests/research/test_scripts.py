@@ -27,7 +27,13 @@ def words(script: str, place: Path, *more: str, **variables: str) -> list[str]:
 @pytest.mark.parametrize("script", ["run_gradual_pruning.sh", "run_one_shot_pruning.sh"])
 def test_pretrained_weights_unless_a_checkpoint_is_given(script: str, tmp_path: Path) -> None:
     assert "--pretrained" in words(script, tmp_path)
-    for given in (["--checkpoint", "w.pth"], ["--checkpoint=w.pth"]):
+    assert "--pretrained" in words(script, tmp_path, "--checkpoint-freq", "5")
+    for given in (
+        ["--checkpoint", "w.pth"],
+        ["--checkpoint=w.pth"],
+        ["--checkpoint_path", "w.pth"],
+        ["--random-weights"],
+    ):
         line = words(script, tmp_path, *given)
         assert "--pretrained" not in line
         assert line[-len(given) - 1 : -1] == given

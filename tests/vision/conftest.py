@@ -36,6 +36,7 @@ def line(training_place: Path, tmp_path: Path) -> Line:
         given: dict[str, Any] = {
             "data_dir": training_place / "data",
             "model": MODEL,
+            "random_weights": True,
             "model_kwargs": [f"{key}={value}" for key, value in KWARGS.items()],
             "sparseml_recipe": training_place / f"{recipe}.yaml",
             "experiment": "trial",

@@ -17,8 +17,9 @@ pytest.importorskip("timm")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import timm
 
+from capruner.cli import arguments
 from capruner.cli.arguments import UserError
-from capruner.vision import evaluate, modeling
+from capruner.vision import evaluate, modeling, one_shot_pruning, training_arguments
 
 NAME = "vit_tiny_patch16_224"
 KWARGS: dict[str, Any] = {
@@ -42,9 +43,17 @@ def test_a_checkpoint_is_loaded(tmp_path, suffix, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_random_weights_are_mentioned(capsys):
-    modeling.build_model(NAME, KWARGS, "", pretrained=False)
-    assert "vit_tiny_patch16_224 has random weights; give --checkpoint or --pretrained" in capsys.readouterr().err
+@pytest.mark.parametrize("main", [one_shot_pruning.main, training_arguments.parse])
+def test_random_weights_have_to_be_asked_for(main, tmp_path):
+    line = ["--data-dir", str(tmp_path), "--model", NAME, "--sparseml-recipe", "one_shot/gm/vit"]
+    if main is training_arguments.parse:
+        args = main(line)
+        with pytest.raises(UserError, match="where do its weights come from"):
+            arguments.check_weights(args)
+        arguments.check_weights(main([*line, "--random-weights"]))
+    else:
+        with pytest.raises(UserError, match="Give --pretrained, --checkpoint FILE, or --random-weights"):
+            main(line)
 
 
 def test_a_checkpoint_of_another_model(tmp_path):

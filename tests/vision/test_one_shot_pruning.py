@@ -224,7 +224,12 @@ def test_an_output_that_cannot_be_written_is_found_before_the_work(place: Path, 
 def test_multiply_adds_can_decide(place: Path, tmp_path: Path) -> None:
     left = {}
     for by in ("weights", "macs"):
-        conv = {"model": "resnet18", "model_kwargs": ["channels=[4,6,8,10]", "num_classes=3"], "checkpoint": None}
+        conv = {
+            "model": "resnet18",
+            "model_kwargs": ["channels=[4,6,8,10]", "num_classes=3"],
+            "checkpoint": None,
+            "random_weights": True,
+        }
         own = {"sparseml_recipe": None, "num_grads": 6, "img_size": 32, "output": tmp_path, "experiment": by}
         one_shot_pruning.main(arguments(place, allocate_by=by, **conv, **own))
         rows = json.loads((tmp_path / by / "summary.json").read_text())["rows"]
@@ -236,7 +241,7 @@ def test_multiply_adds_can_decide(place: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("recipe", ["FastCAPruningModifier", "GlobalMagnitudePruningModifier"])
 def test_multiply_adds_mean_nothing_to_others(recipe: str, place: Path) -> None:
-    with pytest.raises(cli.UserError, match=f"--allocate-by macs means nothing to {recipe}"):
+    with pytest.raises(cli.UserError, match=f"--allocate-by macs is not supported by {recipe}"):
         one_shot_pruning.main(arguments(place, recipe, allocate_by="macs"))
 
 

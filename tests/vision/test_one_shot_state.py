@@ -170,7 +170,7 @@ def test_a_recipe_s_folder_that_leads_elsewhere(
 def test_flags_that_mean_nothing_to_others_modifiers(flag: dict[str, str], line: Line) -> None:
     (name,) = flag
     words = arguments(line, method="magnitude", num_grads=None, fisher_block_size=None, damp=None, **flag)
-    with pytest.raises(cli.UserError, match=f"--{name.replace('_', '-')} means nothing to GlobalMagnitude"):
+    with pytest.raises(cli.UserError, match=rf"--{name.replace('_', '-')}.* not supported by .*agnitude"):
         one_shot_pruning.main(words)
 
 

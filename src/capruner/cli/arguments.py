@@ -80,6 +80,25 @@ def add_model(parser: argparse._ActionsContainer, required: bool = False, used: 
     )
 
 
+def add_weights(parser: argparse._ActionsContainer) -> None:
+    """Where the weights come from: ``--pretrained``, ``--checkpoint``, or ``--random-weights``."""
+    parser.add_argument("--pretrained", action="store_true", help="start from timm's pretrained weights")
+    parser.add_argument(
+        *("--checkpoint", "--initial-checkpoint", "--checkpoint-path"),
+        default="",
+        help="weights to start from (.safetensors or .pth)",
+    )
+    parser.add_argument("--random-weights", action="store_true", help="start from an untrained network")
+
+
+def check_weights(args: argparse.Namespace) -> None:
+    """Raise ``UserError`` where the flags of :func:`add_weights` do not say where the weights come from."""
+    if not (args.checkpoint or args.pretrained or args.random_weights):
+        raise UserError(
+            f"--model {args.model}: where do its weights come from? Give --pretrained, --checkpoint FILE, or --random-weights"
+        )
+
+
 def add_preprocessing(parser: argparse.ArgumentParser) -> None:
     """timm's flags for how images become tensors; what is not given comes from the model's configuration."""
     group = parser.add_argument_group("preprocessing (default: as the model's configuration says)")

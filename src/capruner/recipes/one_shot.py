@@ -41,7 +41,6 @@ class Kind:
         globally: one target over all layers, where the recipe does not say.
         says_globally: whether a recipe can say it.
         ours: the modifier is our own; the others are SparseML's, whose modifiers have no ``traces_backup_dir``.
-        flags: flags of the one-shot script that mean something to it.
     """
 
     method: MethodName
@@ -49,7 +48,6 @@ class Kind:
     globally: bool
     says_globally: bool
     ours: bool
-    flags: frozenset[str]
 
     @property
     def parameters(self) -> set[str]:
@@ -60,14 +58,12 @@ class Kind:
         return found | ({"traces_backup_dir", "n", "m"} if self.ours else set())
 
 
-_SECOND_ORDER = frozenset({"gradients", "labels", "on_bad_batch", "state_dir"})
-_COMPETING = _SECOND_ORDER | {"memory_budget", "allocate_by"}
 KINDS = {
-    "CAPruningModifier": Kind("cap", values.CAP, True, True, True, _COMPETING),
-    "FastCAPruningModifier": Kind("fast_cap", values.FAST_CAP, False, True, True, _SECOND_ORDER),
-    "OBSPruningModifier": Kind("obs", values.OBS, True, True, False, _COMPETING),
-    "GlobalMagnitudePruningModifier": Kind("magnitude", values.MAGNITUDE, True, False, False, frozenset()),
-    "MagnitudePruningModifier": Kind("magnitude", values.MAGNITUDE, False, False, False, frozenset()),
+    "CAPruningModifier": Kind("cap", values.CAP, True, True, True),
+    "FastCAPruningModifier": Kind("fast_cap", values.FAST_CAP, False, True, True),
+    "OBSPruningModifier": Kind("obs", values.OBS, True, True, False),
+    "GlobalMagnitudePruningModifier": Kind("magnitude", values.MAGNITUDE, True, False, False),
+    "MagnitudePruningModifier": Kind("magnitude", values.MAGNITUDE, False, False, False),
 }
 OURS = frozenset(name for name, kind in KINDS.items() if kind.ours)
 _TRAINING = ("EpochRange", "LearningRate", "WeightDecay", "TrainableParams", "Distillation", "ConstantPruning")

@@ -6,7 +6,7 @@ import copy
 import importlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -160,10 +160,6 @@ def selected_names(modifier: Any, model: nn.Module) -> list[str]:
     return [f"{p.layer_name}.{p.param_name}" for p in modifier._create_named_layers_and_params(model)]
 
 
-FLAGS = {"state_dir": "traces_backup_dir"}
-"""Flags that are called otherwise in recipes."""
-
-
 class BySparseML:
     """A one-shot recipe in SparseML's hands; see :mod:`capruner.vision.engines`."""
 
@@ -180,24 +176,22 @@ class BySparseML:
         self.final_sparsity = self._modifier.final_sparsity if hasattr(self._modifier, "final_sparsity") else None
         self.distill_passes = self._modifier.distill_passes if self.once else 0.0
 
-    def set_flag(self, flag: str, value: Any) -> None:
-        """A flag that stands above the recipe.
+    def override(self, values: Mapping[str, Any]) -> None:
+        """Let values of the command line take precedence over the recipe's: knobs, ``state_dir``; ``costs`` are only checked.
 
         Raises:
-            UserError: it means nothing to the modifier.
+            UserError: the modifier has no such parameter.
         """
-        knob = FLAGS.get(flag, flag)
-        if flag == "distill_passes":
-            self.distill_passes = value
-            if not self.once:
-                return
-        elif flag == "allocate_by":
-            if not isinstance(self._modifier, CAPruningModifier):
-                raise engines.means_nothing(flag, value, self.modifier)
-            return
-        elif not self.once or not hasattr(self._modifier, knob):
-            raise engines.means_nothing(flag, value, self.modifier)
-        setattr(self._modifier, knob, value)
+        for name, value in values.items():
+            parameter = "traces_backup_dir" if name == "state_dir" else name
+            if name == "distill_passes":
+                self.distill_passes = value
+            if name == "costs" and isinstance(self._modifier, CAPruningModifier):
+                continue
+            if self.once and hasattr(self._modifier, parameter):
+                setattr(self._modifier, parameter, value)
+            elif name != "distill_passes":
+                raise engines.unsupported(name, self.modifier)
 
     def names(self, model: nn.Module) -> list[str]:
         """Names of the parameters that are pruned."""

@@ -1,13 +1,13 @@
 """Who carries out a one-shot recipe: capruner itself, or SparseML. Both offer the script the same few things.
 
-``modifier``, ``method`` (None: one of SparseML's own), ``final_sparsity``, ``names(model)``, ``set_flag(flag, value)``, ``prune`` where ``once`` (one
+``modifier``, ``method`` (None: one of SparseML's own), ``final_sparsity``, ``names(model)``, ``override(values)``, ``prune`` where ``once`` (one
 calibration for the whole list of sparsities) and ``apply_at`` where not, ``remove_state()``.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from capruner import recipes
 from capruner.checkpoint import remove_state
 from capruner.cli.arguments import UserError
-from capruner.recipes.one_shot import KINDS, OURS, OneShot
+from capruner.cli.knobs import flag
+from capruner.config import SECOND_ORDER, knobs
+from capruner.recipes.one_shot import OURS, OneShot
 from capruner.recipes.text import modifier_names
 from capruner.result import PruningResult
 from capruner.vision.data import CalibrationBatches, PlainBatches
@@ -43,18 +45,22 @@ class Native:
         """What the recipe and ``--distill-passes`` come to."""
         return float(self._recipe.knobs.get("distill_passes", 0.0))
 
-    def set_flag(self, flag: str, value: Any) -> None:
-        """A flag that stands above the recipe.
+    def override(self, values: Mapping[str, Any]) -> None:
+        """Let values of the command line take precedence over the recipe's: knobs, ``state_dir``; ``costs`` are only checked.
 
         Raises:
-            UserError: it means nothing to the modifier.
+            UserError: the method has no such knob.
         """
-        if flag != "distill_passes" and flag not in KINDS[self.modifier].flags:
-            raise means_nothing(flag, value, self.modifier)
-        if flag == "state_dir":
-            self._state_dir = value
-        elif flag != "allocate_by":
-            self._recipe.knobs[flag] = value
+        for name, value in values.items():
+            methods = SECOND_ORDER if name == "state_dir" else knobs()[name].methods
+            if self.method not in methods:
+                raise unsupported(name, self.modifier)
+            if name == "state_dir":
+                self._state_dir = value
+            elif name == "global_sparsity":
+                self._recipe.global_sparsity = value
+            elif name != "costs":
+                self._recipe.knobs[name] = value
 
     def names(self, model: nn.Module) -> list[str]:
         """Names of the parameters that are pruned."""
@@ -82,10 +88,10 @@ def cross_entropy(outputs: Any, labels: Tensor) -> Tensor:
     return nn.functional.cross_entropy(outputs[0] if isinstance(outputs, tuple) else outputs, labels)
 
 
-def means_nothing(flag: str, value: Any, modifier: str) -> UserError:
-    """The error for a flag that a modifier cannot do anything with."""
-    shown = f"--{flag.replace('_', '-')}" + (f" {value}" if flag == "allocate_by" else "")
-    return UserError(f"{shown} means nothing to {modifier}; leave it out")
+def unsupported(name: str, modifier: str) -> UserError:
+    """The error for a value of the command line that a modifier has no use for."""
+    shown = "--allocate-by macs" if name == "costs" else flag(name)
+    return UserError(f"{shown} is not supported by {modifier}; leave it out")
 
 
 def open_recipe(path: str, engine: str | None, folder: Path) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,8 +28,6 @@ def build_model(name: str, kwargs: dict[str, Any], checkpoint: str, pretrained: 
     except (ValueError, OSError) as error:
         flag = f"--checkpoint {checkpoint}: " if checkpoint and checkpoint in str(error) else ""
         raise UserError(f"{flag}{error}") from error
-    if not checkpoint and not pretrained:
-        print(f"warning: {name} has random weights; give --checkpoint or --pretrained", file=sys.stderr)
     return model
 
 

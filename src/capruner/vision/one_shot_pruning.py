@@ -20,16 +20,13 @@ from torch import nn
 import capruner
 from capruner import recipes
 from capruner.cli.arguments import Parser
+from capruner.cli.knobs import given
 from capruner.macs import multiply_adds
 from capruner.report import write_report
 from capruner.vision import data as images
 from capruner.vision import engines, evaluate, modeling, one_shot_arguments, output, plots
 from capruner.vision.wandb_log import WandbLog
 
-FLAGS = ("gradients", "labels", "on_bad_batch", "state_dir", "memory_budget", "distill_passes", "allocate_by")
-"""Flags that stand above the recipe."""
-NOTHING = {"allocate_by": "weights"}
-"""Values of flags that ask for nothing, besides None."""
 COLUMNS = {
     "method": "method",
     "requested": "sparsity",
@@ -55,19 +52,20 @@ class Run:
         path = args.sparseml_recipe
         if path:
             self.recipe = engines.open_recipe(path, args.engine, folder)
+            self.recipe.override(given(args))
             text = recipes.read(path)
         else:
-            self.recipe = engines.Native(one_shot_arguments.one_shot(args), folder, "--params")
-            text = one_shot_arguments.recipe_text(args)
-        for flag in FLAGS:
-            value = getattr(args, flag)
-            if value not in (None, "", NOTHING.get(flag)):
-                self.recipe.set_flag(flag, value)
+            one_shot = one_shot_arguments.one_shot(args)
+            self.recipe = engines.Native(one_shot, folder, "--params")
+            text = one_shot_arguments.recipe_text(one_shot)
+        if args.state_dir:
+            self.recipe.override({"state_dir": args.state_dir})
+        if args.allocate_by == "macs":
+            self.recipe.override({"costs": None})
         self.device = modeling.pick_device(args.device)
         modeling.seed_everything(args.seed)
-        self.model = modeling.build_model(args.model, args.model_kwargs, args.checkpoint, args.pretrained).to(
-            self.device
-        )
+        self.model = modeling.build_model(args.model, args.model_kwargs, args.checkpoint, args.pretrained)
+        self.model.to(self.device)
         self.names = self.recipe.names(self.model)
         self.train, val = images.open_splits(args.data_dir, args.dataset, self.model)
         self.config = images.preprocessing(args, self.model)

@@ -46,7 +46,11 @@ class Training:
         if saved:
             training_resume.changed_arguments(saved["arguments"], args)
         seed_everything(args.seed, 0, 0)  # the same new layers on every process
-        self.model = modeling.build_model(args.model, args.model_kwargs, args.checkpoint, args.pretrained)
+        if saved:  # all weights come from there
+            self.model = modeling.build_model(args.model, args.model_kwargs, "", pretrained=False)
+        else:
+            cli.check_weights(args)
+            self.model = modeling.build_model(args.model, args.model_kwargs, args.checkpoint, args.pretrained)
         check_patterns(self.recipe.manager, self.model)
         self._prepare_model()
         train, val = images.open_splits(args.data_dir, args.dataset, self.model)

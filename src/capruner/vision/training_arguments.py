@@ -12,16 +12,20 @@ import yaml
 
 from capruner.cli import arguments as cli
 from capruner.recipes.catalog import locate
-from capruner.vision import output
+from capruner.vision import original_flags, output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags, in groups."""
     parser.add_argument("data_positional", nargs="?", metavar="DIR", help="the data, as --data-dir")
-    parser.add_argument("--config", help="YAML with any of these flags as keys; what the command line says goes first")
+    parser.add_argument(
+        "-c", "--config", help="YAML with any of these flags as keys; what the command line says goes first"
+    )
     for add in (_pruning, _data, _model, _training, _schedule, _augmentation, _device, _output):
         add(parser)
     cli.add_preprocessing(parser)
+    original_flags.add_idle(parser, original_flags.TRAINING)
+    original_flags.add_idle(parser, original_flags.GONE, original_flags.Gone)
 
 
 def _pruning(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +43,14 @@ def _pruning(parser: argparse.ArgumentParser) -> None:
         help="a ladder, 0.4 0.6 0.75 0.9 say: the recipe's first update goes to the first of them, and so on, instead of the recipe's interpolation; "
         "updates after the last one change nothing",
     )
-    group.add_argument("-gb", "--gs-batch-size", type=int, default=16, help="images per gradient sample (default 16)")
+    group.add_argument(
+        "-gb",
+        "--gs-batch-size",
+        "--grad-sampler-batch-size",
+        type=int,
+        default=16,
+        help="images per gradient sample (default 16)",
+    )
     group.add_argument(
         "--gs-aug",
         action="store_true",
@@ -56,7 +67,7 @@ def _data(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "-b", "--batch-size", type=int, default=128, help="training images per process and step (default 128)"
     )
-    group.add_argument("-vb", "--val-batch-size", type=int, help="default: as --batch-size")
+    group.add_argument("-vb", "--val-batch-size", "--validation-batch-size", type=int, help="default: as --batch-size")
     group.add_argument("--val-limit", type=int, help="evaluate on so many images only, the same each time")
     group.add_argument("-j", "--workers", type=int, default=4, help="loader processes per process (default 4)")
     group.add_argument(
@@ -68,10 +79,7 @@ def _data(parser: argparse.ArgumentParser) -> None:
 def _model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     cli.add_model(group)
-    group.add_argument("--pretrained", action="store_true", help="start from timm's pretrained weights")
-    group.add_argument(
-        "--checkpoint", "--initial-checkpoint", default="", help="weights to start from (.safetensors or .pth)"
-    )
+    cli.add_weights(group)
     group.add_argument("--num-classes", type=int, help="outputs of the model")
     group.add_argument("--drop", type=float, help="dropout rate")
     group.add_argument("--drop-path", type=float, help="stochastic depth rate")
@@ -89,7 +97,7 @@ def _training(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--opt", default="sgd", help="any optimizer of timm (default sgd)")
     group.add_argument("--opt-eps", type=float)
     group.add_argument("--opt-betas", type=float, nargs="+")
-    group.add_argument("--opt-args", nargs="*", action=cli.KeyValues, default={}, metavar="KEY=VALUE")
+    group.add_argument("--opt-args", "--opt-kwargs", nargs="*", action=cli.KeyValues, default={}, metavar="KEY=VALUE")
     group.add_argument("--momentum", type=float, default=0.9, help="default 0.9")
     group.add_argument("--weight-decay", type=float, default=2e-5, help="default 2e-5")
     group.add_argument("--layer-decay", type=float, help="learning rate decay from layer to layer")
@@ -144,7 +152,7 @@ def _schedule(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--warmup-prefix", action="store_true")
     group.add_argument("--cooldown-epochs", type=int, default=0)
     group.add_argument("--patience-epochs", type=int, default=10)
-    group.add_argument("--decay-rate", type=float, default=0.1)
+    group.add_argument("--decay-rate", "--dr", type=float, default=0.1)
 
 
 def _augmentation(parser: argparse.ArgumentParser) -> None:
@@ -185,7 +193,9 @@ def _device(parser: argparse.ArgumentParser) -> None:
         "Several processes: torchrun --nproc-per-node=N research/sparse_training.py ..., or python -m torch.distributed.launch.",
     )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: the GPU if there is one)")
-    group.add_argument("--amp", action="store_true", help="mixed precision (gradient samples stay in full precision)")
+    group.add_argument(
+        "--amp", "--native-amp", action="store_true", help="mixed precision (gradient samples stay in full precision)"
+    )
     group.add_argument(
         "--amp-dtype",
         default="",
@@ -329,6 +339,8 @@ def _config_flags(parser: argparse.ArgumentParser, path: str) -> list[str]:
                 f"{path}: unknown key {key!r}{f'; near: {chr(44).join(near)}' if near else '; --help shows all flags'}"
             )
         flag = max(action.option_strings, key=len)
+        if (value == "" and action.default in (None, "")) or original_flags.asks_for_nothing(action, value):
+            continue
         if action.nargs == 0:
             if not isinstance(value, bool):
                 raise cli.UserError(f"{path}: {key} must be true or false, got {value!r}")

@@ -68,7 +68,7 @@ OPTIMIZER = {"momentum", "weight_decay", "opt_eps", "opt_betas", "opt_args"}
 RATE_SOURCES = {"lr_base", "lr_base_size", "lr_base_scale"}
 """Take effect through ``lr``, which is computed from them unless it is given."""
 
-STARTING = {"pretrained", "checkpoint"}
+STARTING = {"pretrained", "checkpoint", "random_weights"}
 """Where the first weights came from: may be left out when resuming, and not be something else."""
 
 # Everything else is built into the weights, the saved state or the measurements so far, and is refused: the model, the data, --batch-size, --opt, ...
