@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 import yaml
-from cifar import HELD_OUT, PRUNED, accuracy, load_images, load_model, normalise
+from cifar import HELD_OUT, PRUNED, accuracy, load_images, load_model, normalise, top1
 from peers import SPARSEML, by_sparseml
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -142,6 +142,8 @@ def run_case(case: dict[str, Any], data: dict[str, tuple[Tensor, Tensor]], weigh
     images, labels = data["val"] if case["split"] == "val" else tuple(t[:HELD_OUT] for t in data["train"])
     images, labels = images[: case["limit"]], labels[: case["limit"]]
     batches = calibration(data["train"], case)
+    if case["model"] == "imagenet":
+        labels, batches.labels = top1(model, images, "imagenet"), top1(model, batches.images, "imagenet")
     rows = []
     for sparsity, pruned, seconds, predicted in pruned_models(case, model, batches):
         chosen = select_parameters(pruned, PRUNED[case["model"]]).values()

