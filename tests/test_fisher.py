@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from textbook import fisher_inverse_rank_one
 
-from capruner.fisher import NO_GRADIENT, BlockFisher
+from capruner.fisher import BlockFisher
 from capruner.numerics import NotPositiveDefiniteError
+from capruner.scaling import NO_GRADIENT
 
 
 def gradients(m: int, n: int, B: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
@@ -217,7 +218,7 @@ def test_what_is_of_another_matrix_is_not_loaded(blocks: tuple[int, ...], count:
         fisher.load({"blocks": torch.ones(blocks), "peak": torch.ones(blocks[:2]), "count": torch.tensor(count)})
     with pytest.raises(ValueError, match="are not of this Fisher matrix"):
         fisher.load({"blocks": torch.eye(2)[None], "peak": torch.ones(2, 2), "count": torch.tensor(3)})
-    fisher.load({"blocks": torch.eye(2)[None], "peak": torch.ones(1, 2), "count": torch.tensor(3)})
+    fisher.load({"blocks": 3 * torch.eye(2)[None], "peak": torch.ones(1, 2), "count": torch.tensor(3)})
     torch.testing.assert_close(fisher.inverse(), torch.eye(2)[None] / 1.001)
 
 

@@ -5,10 +5,10 @@ Two ways lead to ``H``; both take slabs of ``k`` gradients at a time, so that a 
 ``woodbury``
     ``H ← H − H Gᵀ (m I + G H Gᵀ)⁻¹ G H`` from ``H = I/λ``. Exact in the directions no gradient has seen, whatever the size of ``λ``.
 ``accumulate``
-    ``F += Gᵀ G / m`` (half the flops), then one Cholesky inverse in float64. Directions no gradient has seen are known to the rounding of ``F``.
+    ``F += Gᵀ G`` (a quarter of the flops with numba, half without; see :mod:`capruner.products`), then one Cholesky inverse of ``F / m`` in float64. Directions
+    no gradient has seen are known to the rounding of ``F``.
 
-Gradients may be as small or as large as a float32 can be, while their squares may not. So a weight with such gradients has them scaled, and a block whose
-inverse no float32 can hold is divided by a unit of its own. Scales and units are powers of two, and 1 in all ordinary cases: they change no bits.
+Extreme gradients are scaled, see :mod:`capruner.scaling`.
 
 A block that will not factor climbs a ladder of damping, alone: tenfold at each rung, counted, and past the last rung an error.
 
@@ -17,7 +17,6 @@ A block that will not factor climbs a ladder of damping, alone: tenfold at each 
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Mapping
 from typing import Literal, get_args
 
@@ -26,27 +25,14 @@ from torch import Tensor
 
 from capruner.chunks import chunk_size, in_chunks
 from capruner.numerics import NotPositiveDefiniteError, full_precision
+from capruner.products import FullSums, sums_for
+from capruner.scaling import NO_GRADIENT, largest, scales_of, unit_of
 from capruner.shrinkage import shrink
 
 Solver = Literal["auto", "woodbury", "accumulate"]
 
 RUNGS = 6
 """Times that the damping of a block may grow tenfold."""
-
-
-NO_GRADIENT = 2.0**-800
-"""Unit of a block whose gradients are all zero, where damping is relative: its weights are the first to leave, by magnitude."""
-
-_PEAKS = (2.0**-96, 2.0**-32, 2.0**32, 2.0**96)
-_SCALES = (2.0**-120, 2.0**-64, 1.0, 2.0**64, 2.0**120)
-"""Gradients of a weight whose largest lies between two of ``_PEAKS`` are divided by the ``_SCALES`` there: a float32 cannot hold the square of 1e-23."""
-_MODERATE = 80
-"""A block is inverted as it is while the mean of its diagonal lies between 2 to the minus and plus this power."""
-
-
-def moderate(size: float) -> float:
-    """What to divide gradients by whose largest is ``size``, so that a float32 can hold their squares; 1 for ordinary ones, and for 0."""
-    return _SCALES[bisect_left(_PEAKS, size)] if size else 1.0
 
 
 class BlockFisher:
@@ -118,16 +104,17 @@ class BlockFisher:
         self.drowned = 0
         self.shrinkage = shrinkage
         self.shares = torch.zeros(num_blocks, dtype=torch.float64, device=device)
-        self._fourth = torch.zeros(num_blocks, dtype=torch.float64, device=device)  # sum of the fourth powers of norms
         self._common: tuple[Tensor, Tensor] | None = None  # and the phase of each block
         self.units = torch.ones(num_blocks, dtype=torch.float64, device=device)
-        self._blocks: Tensor | None = torch.zeros(num_blocks, block_size, block_size, device=device, dtype=dtype)
+        blocks = torch.zeros(num_blocks, block_size, block_size, device=device, dtype=dtype)
+        self._blocks: Tensor | None = blocks
+        self._sums: FullSums | None = None if solver == "woodbury" else sums_for(blocks, triangular, shrinkage is None)
         # The largest absolute gradient of each weight so far, and the scale of each weight's gradients; None: 1.
         self._peak = torch.zeros(num_blocks, block_size, device=device, dtype=dtype)
         self._scales = self._scales_of(self._peak)
         if solver == "woodbury":
             scale = 1.0 if self._scales is None else self._scales.double()
-            self._blocks.diagonal(dim1=1, dim2=2).fill_(1).mul_(scale).mul_(scale).div_(damp)
+            blocks.diagonal(dim1=1, dim2=2).fill_(1).mul_(scale).mul_(scale).div_(damp)
 
     @full_precision()
     def add(self, gradients: Tensor) -> None:
@@ -142,20 +129,11 @@ class BlockFisher:
         if self.count > self.num_grads:
             raise ValueError(f"more gradients ({self.count}) than num_grads ({self.num_grads})")
         gradients = gradients.to(self._blocks)
-        if self.shrinkage is None:
-            for row in gradients:
-                self._fourth += torch.linalg.vector_norm(row, dim=1, dtype=torch.float64) ** 4
-        self._rescale(_largest(gradients))
-        if self._scales is not None:
-            gradients = gradients / self._scales
-        slabs = gradients.transpose(0, 1)  # (n, k, B)
-        if self.triangular:
-            for F, G in zip(self._blocks, slabs):
-                _add_upper(F, G, 1 / self.num_grads)
+        self._rescale(largest(gradients))
+        if self._sums is not None:
+            self._sums.add(gradients, self._scales)
             return
-        if self.solver == "accumulate":
-            self._blocks.baddbmm_(slabs.mT, slabs, alpha=1 / self.num_grads)
-            return
+        slabs = (gradients if self._scales is None else gradients / self._scales).transpose(0, 1)  # (n, k, B)
         chunk = chunk_size(None, slabs.shape[2], self._blocks.element_size(), self._blocks.device)
 
         def work(part: slice) -> None:
@@ -180,13 +158,9 @@ class BlockFisher:
         """What to divide each weight's gradients by. Absolute damping counts as a gradient, so that neither drowns."""
         if not self.relative_damp:
             peak = peak.clamp(min=self.damp**0.5)
-        peak = peak.masked_fill(peak == 0, 1)
-        if not peak.numel() or (peak.min() >= _PEAKS[1] and peak.max() <= _PEAKS[2]):
-            return None
-        # The same as moderate(), for each weight.
-        scales = peak.new_tensor(_SCALES)[torch.bucketize(peak, peak.new_tensor(_PEAKS))]
+        scales = scales_of(peak)
         # An inverse is 1/damp in directions that no gradient has seen: a scale above 1 would make that overflow.
-        return scales.clamp(max=1) if self.solver == "woodbury" else scales
+        return scales if scales is None or self.solver != "woodbury" else scales.clamp(max=1)
 
     def _rescale(self, peak: Tensor) -> None:
         """Bring what was added to the scales that suit the gradients to come."""
@@ -198,8 +172,12 @@ class BlockFisher:
         ones = torch.ones_like(self._peak)
         ratio = (ones if before is None else before) / (ones if self._scales is None else self._scales)
         changed = (ratio != 1).any(dim=1).nonzero()[:, 0]
-        ratio = ratio[changed] if self.solver == "accumulate" else 1 / ratio[changed]
-        self._blocks[changed] = self._blocks[changed] * ratio[:, :, None] * ratio[:, None, :]
+        if self._sums is not None:
+            self._sums.settle(before)
+            self._sums.rescale(changed, ratio[changed])
+        else:
+            ratio = 1 / ratio[changed]
+            self._blocks[changed] = self._blocks[changed] * ratio[:, :, None] * ratio[:, None, :]
 
     @property
     def largest(self) -> float:
@@ -210,8 +188,8 @@ class BlockFisher:
         """What was added so far, for :meth:`load`; the blocks themselves, not a copy."""
         if self._blocks is None:
             raise ValueError("the Fisher matrix is inverted already; there is nothing to save")
-        found = {"blocks": self._blocks, "peak": self._peak, "count": torch.tensor(self.count)}
-        return found | ({"fourth": self._fourth} if self.shrinkage is None else {})
+        sums = {"blocks": self._blocks} if self._sums is None else self._sums.tensors()
+        return sums | {"peak": self._peak, "count": torch.tensor(self.count)}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from what :meth:`tensors` gave.
@@ -220,17 +198,17 @@ class BlockFisher:
             ValueError: it is of another matrix.
         """
         blocks, peak, count = tensors["blocks"], tensors["peak"], int(tensors["count"])
-        fourth = tensors["fourth"] if self.shrinkage is None else self._fourth
         same = self._blocks is not None and blocks.shape == self._blocks.shape and peak.shape == self._peak.shape
-        same = same and fourth.shape == self._fourth.shape
         if not same or not 0 <= count <= self.num_grads:
             raise ValueError(
                 f"{count} gradients in blocks of shape {tuple(blocks.shape)} are not of this Fisher matrix"
             )
         assert self._blocks is not None
-        self._blocks.copy_(blocks)
+        if self._sums is None:
+            self._blocks.copy_(blocks)
+        else:
+            self._sums.load(tensors)
         self._peak.copy_(peak)
-        self._fourth.copy_(fourth)
         self._scales = self._scales_of(self._peak)
         self.count = count
 
@@ -243,21 +221,24 @@ class BlockFisher:
             whole: the first ``whole`` blocks count; those after them are padded.
         """
         assert self._blocks is not None
+        assert self._sums is not None
+        self._sums.settle(self._scales)
         size = self._blocks.shape[1]
         total = self.shares.new_zeros(phases, size, size)
         chunk = max(1, 2**22 // size**2)
         for start in range(0, whole, chunk):
             part = slice(start, min(start + chunk, whole))
-            total.index_add_(0, phase_of[part], self._doubled(self._blocks[part], part))
+            total.index_add_(0, phase_of[part], self._doubled(part))
         return total
 
     def set_common(self, common: Tensor, phase_of: Tensor) -> None:
         """Set what :meth:`inverse` shrinks the blocks towards: ``(phases, B, B)`` of any scale, and the phase of each block."""
         self._common = common, phase_of
 
-    def _doubled(self, F: Tensor, part: slice) -> Tensor:
-        """A float64 copy of some blocks, their gradients' scales undone."""
-        A = F.to(torch.float64, copy=True)
+    def _doubled(self, part: slice) -> Tensor:
+        """``m F`` of some blocks in float64, their gradients' scales undone."""
+        assert self._sums is not None
+        A = self._sums.doubled(part)
         if self._scales is not None:
             scales = self._scales[part].double()
             A.mul_(scales[:, :, None]).mul_(scales[:, None, :])
@@ -281,15 +262,15 @@ class BlockFisher:
         if self.count != self.num_grads:
             raise ValueError(f"{self.count} gradients were added, num_grads says {self.num_grads}")
         blocks, self._blocks = self._blocks, None
-        if self.triangular:
-            blocks.copy_(blocks.triu() + blocks.triu(1).mT)
+        if self._sums is not None:
+            self._sums.settle(self._scales)
         chunk = chunk_size(None, blocks.shape[1], 8, blocks.device)
 
         def work(part: slice) -> tuple[int, int]:
-            gone = None if dead is None else dead[part]
+            gone = None if dead is None or not dead[part].any() else dead[part]
             if self.solver == "accumulate":
                 return self._invert(blocks[part], gone, part.start, rungs)
-            if gone is not None and gone.any():
+            if gone is not None:
                 self._decouple_inverse(blocks[part], gone)
             if self._scales is not None:
                 self._unscale_inverse(blocks[part], gone, part.start)
@@ -302,14 +283,15 @@ class BlockFisher:
     def _invert(self, F: Tensor, gone: Tensor | None, first_block: int, rungs: int) -> tuple[int, int]:
         """Replace ``F`` by its inverse; how many blocks needed more damping, and in how many ``damp`` drowned in rounding."""
         part = slice(first_block, first_block + len(F))
-        A = self._doubled(F, part)
+        A = self._doubled(part).div_(self.num_grads)
         diagonal = A.diagonal(dim1=1, dim2=2)
         trace = diagonal.sum(dim=1)
         if gone is not None:
             A.masked_fill_(gone[:, :, None] | gone[:, None, :], 0)
         if self._common is not None:
             common, phase_of = self._common
-            fourth = self._fourth[part] / self.num_grads
+            assert self._sums is not None
+            fourth = self._sums.fourth[part] / self.num_grads
             self.shares[part] = shrink(A, common, phase_of[part], gone, self.shrinkage, fourth, trace, self.num_grads)
         damp, size = torch.full_like(diagonal[:, 0], self.damp), _mean_diagonal(A, gone)
         if self.relative_damp:
@@ -319,9 +301,10 @@ class BlockFisher:
         none = damp == 0
         damp = damp.masked_fill(none, 1)
         diagonal.add_(damp[:, None])
-        units = _unit(_mean_diagonal(A, gone))
-        A /= units[:, None, None]
-        damp /= units
+        units = unit_of(_mean_diagonal(A, gone))
+        if (units != 1).any():
+            A /= units[:, None, None]
+            damp /= units
         self.units[part] = units.masked_fill(none, NO_GRADIENT)
         if gone is not None:
             diagonal.masked_fill_(gone, 1)
@@ -355,7 +338,7 @@ class BlockFisher:
         if gone is not None:
             scales = scales.masked_fill(gone, 1)
         A = H.double().div_(scales[:, :, None]).div_(scales[:, None, :])
-        units = 1 / _unit(_mean_diagonal(A, gone))
+        units = 1 / unit_of(_mean_diagonal(A, gone))
         A *= units[:, None, None]
         if gone is not None:
             A.diagonal(dim1=1, dim2=2).masked_fill_(gone, 1)
@@ -381,32 +364,9 @@ class BlockFisher:
         H.copy_(A)
 
 
-def _largest(gradients: Tensor) -> Tensor:
-    """Absolute value, over dim 0."""
-    if len(gradients) > 64:
-        return torch.maximum(gradients.amax(dim=0), -gradients.amin(dim=0))
-    largest = gradients[0].abs()  # few long rows: three times as fast as torch's own
-    for row in gradients[1:]:
-        torch.maximum(largest, row.abs(), out=largest)
-    return largest
-
-
 def _mean_diagonal(A: Tensor, gone: Tensor | None) -> Tensor:
     """``(n,)``, of the weights that are not gone."""
     diagonal = A.diagonal(dim1=1, dim2=2)
     if gone is None:
         return diagonal.mean(dim=1)
     return diagonal.masked_fill(gone, 0).sum(dim=1) / (~gone).sum(dim=1).clamp_(min=1)
-
-
-def _unit(size: Tensor) -> Tensor:
-    """A power of two near ``size`` (float64) where that is extreme, else 1."""
-    mantissa, exponent = torch.frexp(size)
-    return torch.where((exponent.abs() > _MODERATE) & (size > 0), size / mantissa, torch.ones_like(size))
-
-
-def _add_upper(F: Tensor, G: Tensor, scale: float) -> None:
-    """``F += scale · Gᵀ G`` on and above the diagonal, in strips: 10/16 of the products."""
-    width = -(-F.shape[0] // 4)
-    for i in range(0, F.shape[0], width):
-        F[i : i + width, i:].addmm_(G[:, i : i + width].mT, G[:, i:], alpha=scale)

@@ -39,15 +39,20 @@ def eliminate_blocks(
     stay, group = n_m or (1, 1)
     arrays = [t.detach().contiguous().numpy() for t in (weight, fisher_inv, kind)]
     arguments = (*arrays, stay, group, steps, order.numpy(), losses.numpy())
+    call_compiled(_eliminate, arguments, (_eliminate_one, _minimum))
+
+
+def call_compiled(function: Any, arguments: tuple[Any, ...], inner: tuple[Any, ...]) -> None:
+    """Call a compiled function that calls ``inner``; without the on-disk cache where that cannot be written."""
     try:
-        _eliminate(*arguments)
+        function(*arguments)
     except OSError:  # the place for the cache is full or gone; nothing else in it touches a file
-        for function in (_eliminate, _eliminate_one, _minimum):
-            function._cache = NullCache()
-        _eliminate(*arguments)
+        for compiled in (function, *inner):
+            compiled._cache = NullCache()
+        function(*arguments)
 
 
-def _compiling(fastmath: set[str]) -> Callable[[Callable[..., Any]], Any]:
+def compiling(fastmath: set[str]) -> Callable[[Callable[..., Any]], Any]:
     """numba's decorator, with compiled code cached on disk where there is a place for it: beside this file, or in ``NUMBA_CACHE_DIR`` or ``HOME``."""
     options = {"nogil": True, "fastmath": fastmath, "error_model": "numpy"}
 
@@ -64,8 +69,8 @@ def _compiling(fastmath: set[str]) -> Callable[[Callable[..., Any]], Any]:
 
 
 # The sum of a row's update may be reordered; a saliency is never NaN (see `diagonal`), so its minimum may be looked for in any order too.
-_compiled = _compiling({"contract"})
-_compiled_minimum = _compiling({"nnan", "nsz"})
+_compiled = compiling({"contract"})
+_compiled_minimum = compiling({"nnan", "nsz"})
 
 
 @_compiled

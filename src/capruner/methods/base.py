@@ -297,7 +297,7 @@ class SecondOrderMethod(RankedMethod):
         return {name: fisher.tensors() for name, fisher in self._fishers.items()}
 
     def load_state_dict(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        self._fisher(name, tensors["blocks"]).load(tensors)
+        self._fisher(name, tensors["peak"]).load(tensors)
 
     def silent(self) -> list[str]:
         return [name for name, fisher in self._fishers.items() if not fisher.largest]

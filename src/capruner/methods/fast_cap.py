@@ -21,10 +21,11 @@ from torch import Tensor
 
 from capruner.allocation import allocate
 from capruner.distributed import Partition
-from capruner.fisher import BlockFisher, moderate
+from capruner.fisher import BlockFisher
 from capruner.methods.base import LayerSolution, Method, Settings, Stopwatch, Target
 from capruner.numerics import NotPositiveDefiniteError, full_precision
 from capruner.patterns import rank_once
+from capruner.scaling import scale_of
 
 PANEL = 32
 """Columns whose errors reach the columns to the right of them together, as one matrix product."""
@@ -61,7 +62,7 @@ class FastCAP(Method):
                 if not rows.shape[1]:
                     continue  # another process's layer
                 self._fisher(name, rows).add(rows.flatten(0, 1)[:, None])
-                unit = moderate(self._fishers[name].largest)
+                unit = scale_of(self._fishers[name].largest)
                 squares = (rows if unit == 1 else rows / unit).square().sum(dim=(0, 2))
                 self._scales[name] += squares[:, None].double() * unit**2
 
@@ -85,7 +86,7 @@ class FastCAP(Method):
         return {n: fisher.tensors() | {"scales": self._scales[n]} for n, fisher in self._fishers.items()}
 
     def load_state_dict(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        self._fisher(name, tensors["blocks"]).load(tensors)
+        self._fisher(name, tensors["peak"]).load(tensors)
         if tensors["scales"].shape != self._scales[name].shape:
             raise ValueError(f"scales of shape {tuple(tensors['scales'].shape)} are not of {name}")
         self._scales[name].copy_(tensors["scales"])
