@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -77,12 +77,6 @@ def gradient_slabs(
         BatchError: an invalid batch; the model or the loss fails on one; a parameter does not take part in the loss.
         BadBatchError: data, a loss or a gradient is NaN or Inf (names the batch and parameter); with ``on_bad_batch="skip"``: most batches are bad.
     """
-    if mode not in get_args(GradientMode):
-        raise ValueError(f"gradients must be one of {get_args(GradientMode)}, got {mode!r}")
-    if num_grads < 1:
-        raise ValueError(f"num_grads must be at least 1, got {num_grads}")
-    if on_bad_batch not in get_args(OnBadBatch):
-        raise ValueError(f"on_bad_batch must be one of {get_args(OnBadBatch)}, got {on_bad_batch!r}")
     if born := [name for name, p in parameters.items() if p.is_inference()]:
         raise ValueError(
             f"{born[0]} was made in torch.inference_mode(), so it cannot have a gradient: build or load the model outside of it"
@@ -103,15 +97,19 @@ def gradient_slabs(
             bar.update(stream.taken - bar.n)
             yield slab_gradients
     if stream.taken < num_grads:
-        unit = "batches" if mode == "batch" else "samples"
-        hint = "" if mode == "sample" else ", or gradients='sample' to draw one gradient from each sample"
-        bad = f" ({len(stream.skipped)} bad batches were skipped)" if stream.skipped else ""
-        raise ValueError(
-            f"the calibration data ended after {stream.taken} {unit}{bad} and cannot be started again, but num_grads is {num_grads}: pass a DataLoader or a "
-            f"list instead of an iterator, more data, or num_grads={max(stream.taken, 1)}{hint}"
-            if stream.drawn
-            else "the calibration data is empty: it yields no batch"
-        )
+        raise ValueError(_too_few(stream, num_grads, mode))
+
+
+def _too_few(stream: CalibrationStream, num_grads: int, mode: GradientMode) -> str:
+    if not stream.drawn:
+        return "the calibration data is empty: it yields no batch"
+    unit = "batches" if mode == "batch" else "samples"
+    bad = f" ({len(stream.skipped)} bad batches were skipped)" if stream.skipped else ""
+    hint = "" if mode == "sample" else ", or gradients='sample' to draw one gradient from each sample"
+    return (
+        f"the calibration data ended after {stream.taken} {unit}{bad} and cannot be started again, but num_grads is {num_grads}: pass a DataLoader or a "
+        f"list instead of an iterator, more data, or num_grads={max(stream.taken, 1)}{hint}"
+    )
 
 
 @dataclass
@@ -155,7 +153,9 @@ class _BatchGradients(_Source):
                 break
             try:
                 gradients = _gradients(self.looking, *item, self.loss_fn, self.parameters)
-                if self.on_bad_batch == "skip":  # before it is among good ones; otherwise a slab is checked in one go
+                if (
+                    self.on_bad_batch == "skip"
+                ):  # before it is added to the slab; otherwise a whole slab is checked at once
                     checked(dict(zip(self.parameters, (g[None] for g in gradients))), item[:1])
             except BadBatchError as error:
                 self.bad(item[0], error)
@@ -178,7 +178,7 @@ class _BatchGradients(_Source):
 def _evaluate(
     model: Callable[..., Any], index: int, inputs: Any, targets: Any, loss_fn: LossFunction, advice: str = ""
 ) -> tuple[Any, Tensor]:
-    """Outputs and loss. ``advice``: what to do where either fails."""
+    """Outputs and loss. ``advice``: the hint if either fails."""
     hint = "pass batch_fn to choose what the model is called with" if isinstance(inputs, Mapping) else ""
     with failing("the model", index, advice or hint, inputs=inputs):
         outputs = call_model(model, inputs)
@@ -239,12 +239,12 @@ class _SampleGradients(_Source):
             if not size:
                 self.bad(index, BadBatchError(f"batch {index} is empty: its inputs are {describe(inputs)}"))
                 continue
-            if not tried:  # vmap gives zeros, and no error, to a parameter that takes no part
+            if not tried:  # vmap returns zeros, and no error, for a parameter that takes no part
                 try:
                     x, y = _rows(slice(0, 1), inputs, targets)
                     _gradients(self.looking, index, x, y, self.loss_fn, parameters)
                     tried = True
-                except BadBatchError:  # found again below
+                except BadBatchError:  # raised again below
                     pass
             start = stream.used  # not 0 in the batch at which an interrupted run stopped
             while start < size and stream.taken < self.num_grads:
@@ -256,7 +256,7 @@ class _SampleGradients(_Source):
                     if stop - start == 1:
                         raise
                     gradients = None
-                if gradients is None:  # outside of the handler, whose error holds the tensors of the attempt
+                if gradients is None:  # outside of the handler: the error references the tensors of the attempt
                     self.slab = halved(stop - start, "gradients of samples")
                     continue
                 slab = {n: g.to(working_dtype(g)) for n, g in gradients.items()}
@@ -277,7 +277,7 @@ class _SampleGradients(_Source):
             stream.used = 0
 
     def _per_sample(self, index: int, inputs: Any, targets: Any) -> tuple[dict[str, Tensor], Tensor]:
-        """Gradients and losses ``(k, ...)`` of each sample. What is no tensor, or a scalar, is the same for all."""
+        """Gradients and losses ``(k, ...)`` of each sample. Leaves that are scalars or not tensors are the same for all."""
         model = self.model
         pruned = {id(p) for p in self.parameters.values()}
         frozen = {n: p.detach() for n, p in model.named_parameters() if id(p) not in pruned}
@@ -314,7 +314,7 @@ class _SampleGradients(_Source):
 
 @contextmanager
 def _dense_embeddings(model: nn.Module) -> Iterator[None]:
-    """Embeddings with ``sparse=True`` give dense gradients inside: vmap has no sparse ones. The numbers are the same."""
+    """Dense gradients for embeddings with ``sparse=True``: vmap does not support sparse ones. The values are the same."""
     sparse = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse]
     try:
         for module in sparse:
@@ -326,13 +326,13 @@ def _dense_embeddings(model: nn.Module) -> Iterator[None]:
 
 
 def _rows(rows: slice, *parts: Any) -> tuple[Any, ...]:
-    """Copies of some samples' rows, which a model may change in place."""
+    """Copy the rows of some samples; a model may change its inputs in place."""
     with torch.inference_mode(False):  # as in own_copy()
         return tuple(tree_map_only(Tensor, lambda t: t[rows].clone() if t.dim() else t.clone(), part) for part in parts)
 
 
 def _good_samples(slab: Mapping[str, Tensor], losses: Tensor, part: Any) -> Tensor:
-    """Bool per sample: everything about it is finite."""
+    """Bool per sample: its inputs, loss and gradients are finite."""
     good = torch.isfinite(losses)
     for rows in (*slab.values(), *floats(part)):
         if not rows.dim():

@@ -15,7 +15,7 @@ from capruner.calibration.driver import Calibration
 from capruner.calibration.memory_plan import log_groups, split_into_groups
 from capruner.checkpoint import RunCheckpoint
 from capruner.checks import check_arguments, check_finite
-from capruner.config import PruneConfig, check_competition
+from capruner.config import PruneConfig, check_competition, resolve
 from capruner.distributed import agree
 from capruner.files import digest
 from capruner.gradients import LossFunction
@@ -66,54 +66,41 @@ class Job:
     @classmethod
     def of(
         cls,
-        config: PruneConfig,
         model: nn.Module,
         batches: Iterable[Any] | None,
         loss_fn: LossFunction,
-        params: str | Sequence[str],
-        masks: Mapping[str, Tensor] | Literal["zeros"] | None,
-        batch_fn: BatchFunction | None,
         sparsity: Sparsity | Sequence[float] | None = None,
+        *,
+        params: str | Sequence[str] = "__ALL_PRUNABLE__",
+        masks: Mapping[str, Tensor] | Literal["zeros"] | None = None,
+        state_dir: str | Path | None = None,
+        batch_fn: BatchFunction | None = None,
+        progress: bool = True,
+        config: PruneConfig | None = None,
         without_data: bool = False,
-        **others: Any,
+        **knobs: Any,
     ) -> Job:
-        """Validate arguments, see :func:`capruner.prune`.
+        """Validate the arguments of :func:`capruner.prune`, before any side effect.
 
         Args:
             sparsity: None: decided later.
             without_data: accept a missing ``batches``.
-            others: arguments that are only checked.
 
         Raises:
             ValueError: an invalid argument, parameter selection or model.
         """
-        check_arguments(
-            {
-                "model": model,
-                "batches": batches,
-                "loss_fn": loss_fn,
-                "params": params,
-                "masks": masks,
-                "batch_fn": batch_fn,
-            }
-            | {"sparsity": sparsity, "fisher_inv_device": config.fisher_inv_device}
-            | others
-        )
+        arguments = dict(locals())
+        config = resolve(config, knobs)
+        check_arguments(arguments | {"fisher_inv_device": config.fisher_inv_device})
         model = unwrap(model)
         check_finite(model)
         if batches is None and not without_data:
-            if config.kind.uses_gradients:
-                raise ValueError(f"method {config.method!r} needs calibration data: give `batches`")
-            if config.distill_passes:
-                raise ValueError(f"distill_passes={config.distill_passes:g} needs data: give `batches`")
+            _check_needs_no_data(config)
         if config.distill_passes and isinstance(batches, Iterator):
             batches = Replay(batches, batch_fn)
-        selection, own = selected(
-            model, params, 0.0 if sparsity is None else sparsity, config.exclude, config.kind.uses_gradients
-        )
-        pattern = config.pattern
+        needs_grad, pattern = config.kind.uses_gradients, config.pattern
+        selection, own = selected(model, params, 0.0 if sparsity is None else sparsity, config.exclude, needs_grad)
         parameters, skipped = supporting(pattern, selection.parameters, config.skip_unsupported, linear_weights(model))
-        dense = left_dense(model, parameters, selection.passed | dict.fromkeys(skipped, f"cannot hold {pattern}"))
         costs = None
         if config.costs is not None:
             costs = checked_costs(by_first_name(model, config.costs, "costs"), parameters)
@@ -125,7 +112,7 @@ class Job:
             loss_fn,
             parameters,
             selection.passed,
-            dense,
+            left_dense(model, parameters, selection.passed | dict.fromkeys(skipped, f"cannot hold {pattern}")),
             skipped,
             config.settings(costs),
             initial_masks(model, parameters, masks),
@@ -181,12 +168,13 @@ class Job:
             loss_fn,
             self.parameters,
             self.settings,
+            config.kind,
             config.gradients,
             config.labels,
             config.on_bad_batch,
             progress,
         )
-        log_groups(calibration, split_into_groups(calibration, config.kind, config.budget), config.budget)
+        log_groups(calibration, split_into_groups(calibration, config.budget), config.budget)
         if state_dir is not None:
             identity, notes, clock = self._identity(arguments), calibration.notes, calibration.clock
             calibration.checkpoint = RunCheckpoint(state_dir, identity, notes, clock)
@@ -222,6 +210,13 @@ class Job:
 _REPORTED = ("num_recomputations", "recomputation_inter_func", "gradients", "labels", "global_sparsity")
 _DECIDING = ("method", "on_bad_batch", "distill_passes")
 """Knobs that decide the result, and are not among the method's settings."""
+
+
+def _check_needs_no_data(config: PruneConfig) -> None:
+    if config.kind.uses_gradients:
+        raise ValueError(f"method {config.method!r} needs calibration data: give `batches`")
+    if config.distill_passes:
+        raise ValueError(f"distill_passes={config.distill_passes:g} needs data: give `batches`")
 
 
 def deciding(settings: Settings, masks: Mapping[str, Tensor]) -> dict[str, Any]:

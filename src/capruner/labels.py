@@ -1,11 +1,11 @@
-"""The Fisher matrix of the model's own output distribution: no labelled data needed, and less noise than with the data's labels.
+"""The Fisher matrix of the model's own output distribution, which needs no labels and is less noisy than with those of the data.
 
 The Fisher matrix is the mean of ``g gᵀ`` over labels drawn from the model's distribution ``p(y | x)``; for the cross-entropy it equals the Gauss-Newton matrix.
-The empirical Fisher matrix takes the labels of the data instead. The two part where the model is sure of its labels, as it is after training: gradients to
-the data's labels then nearly vanish, but for the few samples that the model gets wrong, and what is left says little about curvature.
+The empirical Fisher matrix uses the labels of the data instead. The two differ where the model is confident, as it is after training: gradients for
+the labels of the data then nearly vanish, except for the few misclassified samples, and say little about curvature.
 
-A drawn label gives an unbiased estimate of that mean, but a noisy one: of a model that is sure nearly all draws are its favourite. For the cross-entropy
-all classes ``c`` are weighed at once instead: the gradient of ``Σ_c ε_c √p_c ℓ(z, c)`` with ``E[ε εᵀ] = I`` has the outer product
+A drawn label gives an unbiased but noisy estimate of that mean: a confident model nearly always draws the same class. For the cross-entropy
+all classes ``c`` are weighted at once instead: the gradient of ``Σ_c ε_c √p_c ℓ(z, c)`` with ``E[ε εᵀ] = I`` has the outer product
 
     E[g gᵀ] = Σ_c p_c ∇ℓ(z, c) ∇ℓ(z, c)ᵀ,
 
@@ -30,10 +30,10 @@ Labels = Literal["data", "model"]
 
 
 def loss_of_model_labels(loss_fn: LossFunction) -> LossFunction:
-    """A loss whose gradients estimate the Fisher matrix of ``loss_fn``, from the uniform random numbers of :func:`draw_uniform` that come as targets.
+    """A loss whose gradients estimate the Fisher matrix of ``loss_fn``; its targets are the uniform random numbers of :func:`draw_uniform`.
 
-    Cross-entropy, without weights or smoothing: all classes at once, see the module's docstring. Any other loss: each random number becomes the class at
-    that place of the cumulative distribution, which needs the model's outputs, and only the loss sees these.
+    For cross-entropy without weights or smoothing all classes are weighted at once, see the module's docstring. For any other loss each random number
+    selects a class from the cumulative distribution of the model's outputs.
 
     Args:
         loss_fn: of logits ``(batch, classes)`` and int64 labels ``(batch,)``.
@@ -62,7 +62,7 @@ def is_cross_entropy(loss_fn: LossFunction) -> bool:
 
 
 def _of_all_classes(logits: Tensor, chances: Tensor) -> Tensor:
-    """Mean over samples of ``Σ_c ε_c √p_c (−log p_c)``, weights held constant."""
+    """Mean over samples of ``Σ_c ε_c √p_c (−log p_c)``; the weights ``ε_c √p_c`` are constants."""
     log_p = logits.log_softmax(dim=1)
     frequencies = torch.arange(1, logits.shape[1] + 1, device=chances.device, dtype=chances.dtype)
     signs = 2**0.5 * torch.cos(2 * math.pi * chances[:, None] * frequencies)

@@ -104,14 +104,16 @@ def plan(
         raise ValueError(
             "batches is an iterator, which would lose what plan() draws; pass a DataLoader or a list, or leave batches out"
         )
-    job = Job.of(config, model, batches, loss_fn, params, masks, batch_fn, without_data=True, progress=False)
+    job = Job.of(
+        model, batches, loss_fn, params=params, masks=masks, batch_fn=batch_fn, config=config, without_data=True
+    )
     calibration = job.start(progress=False)
-    groups = split_into_groups(calibration, config.kind, config.budget)
+    groups = split_into_groups(calibration, config.budget)
     layers = [
         {"name": name, "shape": list(p.shape), "numel": p.numel(), "block_size": calibration.layouts[name].block_size}
         for name, p in job.parameters.items()
     ]
-    fisher, peak = estimate_memory(calibration, config.kind, groups)
+    fisher, peak = estimate_memory(calibration, groups)
     memory = {"fisher_blocks": fisher, "peak": peak, "groups": len(groups)}
     seconds = None if batches is None else _seconds(job, calibration, len(groups))
     return Plan(layers, job.dense, memory, seconds, job.total_weights, config)

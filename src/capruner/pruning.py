@@ -31,33 +31,6 @@ from capruner.targets import Sparsity, initial_masks, pruned_share
 from capruner.wrappers import unwrap
 
 
-@takes_knobs
-def make_job(
-    model: nn.Module,
-    batches: Iterable[Any] | None,
-    loss_fn: LossFunction = default_loss,
-    sparsity: Sparsity | Sequence[float] = 0.5,
-    *,
-    params: str | Sequence[str] = "__ALL_PRUNABLE__",
-    masks: Mapping[str, Tensor] | Literal["zeros"] | None = None,
-    state_dir: str | Path | None = None,
-    batch_fn: BatchFunction | None = None,
-    progress: bool = True,
-    config: PruneConfig | None = None,
-    **knobs: Unpack[Knobs],
-) -> Job:
-    """Validate the arguments of a call of :func:`prune`, before any side effect.
-
-    Raises:
-        ValueError: as :func:`prune`.
-    """
-    config = resolve(config, knobs)
-    check_sparsity(sparsity)
-    return Job.of(
-        config, model, batches, loss_fn, params, masks, batch_fn, sparsity, state_dir=state_dir, progress=progress
-    )
-
-
 @agreeing
 @takes_knobs
 def prune(
@@ -103,7 +76,8 @@ def prune(
         ValueError: an invalid argument, parameter selection, batch or checkpoint; the message says which and what to do.
         NotPositiveDefiniteError: a Fisher block is not positive definite; the message says where and what damping to try.
     """
-    job = make_job(
+    check_sparsity(sparsity)
+    job = Job.of(
         model,
         batches,
         loss_fn,
@@ -113,8 +87,7 @@ def prune(
         state_dir=state_dir,
         batch_fn=batch_fn,
         progress=progress,
-        config=config,
-        **knobs,
+        config=resolve(config, knobs),
     )
     calibration = job.start(progress, state_dir)
     levels = solve_levels(job, calibration)
@@ -125,10 +98,10 @@ def prune(
 
 def solve_levels(job: Job, calibration: Calibration) -> list[Level]:
     """Calibrate and solve for the levels of ``job``: all at once, or with recomputations one after the other."""
-    config, kind = job.config, job.config.kind
+    config = job.config
 
     def calibrate(masks: Mapping[str, Tensor], levels: Sequence[SparsityLevel]) -> list[Level]:
-        return calibrate_levels(calibration, kind, masks, levels, config.budget)
+        return calibrate_levels(calibration, masks, levels, config.budget)
 
     if config.num_recomputations == 1:
         return calibrate(job.masks, job.levels)
@@ -173,15 +146,17 @@ def calibrate(
             f"distill_passes={config.distill_passes:g} trains each sparsity on data; call prune() with the sparsities, or apply a solved result and call "
             "capruner.distill"
         )
-    job = Job.of(config, model, batches, loss_fn, params, masks, batch_fn, progress=progress)
+    job = Job.of(
+        model, batches, loss_fn, params=params, masks=masks, batch_fn=batch_fn, progress=progress, config=config
+    )
     calibration = job.start(progress)
-    groups = split_into_groups(calibration, config.kind, config.budget)
+    groups = split_into_groups(calibration, config.budget)
     if len(groups) > 1:
         raise ValueError(
             f"memory_budget={config.memory_budget} calibrates the layers in {len(groups)} groups, and calibrate() holds all of them at once; call prune() "
             "with the sparsities instead, allow more memory, or use a smaller fisher_block_size or method='fast_cap'"
         )
-    return CalibratedModel(job, calibration, calibration.run(config.kind, job.masks, calibration.stream()))
+    return CalibratedModel(job, calibration, calibration.run(job.masks, calibration.stream()))
 
 
 @agreeing
@@ -235,10 +210,10 @@ def compensate_masks(
     settings = config.settings(shrinks=True)
     agree({"gradients": gradients, "params": list(parameters), **deciding(settings, keep)}, model)
     calibration = Calibration(
-        model, Batches(batches, batch_fn), loss_fn, parameters, settings, gradients, progress=progress
+        model, Batches(batches, batch_fn), loss_fn, parameters, settings, OBS, gradients, progress=progress
     )
     dense = {name: torch.ones_like(mask) for name, mask in keep.items()}
-    calibrated = calibration.run(OBS, dense, calibration.stream())
+    calibrated = calibration.run(dense, calibration.stream())
     pruner, layouts = calibrated.pruner, calibration.layouts
     assert isinstance(pruner, OBS)
     blocks = {n: layouts[n].to_blocks(~k, torch.bool)[pruner.partition.own(n)] for n, k in keep.items()}

@@ -48,6 +48,7 @@ class Calibration:
     loss_fn: LossFunction
     parameters: Mapping[str, nn.Parameter]
     settings: Settings
+    method: type[Method]
     gradients: GradientMode = "batch"
     labels: Labels = "data"
     on_bad_batch: OnBadBatch = "raise"
@@ -80,9 +81,13 @@ class Calibration:
         draw = draw_uniform if self.labels == "model" else None
         return CalibrationStream(self.batches, device, draw, self.checkpoint.folder)
 
-    def run(self, method: type[Method], masks: Mapping[str, Tensor], stream: CalibrationStream) -> Calibrated:
-        """Calibrate ``method`` at the model's present weights, some of which ``masks`` (True = keep) have pruned already."""
-        pruner = method(Partition(self.layouts, method.whole_layers), self.settings, self.clock)
+    def new_method(self) -> Method:
+        """The method, without gradients yet."""
+        return self.method(Partition(self.layouts, self.method.whole_layers), self.settings, self.clock)
+
+    def run(self, masks: Mapping[str, Tensor], stream: CalibrationStream) -> Calibrated:
+        """Calibrate the method at the model's present weights, some of which ``masks`` (True = keep) have pruned already."""
+        pruner = self.new_method()
         where = torch.device(self.settings.fisher_inv_device or stream.device)
         for dtype in {working_dtype(p) for p in self.parameters.values()} if where.type == "cpu" else ():
             pruner.compile(dtype)

@@ -8,21 +8,17 @@ from torch import Tensor
 
 from capruner.calibration.driver import Calibration
 from capruner.calibration.memory_plan import split_into_groups
-from capruner.distributed import Partition
 from capruner.finite import NO_GRADIENT
-from capruner.methods import Method, SparsityLevel
+from capruner.methods import SparsityLevel
 from capruner.methods.base import RankedMethod
 from capruner.result import Level, pack_levels, unpack_levels
 
+Masks = Mapping[str, Tensor]
 Counts = list[dict[str, Tensor]]
 
 
 def calibrate_levels(
-    calibration: Calibration,
-    method: type[Method],
-    masks: Mapping[str, Tensor],
-    levels: Sequence[SparsityLevel],
-    budget: int | None,
+    calibration: Calibration, masks: Masks, levels: Sequence[SparsityLevel], budget: int | None
 ) -> list[Level]:
     """Calibrate at the model's present weights and solve for ``levels``; the same on every process.
 
@@ -30,26 +26,20 @@ def calibrate_levels(
         masks: what is pruned already, True = keep.
         budget: see :func:`capruner.calibration.memory_plan.split_into_groups`.
     """
-    groups = split_into_groups(calibration, method, budget)
+    groups = split_into_groups(calibration, budget)
     counts = None
     if any(not any(set(t.names) <= g.parameters.keys() for g in groups) for level in levels for t in level.targets):
-        counts = _allocate(calibration, groups, method, masks, levels)
-    solved = [_solve(group, method, masks, levels, counts) for group in groups]
+        counts = _allocate(calibration, groups, masks, levels)
+    solved = [_solve(group, masks, levels, counts) for group in groups]
     if set(calibration.notes.layers_without_gradient) >= calibration.parameters.keys():
         raise ValueError(NO_GRADIENT)
     return [Level.merge(parts) for parts in zip(*solved)]
 
 
-def _solve(
-    group: Calibration,
-    method: type[Method],
-    masks: Mapping[str, Tensor],
-    levels: Sequence[SparsityLevel],
-    counts: Counts | None,
-) -> list[Level]:
+def _solve(group: Calibration, masks: Masks, levels: Sequence[SparsityLevel], counts: Counts | None) -> list[Level]:
     stream = group.stream()
     return group.checkpoint.stage(
-        lambda: group.run(method, masks, stream).solve(levels, counts),
+        lambda: group.run(masks, stream).solve(levels, counts),
         stream,
         pack_levels,
         lambda tensors, values: [x.to(group.parameters) for x in unpack_levels(tensors.__getitem__, values)],
@@ -57,27 +47,23 @@ def _solve(
 
 
 def _allocate(
-    calibration: Calibration,
-    groups: Sequence[Calibration],
-    method: type[Method],
-    masks: Mapping[str, Tensor],
-    levels: Sequence[SparsityLevel],
+    calibration: Calibration, groups: Sequence[Calibration], masks: Masks, levels: Sequence[SparsityLevel]
 ) -> Counts:
     """Steps of each block, by level, where a target covers layers of several groups: one more calibration of each group."""
     scores: dict[str, Tensor] = {}
     for group in groups:
-        scores |= _scores(group, method, masks)
-    allocator = method(Partition(calibration.layouts, method.whole_layers), calibration.settings, calibration.clock)
+        scores |= _scores(group, masks)
+    allocator = calibration.new_method()
     assert isinstance(allocator, RankedMethod)
     return [allocator.count(scores, level.targets) for level in levels]
 
 
-def _scores(group: Calibration, method: type[Method], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _scores(group: Calibration, masks: Masks) -> dict[str, Tensor]:
     """The scores that the steps of this group's blocks compete with. Its inverse Fisher blocks are freed before the next group needs the memory."""
     stream = group.stream()
 
     def compute() -> dict[str, Tensor]:
-        pruner = group.run(method, masks, stream).pruner
+        pruner = group.run(masks, stream).pruner
         assert isinstance(pruner, RankedMethod)
         return pruner.scores()
 
@@ -86,5 +72,5 @@ def _scores(group: Calibration, method: type[Method], masks: Mapping[str, Tensor
         compute,
         stream,
         lambda scores: (scores, {}),
-        lambda scores, _: {name: s.to(where) for name, s in scores.items()},
+        lambda scores, _: {name: tensor.to(where) for name, tensor in scores.items()},
     )

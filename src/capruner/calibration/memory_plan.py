@@ -11,7 +11,6 @@ from tqdm.auto import tqdm
 from capruner.calibration.driver import Calibration
 from capruner.distributed import processes
 from capruner.memory import shown
-from capruner.methods import Method
 from capruner.methods.base import SecondOrderMethod
 from capruner.numerics import working_dtype
 
@@ -19,7 +18,7 @@ WORKING_SET = 128 * 2**20
 """Bytes of the blocks that are being eliminated or solved; the same whatever the model."""
 
 
-def split_into_groups(calibration: Calibration, method: type[Method], budget: int | None) -> list[Calibration]:
+def split_into_groups(calibration: Calibration, budget: int | None) -> list[Calibration]:
     """Calibrations of groups of layers whose Fisher blocks fit the budget, which are calibrated one after the other.
 
     Args:
@@ -28,7 +27,7 @@ def split_into_groups(calibration: Calibration, method: type[Method], budget: in
     Raises:
         ValueError: one layer alone does not fit; or there are several groups, and the data can be read only once.
     """
-    if budget is None or not issubclass(method, SecondOrderMethod):
+    if budget is None or not issubclass(calibration.method, SecondOrderMethod):
         return [calibration]
     size = processes().world_size
     need = {name: _layer_bytes(calibration, name) // size for name in calibration.layouts}
@@ -67,12 +66,12 @@ def log_groups(calibration: Calibration, groups: Sequence[Calibration], budget: 
         )
 
 
-def estimate_memory(calibration: Calibration, method: type[Method], groups: Sequence[Calibration]) -> tuple[int, int]:
+def estimate_memory(calibration: Calibration, groups: Sequence[Calibration]) -> tuple[int, int]:
     """Bytes of all Fisher blocks of this process, and the peak beside the model, which one of ``groups`` reaches."""
-    size, layouts = processes().world_size, calibration.layouts
-    fisher = {name: _fisher_bytes(calibration, name, method) for name in layouts}
+    size, layouts, method = processes().world_size, calibration.layouts, calibration.method
+    fisher = {name: _fisher_bytes(calibration, name) for name in layouts}
     if issubclass(method, SecondOrderMethod):
-        peak = max(sum(_layer_bytes(g, name) for name in g.layouts) for g in groups) // size + WORKING_SET
+        peak = max(sum(_layer_bytes(group, name) for name in group.layouts) for group in groups) // size + WORKING_SET
     else:
         # Besides gradients: copies, scores, the order of a sort.
         rows = 16 + (calibration.slab if method.uses_gradients else 0)
@@ -85,8 +84,8 @@ def _layer_bytes(calibration: Calibration, name: str) -> int:
     return _row_bytes(calibration, name) * (calibration.layouts[name].block_size + calibration.slab + 8)
 
 
-def _fisher_bytes(calibration: Calibration, name: str, method: type[Method]) -> int:
-    layout = calibration.layouts[name]
+def _fisher_bytes(calibration: Calibration, name: str) -> int:
+    layout, method = calibration.layouts[name], calibration.method
     blocks = layout.num_blocks if issubclass(method, SecondOrderMethod) else int(method.uses_gradients)
     return blocks * layout.block_size**2 * working_dtype(calibration.parameters[name]).itemsize
 

@@ -38,7 +38,7 @@ from capruner.checkpoint import remove_state
 from capruner.gradients import LossFunction
 from capruner.job import Job
 from capruner.masking import MaskHandle, mask_model
-from capruner.pruning import make_job, prune
+from capruner.pruning import prune
 from capruner.result import PruningResult
 from capruner.training.schedules import SAME_EPOCH, Schedule, check_schedule, plain_number
 from capruner.wrappers import all_parameters, find, first_names
@@ -279,9 +279,9 @@ def _check(
     model: nn.Module, batches: Iterable[Any] | None, loss_fn: LossFunction, sparsity: list[float], knobs: dict[str, Any]
 ) -> Job:
     """Check the arguments of all updates to come."""
-    job = make_job(model, batches, loss_fn, sparsity, **knobs)
+    job = Job.of(model, batches, loss_fn, sparsity, **knobs)
     # Cuts every layer into blocks, or raises.
-    Calibration(job.model, Batches(()), loss_fn, job.parameters, job.settings)
+    Calibration(job.model, Batches(()), loss_fn, job.parameters, job.settings, job.config.kind)
     return job
 
 

@@ -1,4 +1,4 @@
-"""One process or many: who am I, on which device, and are we all still the same?"""
+"""The processes of a training run: started by a launcher, each on its device, compared with each other."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from capruner import distributed
 from capruner.cli.arguments import UserError
 from capruner.files import digest
 from capruner.vision.training_watch import Watch
@@ -20,15 +21,22 @@ from capruner.vision.training_watch import Watch
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all."""
+    """The processes of a training run, and the device of this one."""
 
-    rank: int
-    size: int
     device: torch.device
+    everybody: distributed.Processes
+
+    @property
+    def rank(self) -> int:
+        return self.everybody.rank
+
+    @property
+    def size(self) -> int:
+        return self.everybody.world_size
 
     @property
     def first(self) -> bool:
-        """Whether this one speaks and writes for all."""
+        """Whether this process prints and writes for all."""
         return self.rank == 0
 
     def say(self, text: str) -> None:
@@ -38,33 +46,23 @@ class Processes:
 
     def sum(self, *values: float) -> list[float]:
         """Each value summed over all processes."""
-        if self.size == 1:
-            return list(values)
-        total = torch.tensor(values, dtype=torch.float64, device=self._wire())
-        dist.all_reduce(total)
-        return [float(v) for v in total]
+        return [self.everybody.sum(value) for value in values]
 
     def check_equal(self, tensors: Mapping[str, Tensor], when: str) -> None:
-        """Every process must hold the same bits.
+        """Check that all processes hold bit-identical tensors.
 
         Raises:
             RuntimeError: names the ranks and the first tensor that differ from rank 0.
         """
         if self.size == 1:
             return
-        mine = torch.stack([_digest(tensor) for tensor in tensors.values()]).to(self._wire())
-        everybody = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(everybody, mine)
-        for rank, theirs in enumerate(everybody):
-            if different := (theirs != everybody[0]).any(dim=1).nonzero().flatten().tolist():
-                name = list(tensors)[different[0]]
+        digests = self.everybody.all_gather_objects([digest([tensor]) for tensor in tensors.values()])
+        for rank, theirs in enumerate(digests):
+            if different := [name for name, a, b in zip(tensors, theirs, digests[0]) if a != b]:
                 raise RuntimeError(
-                    f"{when}: rank {rank} has other bits than rank 0 in {name} and {len(different) - 1} more; training stops here, "
+                    f"{when}: rank {rank} has other bits than rank 0 in {different[0]} and {len(different) - 1} more; training stops here, "
                     "the last checkpoint is good"
                 )
-
-    def _wire(self) -> torch.device:
-        return self.device if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 @contextmanager
@@ -87,9 +85,8 @@ def started(device: torch.device, timeout: float) -> Iterator[Processes]:
         device = torch.device("cuda", local_rank)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
-    processes = Processes(rank, size, device)
     if size == 1:
-        yield processes
+        yield Processes(device, distributed.processes())
         return
     limit = timedelta(seconds=timeout)
     store, _, _ = next(dist.rendezvous("env://", timeout=limit))
@@ -98,7 +95,7 @@ def started(device: torch.device, timeout: float) -> Iterator[Processes]:
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     try:
-        yield processes
+        yield Processes(device, distributed.processes())
     except (RuntimeError, ValueError) as error:
         raise UserError(watch.explain(error)) from error
     finally:
@@ -116,7 +113,3 @@ def parallel(model: nn.Module, processes: Processes) -> nn.Module:
         return model
     devices = [processes.device] if processes.device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(model, device_ids=devices)
-
-
-def _digest(tensor: Tensor) -> Tensor:
-    return torch.frombuffer(bytearray.fromhex(digest([tensor])), dtype=torch.uint8)
