@@ -5,6 +5,7 @@ PYTHON := python3
 endif
 BIN := .venv/bin
 export NM_DISABLE_ANALYTICS = 1
+export NO_MKDOCS_2_WARNING = 1  # an advertisement of Material for MkDocs
 
 .PHONY: install demo test lint docs docs-serve clean help
 

@@ -17,4 +17,4 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         return markdown
     from capruner.config import reference_table  # here: it imports torch
 
-    return markdown.replace(KNOBS, reference_table())
+    return markdown.replace(KNOBS, f'<div class="knobs" markdown>\n\n{reference_table()}\n</div>')
