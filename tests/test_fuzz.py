@@ -204,14 +204,14 @@ def test_repeated_groups_that_are_quick_are_matched() -> None:
 
 @pytest.mark.promise("Hostile input", "A recipe with more than 10,000 pruning updates is refused")
 def test_more_updates_than_any_training_has(tmp_path: Path) -> None:
-    from capruner.vision.training_recipe import Recipe
+    from capruner.recipes import load_training
 
     text = "modifiers:\n  - !CAPruningModifier\n      params: __ALL_PRUNABLE__\n      init_sparsity: 0.1\n      final_sparsity: 0.5\n"
     text += "      start_epoch: 0.0\n      end_epoch: 10.0\n      update_frequency: {}\n      num_grads: 8\n"
     for frequency in ("0.00001", "1.0e-300"):
         (tmp_path / "recipe.yaml").write_text(text.format(frequency))
         with pytest.raises(UserError, match=r"more than 10,000 updates; raise it"):
-            Recipe(str(tmp_path / "recipe.yaml"), [0.3, 0.5])
+            load_training(tmp_path / "recipe.yaml")
 
 
 def test_what_sparseml_calculates_is_still_calculated(tmp_path: Path) -> None:

@@ -14,11 +14,13 @@ from capruner.modes import weights_restored
 from capruner.result import Level
 from capruner.targets import pruned_share
 
-Interpolation = Literal["linear", "cubic", "geometric"]
+Interpolation = Literal["linear", "cubic", "inverse_cubic", "geometric"]
 
+# The first three round as SparseML's own interpolation does, so that both prune the same number of weights.
 INTERPOLATIONS: dict[str, Callable[[float, float, float], float]] = {
     "linear": lambda start, end, t: start + (end - start) * t,
-    "cubic": lambda start, end, t: end + (start - end) * (1 - t) ** 3,
+    "cubic": lambda start, end, t: start + (end - start) * (1 - (1 - t) ** 3),
+    "inverse_cubic": lambda start, end, t: start + (end - start) * (1 - (1 - t) ** (1 / 3)),
     # Each step prunes the same share of what remains.
     "geometric": lambda start, end, t: 1 - (1 - start) ** (1 - t) * (1 - end) ** t,
 }

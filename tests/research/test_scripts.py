@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -58,14 +57,3 @@ def test_a_recipe_of_the_caller_and_one_of_the_repository(tmp_path: Path) -> Non
     ):
         line = words("run_gradual_pruning.sh", tmp_path, RECIPE=recipe)
         assert line[line.index("--sparseml-recipe") + 1] == expected
-
-
-def test_training_without_sparseml_is_one_line(tmp_path: Path) -> None:
-    code = "import runpy, sys; sys.modules['sparseml'] = None; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    (tmp_path / "mine.yaml").write_text("modifiers: []")
-    line = [sys.executable, "-c", code, str(RESEARCH / "sparse_training.py"), "data", "--model", "resnet18"]
-    line += ["--sparseml-recipe", "mine.yaml"]
-    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    told = done.stderr.splitlines()[0]
-    assert told.startswith("error: capruner.sparseml needs SparseML 1.8.0, which does not import on Python 3.")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from training_case import Line, rows, updates
 
-pytest.importorskip("capruner.sparseml", exc_type=ImportError)
+pytest.importorskip("timm")
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning:timm")
 from capruner.vision import sparse_training  # noqa: E402
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from training_case import Line
 
-pytest.importorskip("capruner.sparseml", exc_type=ImportError)
+pytest.importorskip("timm")
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 from capruner.cli import arguments as cli  # noqa: E402
 from capruner.vision import one_shot_pruning, sparse_training  # noqa: E402

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import timm
 import torch
-from training_case import KWARGS, MODEL, PRUNABLE, RECIPES, ROOT, Line, rows, updates
+from training_case import GMP, KWARGS, MODEL, PRUNABLE, RECIPES, ROOT, SPARSEML, Line, rows, same_weights, updates
 
-pytest.importorskip("capruner.sparseml", exc_type=ImportError)
+pytest.importorskip("timm")
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning:timm")
 from capruner.cli import arguments as cli  # noqa: E402
 from capruner.vision import sparse_training  # noqa: E402
@@ -95,6 +95,55 @@ def test_a_ladder_of_sparsities_replaces_the_interpolation(line: Line, tmp_path:
     expected = [0.3, 0.5, 0.6] + [0.6] * (len(reached) - 3)
     assert reached == pytest.approx(expected, abs=1 / PRUNABLE)
     assert len(reached) >= 3
+
+
+@pytest.mark.parametrize("recipe", ["chain", "rate", "gmp"])
+def test_both_engines_end_with_the_same_weights(line: Line, tmp_path: Path, recipe: str) -> None:
+    pytest.importorskip("capruner.sparseml", exc_type=ImportError)
+    for engine in ("native", "sparseml"):
+        sparse_training.main(
+            line(recipe, experiment=engine, engine=engine, epochs=3, clip_grad=0.5, save_last=True, model_ema=True)
+        )
+    assert updates(tmp_path / "native") == updates(tmp_path / "sparseml")
+    assert same_weights(*(tmp_path / engine / "checkpoints" / "last.safetensors" for engine in ("native", "sparseml")))
+    with pytest.raises(cli.UserError, match="--engine was 'native' and is 'sparseml' now, which cannot change"):
+        sparse_training.main(line(recipe, experiment="native", engine="sparseml", epochs=3, clip_grad=0.5, resume=True))
+
+
+def test_recipes_of_sparseml_without_it(
+    line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "capruner.sparseml.training", None)
+    sparse_training.main(line("gmp", epochs=2))
+    assert "GlobalMagnitudePruningModifier is carried out by capruner's own methods" in capsys.readouterr().err
+    assert updates(tmp_path / "trial")[-1][1] == pytest.approx(0.6734, abs=1 / PRUNABLE)
+    with pytest.raises(cli.UserError, match="--engine sparseml: SparseML cannot be imported here"):
+        sparse_training.main(line("gmp", epochs=2, engine="sparseml", experiment="other"))
+
+
+@pytest.mark.parametrize("engine", ["native", "sparseml"])
+def test_masks_let_go_with_the_training_s_end_still_count(line: Line, tmp_path: Path, engine: str) -> None:
+    if engine == "sparseml":
+        pytest.importorskip("capruner.sparseml", exc_type=ImportError)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "modifiers:\n" + GMP.format(first=0.5, last=0.6, start=0.0, end=2.0, every=1.0) + "      leave_enabled: False\n"
+    )
+    sparse_training.main(line(sparseml_recipe=recipe, engine=engine))
+    assert [float(row["sparsity"]) for row in rows(tmp_path / "trial")][-1] == pytest.approx(0.6, abs=1 / PRUNABLE)
+    assert (
+        tmp_path / "trial" / "checkpoints" / f"best_sparsity_{round(0.6 * PRUNABLE) / PRUNABLE:.4f}.safetensors"
+    ).exists()
+
+
+def test_a_markdown_recipe_is_kept_as_yaml_and_resumes(line: Line, training_place: Path, tmp_path: Path) -> None:
+    text = (training_place / "oneshot.yaml").read_text()
+    (tmp_path / "recipe.md").write_text(f"---\n{text}---\n# My recipe\n\nIt is **bold**.\n\n---\n\n- and more\n")
+    sparse_training.main(line(sparseml_recipe=tmp_path / "recipe.md", epochs=1))
+    kept = tmp_path / "trial" / "recipe.yaml"
+    assert "bold" not in kept.read_text()
+    sparse_training.main(line(sparseml_recipe=kept, epochs=2, resume=True))
+    assert len(rows(tmp_path / "trial")) == 3
 
 
 def test_one_shot_then_finetuning(line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,6 +269,12 @@ def test_recipes_that_cannot_drive_a_training(line: Line, training_place: Path, 
     (tmp_path / "hidden.yaml").write_text("modifiers:\n" + hidden + RECIPES["cap"])
     with pytest.raises(cli.UserError, match="use LearningRateFunctionModifier"):
         sparse_training.main(line(sparseml_recipe=tmp_path / "hidden.yaml"))
+    (tmp_path / "teacher.yaml").write_text(
+        "modifiers:\n  - !DistillationModifier {start_epoch: 0, hardness: 0.5}\n" + RECIPES["cap"]
+    )
+    for engine in ("native", "sparseml") if SPARSEML else ("native",):
+        with pytest.raises(cli.UserError, match="DistillationModifier has no effect here"):
+            sparse_training.main(line(sparseml_recipe=tmp_path / "teacher.yaml", engine=engine))
 
 
 @pytest.mark.parametrize(

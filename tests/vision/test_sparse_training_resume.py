@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import nn
 from training_case import ROOT, Line, rows, same_weights, updates
 
-pytest.importorskip("capruner.sparseml", exc_type=ImportError)
+pytest.importorskip("timm")
 from capruner.cli import arguments as cli
 from capruner.methods import CAP
 from capruner.vision import sparse_training, training_resume, training_watch

@@ -69,7 +69,12 @@ class KeyValues(argparse.Action):
 
 def add_model(parser: argparse._ActionsContainer, required: bool = False, used: str = "") -> None:
     """``--model`` and ``--model-kwargs``, as every command takes them; ``used`` says for what where a command can do without."""
-    parser.add_argument("--model", required=required, help="timm model name" + (f", {used}" if used else ""))
+    parser.add_argument(
+        "--model",
+        required=required,
+        help="timm model name, or hf:NAME of a Hugging Face image classifier on the hub or in a folder"
+        + (f", {used}" if used else ""),
+    )
     parser.add_argument(
         "--model-kwargs",
         nargs="*",
@@ -109,6 +114,15 @@ def add_preprocessing(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--std", type=float, nargs="+")
     group.add_argument("--crop-pct", type=float, help="share of the resized image that the centre crop keeps")
     group.add_argument("--interpolation", help="bicubic, bilinear, ...")
+
+
+def add_engine(parser: argparse._ActionsContainer) -> None:
+    """``--engine``: who carries out a recipe."""
+    parser.add_argument(
+        "--engine",
+        choices=("native", "sparseml"),
+        help="who carries out a recipe: capruner itself, or SparseML (default: SparseML for recipes with modifiers of its own, where it can be imported)",
+    )
 
 
 def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> int:

@@ -16,12 +16,13 @@ from capruner.patterns import Pattern, parse_mask_type, unsupported
 from capruner.recipes.document import Modifier
 from capruner.recipes.one_shot import KINDS, OURS, one_shot, read_modifiers, refuse_others
 from capruner.recipes.text import checked_text, modifier_names
+from capruner.recipes.training import ACTIONS, action
 from capruner.recipes.values import FROM_WEIGHTS
 from capruner.selection import SelectionError, select_parameters
 from capruner.weights import LinearWeight, linear_weights
 
 _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "update_frequency": (lambda v: 0 < v < math.inf or v == -1, "more than 0, or -1 for one update"),
+    "update_frequency": (lambda v: 0 < v < math.inf or v == -1, "more than 0, or -1 for an update at every step"),
     "start_epoch": (math.isfinite, "a finite number"),
     "end_epoch": (math.isfinite, "a finite number"),
 }
@@ -40,7 +41,7 @@ def lint(path: Path, model: nn.Module) -> tuple[dict[str, nn.Parameter], list[st
     if not modifiers:
         raise UserError(f"{path} has no pruning modifier, so nothing to check")
     found: dict[str, nn.Parameter] = {}
-    problems = [f"{_name(m)}: {text}" for m in others for text in _numbers(m)]
+    problems = [text for m in others for text in _of_another(m)]
     for number, modifier in enumerate(modifiers, 1):
         where = _name(modifier) + (f" {number}" if len(modifiers) > 1 else "")
         chosen: dict[str, nn.Parameter] = {}
@@ -57,7 +58,7 @@ def lint(path: Path, model: nn.Module) -> tuple[dict[str, nn.Parameter], list[st
 
 def _read(path: Path) -> tuple[list[Any], list[Any]]:
     """Modifiers of a recipe: those that do not prune, and those that do."""
-    if all(name in OURS for name in modifier_names(checked_text(path))):
+    if all(name in KINDS or name in ACTIONS for name in modifier_names(checked_text(path))):
         return _read_here(path)
     try:
         # isort: split
@@ -76,15 +77,17 @@ def _read_here(path: Path) -> tuple[list[Any], list[Any]]:
     found = read_modifiers(path)
     others = [m for m in found if not m.name.endswith("PruningModifier")]
     pruning = [m for m in found if m.name.endswith("PruningModifier")]
-    refuse_others(path, pruning)
+    refuse_others(path, [m for m in pruning if m.name not in ACTIONS])
     try:
-        return [SimpleNamespace(name=m.name, **m.values) for m in others], [_as_attributes(m) for m in pruning]
+        return others, [_as_attributes(m) for m in pruning]
     except ValueError as error:
         raise UserError(f"{path} does not load: {error}") from error
 
 
 def _as_attributes(modifier: Modifier) -> SimpleNamespace:
     """A pruning modifier as SparseML would make it."""
+    if modifier.name in ACTIONS:
+        return SimpleNamespace(name=modifier.name, **vars(action(modifier)))
     read = one_shot(modifier)
     schedule = {"init_sparsity": FROM_WEIGHTS} | {k: modifier.values[k] for k in _SCHEDULED if k in modifier.values}
     numbers = {k: v if v == FROM_WEIGHTS else float(v) for k, v in schedule.items()}
@@ -94,6 +97,17 @@ def _as_attributes(modifier: Modifier) -> SimpleNamespace:
         "grad_sampler_kwargs": read.grad_sampler_kwargs,
     }
     return SimpleNamespace(name=read.modifier, **given, **numbers, **read.knobs)
+
+
+def _of_another(modifier: Any) -> list[str]:
+    """Problems of a modifier that does not prune."""
+    if not isinstance(modifier, Modifier):
+        return [f"{_name(modifier)}: {text}" for text in _numbers(modifier)]
+    try:
+        action(modifier)
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 def _name(modifier: Any) -> str:
@@ -138,12 +152,10 @@ def _values(modifier: Any, chosen: Mapping[str, Tensor], linear: Mapping[str, Li
     sparsities = [getattr(modifier, "init_sparsity", None), *(final if isinstance(final, Mapping) else [final])]
     numbers = [float(s) for s in sparsities if s is not None and s != FROM_WEIGHTS]
     problems += [f"a sparsity must lie in [0, 1), got {s:g}" for s in numbers if not 0 <= s < 1]
-    problems += [
-        f"backslashes in {entry!r} are doubled when SparseML saves the recipe; write [0-9] for \\d and leave \\. a plain dot"
-        for params in _selections(modifier)
-        for entry in ([params] if isinstance(params, str) else params)
-        if "\\" in entry
-    ]
+    if _name(modifier) in OURS and getattr(modifier, "update_frequency", 1) == -1 and numbers[1:] != numbers[:-1]:
+        problems.append(
+            "update_frequency -1 makes an update, with a calibration, at every step; say after how many epochs"
+        )
     try:
         pattern = parse_mask_type(getattr(modifier, "mask_type", "unstructured"))
     except ValueError as error:

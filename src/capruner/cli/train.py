@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from capruner.cli.arguments import Parser, UserError
+from capruner.cli.arguments import Parser
 
 HELP = """\
-Train a timm model while a SparseML recipe prunes it.
+Train a timm model while a recipe prunes it.
 
 DATA holds train/<class>/*.jpg and val/<class>/*.jpg. One-shot pruning with finetuning is the same command with a recipe of one_shot+finetune.
 
@@ -43,10 +43,6 @@ def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> int:
     """Train; 0."""
-    try:
-        import capruner.sparseml  # noqa: F401
-    except ImportError as error:
-        raise UserError(str(error)) from error
     from capruner.vision import sparse_training
 
     sparse_training.train(args)

@@ -18,17 +18,20 @@ from capruner.pruning import prune
 from capruner.recipes import values
 from capruner.recipes.document import Modifier, modifiers
 from capruner.recipes.text import checked_text
+from capruner.recomputation import INTERPOLATIONS
 from capruner.result import PruningResult
 from capruner.targets import selected
 from capruner.weights import linear_weights
 
 SCHEDULE: dict[str, values.Convert] = {
+    "init_sparsity": values.init_sparsity,
     "start_epoch": values.number,
     "end_epoch": values.number,
     "update_frequency": values.number,
+    "inter_func": values.one_of(*INTERPOLATIONS),
+    "leave_enabled": values.flag,
 }
-INTERPOLATIONS = ("linear", "cubic", "inverse_cubic")
-"""Between the updates of a training; one shot has none, and reads them only to find mistakes."""
+"""When a modifier acts in a training, and how sparsity rises; one-shot pruning reads these only to find mistakes."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Kind:
     @property
     def parameters(self) -> set[str]:
         """All that a recipe can say."""
-        found = {*self.knobs, *SCHEDULE, "params", "init_sparsity", "final_sparsity", "inter_func", "leave_enabled"}
+        found = {*self.knobs, *SCHEDULE, "params", "final_sparsity"}
         found |= {"global_sparsity"} if self.says_globally else set()
         found |= {"grad_sampler_kwargs"} if METHODS[self.method].uses_gradients else set()
         return found | ({"traces_backup_dir", "n", "m"} if self.ours else set())
@@ -66,7 +69,7 @@ KINDS = {
     "MagnitudePruningModifier": Kind("magnitude", values.MAGNITUDE, False, False, False),
 }
 OURS = frozenset(name for name, kind in KINDS.items() if kind.ours)
-_TRAINING = ("EpochRange", "LearningRate", "WeightDecay", "TrainableParams", "Distillation", "ConstantPruning")
+_TRAINING = ("EpochRange", "LearningRate", "WeightDecay", "TrainableParams", "ConstantPruning")
 
 
 @dataclass
@@ -81,6 +84,7 @@ class OneShot:
         knobs: further keywords of :func:`capruner.prune`.
         grad_sampler_kwargs: for whoever loads calibration data, ``batch_size`` say.
         traces_backup_dir: the recipe's state folder.
+        schedule: what the recipe says of epochs, ``init_sparsity``, ``inter_func`` and ``leave_enabled``; one-shot pruning does not use it.
     """
 
     modifier: str
@@ -90,6 +94,7 @@ class OneShot:
     knobs: dict[str, Any]
     grad_sampler_kwargs: dict[str, Any] = field(default_factory=dict)
     traces_backup_dir: str | None = None
+    schedule: dict[str, Any] = field(default_factory=dict)
 
     @property
     def kind(self) -> Kind:
@@ -114,25 +119,27 @@ class OneShot:
         pattern = parse_mask_type(self.knobs["mask_type"])
         return supporting(pattern, selection.parameters, skip, linear_weights(model))[0]
 
+    def targets(self, model: nn.Module) -> dict[str, float]:
+        """The final sparsity of each parameter that is pruned.
+
+        Raises:
+            SelectionError: as :meth:`selected`.
+        """
+        needs_gradients = METHODS[self.method].uses_gradients
+        _, own = selected(model, self.params, self.final_sparsity, (), needs_gradients)
+        return {name: own[name] if own else self.final_sparsity for name in self.selected(model)}  # type: ignore[misc]
+
     def prune(
         self,
         model: nn.Module,
         batches: Iterable[Any] | None,
         loss_fn: Any,
-        sparsities: Sequence[float] = (),
+        sparsities: Sequence[float] | Any = (),
         **more: Any,
     ) -> PruningResult:
-        """:func:`capruner.prune` with what the recipe says; ``sparsities`` stand above its own, and ``more`` above its knobs."""
-        return prune(
-            model,
-            batches,
-            loss_fn,
-            sparsities or self.final_sparsity,
-            method=self.method,
-            params=self.params,
-            global_sparsity=self.global_sparsity,
-            **(self.knobs | more),
-        )
+        """:func:`capruner.prune` with what the recipe says; ``sparsities`` stand above its own, and ``more`` above its other arguments."""
+        said = {"method": self.method, "params": self.params, "global_sparsity": self.global_sparsity}
+        return prune(model, batches, loss_fn, sparsities or self.final_sparsity, **(said | self.knobs | more))
 
 
 def read_modifiers(path: str | Path) -> list[Modifier]:
@@ -153,14 +160,14 @@ def read_modifiers(path: str | Path) -> list[Modifier]:
 
 
 def refuse_others(path: str | Path, found: Iterable[Modifier]) -> None:
-    """Are all modifiers of :data:`KINDS`?
+    """Check that all modifiers are of :data:`KINDS`.
 
     Raises:
         UserError: one is not; the message says what to do.
     """
     for modifier in found:
         if modifier.name not in KINDS:
-            raise UserError(f"{path}: {_refusal(modifier.name)}")
+            raise UserError(f"{path}: {refusal(modifier.name)}")
 
 
 def load(path: str | Path) -> OneShot:
@@ -198,24 +205,21 @@ def one_shot(modifier: Modifier) -> OneShot:
     globally = given.pop("global_sparsity", kind.globally) if kind.says_globally else kind.globally
     values.converted(who, "global_sparsity", values.flag, globally)
     final = values.final_sparsity(who, given.pop("final_sparsity"), globally)
-    first = given.pop("init_sparsity", values.FROM_WEIGHTS)
-    if first != values.FROM_WEIGHTS:
-        values.sparsity(who, first)
     params = _params(who, given.pop("params"))
     sampler = given.pop("grad_sampler_kwargs", None)
     folder = values.none_or(lambda v: v)(given.pop("traces_backup_dir", None))
     given["mask_type"] = parse_mask_type(
         given.get("mask_type", "unstructured"), given.pop("n", None), given.pop("m", None)
     )
-    values.check_schedule(who, given.pop("leave_enabled", True), sampler, folder)
-    if (climb := given.pop("inter_func", "cubic")) not in INTERPOLATIONS:
-        raise ValueError(f"{who}: inter_func must be one of {', '.join(INTERPOLATIONS)}, got {climb!r}")
-    for name, convert in SCHEDULE.items():
-        if name in given:
-            values.converted(who, name, convert, given.pop(name))
+    schedule = {
+        name: values.converted(who, name, convert, given.pop(name))
+        for name, convert in SCHEDULE.items()
+        if name in given
+    }
+    values.check_schedule(who, schedule.get("leave_enabled", True), sampler, folder)
     said = {**kind.knobs, **given}
     read = {name: values.converted(who, name, knobs()[name].kind.convert, value) for name, value in said.items()}
-    return OneShot(who, params, final, globally, read, dict(sampler or {}), folder)
+    return OneShot(who, params, final, globally, read, dict(sampler or {}), folder, schedule)
 
 
 def _params(who: str, given: Any) -> str | list[str]:
@@ -231,11 +235,19 @@ def _params(who: str, given: Any) -> str | list[str]:
     return flat
 
 
-def _refusal(name: str) -> str:
-    if "Quantization" in name:
-        return f"{name} does not run here; take it out, and quantize the exported model"
+def refusal(name: str) -> str:
+    """Why a modifier is not carried out by one-shot pruning, and what to do."""
     if any(word in name for word in _TRAINING):
         return f"{name} acts in a training; take it out for one-shot pruning, which has no epochs"
+    return general_refusal(name)
+
+
+def general_refusal(name: str) -> str:
+    """Why a modifier is never carried out, and what to do."""
+    if "Quantization" in name:
+        return f"{name} does not run here; take it out, and quantize the exported model"
+    if "Distillation" in name:
+        return f"{name} has no effect here, as there is no teacher; take it out, and use distill_passes in CAPruningModifier or capruner.distill"
     return (
         f"{name} is none of the pruning modifiers that capruner carries out itself, {', '.join(KINDS)}; use one of them, or SparseML "
         "(Python 3.11, pip install 'capruner[sparseml]') with --engine sparseml"

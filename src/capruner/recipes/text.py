@@ -49,6 +49,11 @@ def checked_text(path: str | Path) -> str:
     return text
 
 
+def stored_text(path: str | Path) -> str:
+    """What to write as ``recipe.yaml`` beside a run: the file as it is; of a Markdown recipe the YAML in front."""
+    return checked_text(path) if Path(path).suffix.lower() == ".md" else read(path)
+
+
 def modifier_names(text: str) -> list[str]:
     """Names of the modifiers (``!Name``) in the YAML of a recipe, in its order."""
     return [t.value[1] for t in _tokens(text) if isinstance(t, yaml.TagToken) and t.value[0] == "!"]

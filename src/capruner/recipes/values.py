@@ -25,6 +25,30 @@ MAGNITUDE = {"mask_type": "unstructured"}
 __all__ = ["CAP", "FAST_CAP", "FROM_WEIGHTS", "MAGNITUDE", "OBS", "Convert", "flag", "none_or", "number", "whole"]
 
 
+def share(value: Any) -> float:
+    """A share of weights, in [0, 1)."""
+    found = number(value)
+    if not 0 <= found < 1:
+        raise ValueError(f"a sparsity must lie in [0, 1), got {found:g}")
+    return found
+
+
+def init_sparsity(value: Any) -> float | str:
+    """A sparsity, or :data:`FROM_WEIGHTS`."""
+    return FROM_WEIGHTS if value == FROM_WEIGHTS else share(value)
+
+
+def one_of(*words: str) -> Convert:
+    """A converter that accepts these words only."""
+
+    def check(value: Any) -> str:
+        if value not in words:
+            raise ValueError(f"must be one of {', '.join(words)}")
+        return str(value)
+
+    return check
+
+
 def converted(who: str, name: str, convert: Convert, value: Any) -> Any:
     """``convert(value)``.
 
@@ -34,7 +58,7 @@ def converted(who: str, name: str, convert: Convert, value: Any) -> Any:
     try:
         return convert(value)
     except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{who}: {name} cannot be {value!r} ({error})") from None
+        raise ValueError(f"{who}: {name} {value!r} is invalid: {error}") from None
 
 
 def final_sparsity(who: str, value: Any, globally: bool) -> float | dict[float, list[str]]:
@@ -58,9 +82,7 @@ def sparsity(who: str, value: Any) -> float:
     Raises:
         ValueError: not in [0, 1).
     """
-    found: float = converted(who, "a sparsity", number, value)
-    if not 0 <= found < 1:
-        raise ValueError(f"{who}: a sparsity must lie in [0, 1), got {found:g}")
+    found: float = converted(who, "a sparsity", share, value)
     return found
 
 

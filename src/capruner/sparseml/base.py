@@ -18,27 +18,27 @@ from sparseml.pytorch.sparsification.pruning.mask_params import ModuleParamPruni
 from sparseml.pytorch.sparsification.pruning.modifier_pruning_base import BaseGradualPruningModifier
 from sparseml.pytorch.sparsification.pruning.scorer import PruningParamsScorer
 from sparseml.pytorch.utils import NamedLayerParam
-from sparseml.utils import FROM_PARAM_TOKEN, interpolate
+from sparseml.utils import FROM_PARAM_TOKEN
 from torch import Tensor, nn
 
-from capruner.checkpoint import StateError, remove_state
+from capruner.checkpoint import remove_state
 from capruner.checks import refuse_unknown
 from capruner.config import Knob, PruneConfig, recipe_knobs
 from capruner.methods import MethodName
 from capruner.patterns import parse_mask_type, supporting
 from capruner.pruning import prune
 from capruner.recipes import values
+from capruner.recipes.updates import next_sparsity, prune_resumably, zero_share
+from capruner.recomputation import INTERPOLATIONS
 from capruner.result import PruningResult
 from capruner.selection import select_parameters
 from capruner.sparseml.sampling import GradSamplerBatches
 from capruner.sparseml.state import load_modifier_state, modifier_state
+from capruner.training.schedules import SAME_EPOCH, sparsity_at
 from capruner.weights import linear_weights
 from capruner.wrappers import owner
 
 _LOGGER = logging.getLogger(__name__)
-
-# Epochs are sums of fractions of steps; two that mean the same may differ in their last bits.
-_SAME_EPOCH = 1e-6
 
 
 def recipe_parameter(name: str, doc: str) -> Any:
@@ -132,7 +132,7 @@ class CorrelationAwareModifier(BaseGradualPruningModifier):
             parent_class_kwarg_names=[],
         )
         values.check_schedule(who, leave_enabled, grad_sampler_kwargs, traces_backup_dir)
-        interpolate(0.0, 0.0, 1.0, 0.0, 1.0, inter_func)  # raises for one that it does not know
+        values.converted(who, "inter_func", values.one_of(*INTERPOLATIONS), inter_func)
         self._grad_sampler_kwargs = grad_sampler_kwargs or {}
         self._traces_backup_dir = values.none_or(str)(traces_backup_dir)
         knobs["mask_type"] = parse_mask_type(mask_type, n, m)
@@ -161,6 +161,8 @@ class CorrelationAwareModifier(BaseGradualPruningModifier):
     def initialize_extras(self, module: nn.Module) -> None:
         """A mask that another modifier has put on a parameter is taken over, so that a ladder of modifiers climbs on and does not start anew."""
         super().initialize_extras(module)
+        if self._init_sparsity_orig == FROM_PARAM_TOKEN:
+            self._init_sparsity = [zero_share(p) for p in self._module_masks.params_data]
         self._adopt_masks()
 
     def check_mask_update(self, module: nn.Module, epoch: float, steps_per_epoch: int, **kwargs: Any) -> None:
@@ -185,7 +187,7 @@ class CorrelationAwareModifier(BaseGradualPruningModifier):
             and self.started
             and not self.ended
             and self.update_frequency > 0
-            and epoch + _SAME_EPOCH >= self._last_update_epoch + self.update_frequency
+            and epoch + SAME_EPOCH >= self._last_update_epoch + self.update_frequency
         )
         return bool(super().update_ready(epoch, steps_per_epoch) or frequency_over)
 
@@ -194,7 +196,7 @@ class CorrelationAwareModifier(BaseGradualPruningModifier):
         super().update(module, optimizer, epoch, steps_per_epoch)
         if self.update_frequency > 0:
             start = max(self.start_epoch, 0.0)
-            due = math.floor((epoch - start + _SAME_EPOCH) / self.update_frequency)
+            due = math.floor((epoch - start + SAME_EPOCH) / self.update_frequency)
             self._last_update_epoch = start + due * self.update_frequency
 
     def optimizer_post_step(self, module: nn.Module, optimizer: Any, epoch: float, steps_per_epoch: int) -> None:
@@ -204,7 +206,7 @@ class CorrelationAwareModifier(BaseGradualPruningModifier):
 
     def finalize(self, module: nn.Module | None = None, reset_loggers: bool = True, **kwargs: Any) -> None:
         """The last update, if training ended exactly at ``end_epoch`` and so before the step that would have brought it; then SparseML's own."""
-        due = self.started and not self.ended and self._reached_epoch + _SAME_EPOCH >= self.end_epoch >= 0
+        due = self.started and not self.ended and self._reached_epoch + SAME_EPOCH >= self.end_epoch >= 0
         if due and module is not None:
             self._prune(module, self.get_applied_sparsity_for_epoch(self.end_epoch, 1))
             self._ended = True
@@ -238,10 +240,8 @@ class CorrelationAwareModifier(BaseGradualPruningModifier):
         count = len(self._module_masks.layers)
         first = self._init_sparsity if isinstance(self._init_sparsity, list) else [self._init_sparsity] * count
         final = self._final_sparsity if isinstance(self._final_sparsity, list) else [self._final_sparsity] * count
-        if epoch + _SAME_EPOCH >= self.end_epoch:
-            return list(final)
         start, end = self.start_epoch, self.end_epoch
-        return [interpolate(epoch, start, end, a, b, self.inter_func) for a, b in zip(first, final)]
+        return [sparsity_at(epoch, a, b, start, end, self.inter_func) for a, b in zip(first, final)]
 
     def one_shot(
         self, module: nn.Module, sparsities: list[float], grad_sampler: Mapping[str, Any], **more: Any
@@ -313,39 +313,17 @@ class CorrelationAwareModifier(BaseGradualPruningModifier):
 
     def _prune(self, module: nn.Module, targets: list[float]) -> None:
         names, masks = self._names, self._masks()
-        sizes = [masks[name].numel() for name in names]
-        sparsity: Any
-        if self.global_sparsity:
-            # Equal targets are taken as they are: their mean can miss them by a rounding error, and the count by one weight.
-            equal = len(set(targets)) == 1
-            overall = targets[0] if equal else sum(s * n for s, n in zip(targets, sizes)) / sum(sizes)
-            wanted = {tuple(names): overall}
-        else:
-            wanted = {(name,): s for name, s in zip(names, targets)}
-        reached = {group: sum(int((~masks[n]).sum()) for n in group) for group in wanted}
-        total = {group: sum(masks[n].numel() for n in group) for group in wanted}
-        if all(round(s * total[group]) <= reached[group] for group, s in wanted.items()):
-            if any(round(s * total[group]) < reached[group] for group, s in wanted.items()):
-                _LOGGER.info("sparsity is past this update's target already; masks stay as they are")
+        sparsity = next_sparsity(masks, dict(zip(names, targets)), self.global_sparsity)
+        if sparsity is None:
             self._module_masks.apply()
             return
-        # A layer that is past its target keeps what it has: pruned weights never come back.
-        wanted = {group: max(s, reached[group] / total[group]) for group, s in wanted.items()}
-        if self.global_sparsity:
-            sparsity = next(iter(wanted.values()))
-        else:
-            sparsity = {}
-            for (name,), s in wanted.items():
-                sparsity.setdefault(s, []).append(name)
         assert self._batches is not None
+        batches = self._batches
         if self._state_served:  # by the update before this one, whose weights a checkpoint has by now
             self.remove_state()
-        try:
-            result = self._call_prune(module, self._batches, sparsity, names, masks)
-        except StateError as error:  # a run that goes on from an earlier checkpoint, or with other weights, must not stop there for ever
-            _LOGGER.warning("this update is calibrated from the start: %s", error)
-            self.remove_state()
-            result = self._call_prune(module, self._batches, sparsity, names, masks)
+        result = prune_resumably(
+            lambda: self._call_prune(module, batches, sparsity, names, masks), self._traces_backup_dir or None
+        )
         self._state_served = bool(self._traces_backup_dir)
         result.apply(module)
         pruned = result.masks()

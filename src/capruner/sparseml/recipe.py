@@ -16,6 +16,8 @@ import capruner
 from capruner.cli.arguments import UserError
 from capruner.recipes import checked_text
 from capruner.recipes.arithmetic import OPERATIONS
+from capruner.recipes.one_shot import general_refusal, refusal
+from capruner.recipes.text import modifier_names
 from capruner.result import PruningResult
 from capruner.selection import check_time
 from capruner.sparseml.base import CorrelationAwareModifier  # first: importing it registers our modifiers
@@ -55,6 +57,9 @@ def load_manager(path: str) -> ScheduledModifierManager:
         UserError: no such file, not YAML, an unknown modifier, arguments that a modifier does not take.
     """
     text = checked_text(path)
+    for name in modifier_names(text):
+        if "Distillation" in name:
+            raise UserError(f"{path}: {general_refusal(name)}")
     try:
         # Not the path, which it would read in the locale's encoding. Line breaks tell it that this is none.
         manager = ScheduledModifierManager.from_yaml(f"\n{text}\n")
@@ -91,13 +96,20 @@ def known_modifiers() -> list[str]:
 
 
 def pruning_modifier(manager: ScheduledModifierManager, path: str) -> Any:
-    """The one pruning modifier of a recipe, staged or not."""
+    """The one modifier of a one-shot recipe, staged or not.
+
+    Raises:
+        UserError: it has none, several, or others that have no effect in one shot.
+    """
     found = [modifier for modifier in manager.iter_modifiers() if isinstance(modifier, BasePruningModifier)]
     if len(found) != 1:
         names = ", ".join(type(m).__name__ for m in found) or "none"
         raise UserError(
             f"{path}: one-shot pruning takes a recipe with exactly one pruning modifier, this one has {names}"
         )
+    for modifier in manager.iter_modifiers():
+        if modifier is not found[0] and type(modifier).__name__ != "EpochRangeModifier":  # which changes nothing
+            raise UserError(f"{path}: {refusal(type(modifier).__name__)}")
     return found[0]
 
 

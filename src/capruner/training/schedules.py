@@ -19,6 +19,7 @@ from capruner.checks import check_number
 from capruner.recomputation import INTERPOLATIONS, Interpolation
 
 Schedule = dict[float, float]
+MOST_UPDATES = 10_000
 SAME_EPOCH = 1e-6
 """Epochs that are closer than this are the same: a loop may count 2.9999999."""
 
@@ -60,6 +61,32 @@ def schedule(
     check_schedule({first_epoch: start, last_epoch: end})
     between = {epoch: climb(start, end, (epoch - first_epoch) / length) for epoch in epochs}
     return {first_epoch: start} | between | {last_epoch: end}
+
+
+def sparsity_at(
+    epoch: float, start: float, end: float, first_epoch: float, last_epoch: float, interpolation: Interpolation
+) -> float:
+    """Sparsity at ``epoch`` of a recipe's modifier: from ``start`` at ``first_epoch`` to ``end`` at ``last_epoch``, and exactly ``end`` from then on."""
+    first_epoch = max(first_epoch, 0.0)  # -1: from the start of training
+    if epoch + SAME_EPOCH >= last_epoch:
+        return end
+    return INTERPOLATIONS[interpolation](start, end, max(epoch - first_epoch, 0.0) / (last_epoch - first_epoch))
+
+
+def update_epochs(first_epoch: float, last_epoch: float, every: float) -> list[float]:
+    """Epochs at which a recipe's modifier updates its masks: ``first_epoch + k * every``, and ``last_epoch``.
+
+    Raises:
+        ValueError: more than :data:`MOST_UPDATES`.
+    """
+    first_epoch = max(first_epoch, 0.0)
+    updates = (last_epoch - first_epoch) / every if every > 0 else 1
+    if not updates <= MOST_UPDATES:
+        raise ValueError(
+            f"update_frequency: {every:g} from epoch {first_epoch:g} to {last_epoch:g} is more than {MOST_UPDATES:,} updates; raise it (an epoch is 1)"
+        )
+    between = [first_epoch + k * every for k in range(1, math.ceil(updates - SAME_EPOCH))]
+    return [first_epoch, *between, last_epoch]
 
 
 def check_schedule(sparsity: Any) -> Schedule:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +196,7 @@ class CalibrationBatches:
 class PlainBatches:
     """The same batches as ``(images, labels)``, for :func:`capruner.prune`; each pass is a fresh call of the builder."""
 
-    def __init__(self, builder: CalibrationBatches, kwargs: Mapping[str, Any]) -> None:
+    def __init__(self, builder: Callable[[dict[str, Any]], Iterator[Any]], kwargs: Mapping[str, Any]) -> None:
         self._builder = builder
         self._kwargs = dict(kwargs)
 

@@ -16,7 +16,6 @@ from capruner.recipes.catalog import locate
 from capruner.recipes.one_shot import KINDS, OneShot
 from capruner.vision import original_flags, output
 
-ENGINES = ("native", "sparseml")
 MODIFIERS = {"cap": "CAPruningModifier", "fast_cap": "FastCAPruningModifier", "obs": "OBSPruningModifier"}
 PUBLISHED: dict[str, dict[str, Any]] = {"obs": {"damp": 1e-6, "fisher_block_size": 192}}
 """Constants of WoodFisher, which serves for comparison: they replace the defaults of the knobs."""
@@ -30,18 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--params",
         nargs="+",
-        help="parameters or modules to prune, or re:PATTERN (default __ALL_PRUNABLE__: the weights of all linear layers)",
+        help="parameters or modules to prune, re:PATTERN, or __BLOCKS__: all but stem and head (default __ALL_PRUNABLE__: the weights of all linear layers)",
     )
     how = parser.add_argument_group("how")
     how.add_argument(
         "--sparseml-recipe",
         help="YAML file with one pruning modifier, or a name that 'capruner recipes list one_shot' prints (default: the flags below)",
     )
-    how.add_argument(
-        "--engine",
-        choices=ENGINES,
-        help="who carries out a recipe: capruner itself, or SparseML (default: SparseML for recipes with modifiers of its own, where it can be imported)",
-    )
+    cli.add_engine(how)
     how.add_argument(
         "--sparsities",
         type=float,

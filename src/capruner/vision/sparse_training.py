@@ -16,10 +16,9 @@ from timm.utils import ModelEmaV3, distribute_bn
 from torch import nn
 
 from capruner.cli import arguments as cli
-from capruner.recipes import read as read_recipe
+from capruner.recipes import checked_text
+from capruner.recipes.text import stored_text
 from capruner.report import write_report
-from capruner.sparseml.recipe import check_patterns, keep_inside, quiet_loggers
-from capruner.sparseml.state import load_manager_state, manager_state
 from capruner.vision import data as images
 from capruner.vision import modeling, output, training_resume
 from capruner.vision.training_arguments import parse
@@ -28,7 +27,7 @@ from capruner.vision.training_data import GradientSamples, seed_everything, trai
 from capruner.vision.training_log import Log, learning_rate
 from capruner.vision.training_loop import Stepper, measure, precision, train_one_epoch, training_loss
 from capruner.vision.training_processes import Processes, parallel, started
-from capruner.vision.training_recipe import Recipe, apply_masks, sparsity_of
+from capruner.vision.training_recipe import apply_masks, epochs, open_training, sparsity_of
 from capruner.vision.training_schedule import Schedule
 
 
@@ -38,11 +37,9 @@ class Training:
     def __init__(self, args: argparse.Namespace, processes: Processes, folder: Path) -> None:
         self.args, self.processes, self.folder = args, processes, folder
         saved = self._saved()
-        self.recipe = Recipe(args.sparseml_recipe, args.sparsities)
-        for modifier in self.recipe.pruning:
-            keep_inside(modifier, self.folder)
-        self.epochs = self.recipe.epochs(args)
-        args.epochs = self.epochs  # timm's schedulers read it
+        self.recipe = open_training(args.sparseml_recipe, args.engine, self.folder, args.sparsities)
+        args.engine = self.recipe.name  # compared when training resumes
+        args.epochs = self.epochs = epochs(self.recipe, args)  # timm's schedulers read it
         if saved:
             training_resume.changed_arguments(saved["arguments"], args)
         seed_everything(args.seed, 0, 0)  # the same new layers on every process
@@ -51,7 +48,7 @@ class Training:
         else:
             cli.check_weights(args)
             self.model = modeling.build_model(args.model, args.model_kwargs, args.checkpoint, args.pretrained)
-        check_patterns(self.recipe.manager, self.model)
+        self.recipe.check(self.model)
         self._prepare_model()
         train, val = images.open_splits(args.data_dir, args.dataset, self.model)
         config = images.preprocessing(args, self.model)
@@ -82,16 +79,9 @@ class Training:
                 ) from error
         self.wrapped = parallel(self.model, processes)
         samples = GradientSamples(train, config, args, processes, lambda: self.steps)
-        self.stepper = Stepper(self.model, self.optimizer, self.scaler, args)
-        self.manager_stepper = self.recipe.manager.modify(
-            self.model,  # not the wrapped one: its names would begin with "module."
-            self.optimizer,
-            steps_per_epoch=self.steps_per_epoch,
-            wrap_optim=self.stepper,
-            epoch=float(self.epoch),
-            loggers=quiet_loggers(),
-            grad_sampler={"data_loader_builder": samples, "loss_function": nn.functional.cross_entropy},
-        )
+        stepper = Stepper(self.model, self.optimizer, self.scaler, args)
+        # Not the wrapped model: its names would begin with "module."
+        self.recipe.attach(self.model, self.optimizer, stepper, self.steps_per_epoch, self.epoch, samples)
         if saved:
             self._restore(saved)
 
@@ -161,7 +151,7 @@ class Training:
             self.scaler.load_state_dict(saved["scaler"])
         if self.ema is not None:
             self.ema.module.load_state_dict(saved["ema"])
-        load_manager_state(self.recipe.manager, saved["manager"])
+        self.recipe.load_state_dict(saved["manager"])
         self.best = saved["best"]
         self.log.rows, self.log.updates = saved["rows"], saved["updates"]
         self.log.wandb_id = saved["wandb_id"]
@@ -169,7 +159,7 @@ class Training:
 
     def _surroundings(self) -> dict[str, Any]:
         return {
-            "recipe": read_recipe(self.args.sparseml_recipe),
+            "recipe": checked_text(self.args.sparseml_recipe),
             "steps_per_epoch": self.steps_per_epoch,
             "processes": self.processes.size,
         }
@@ -215,7 +205,7 @@ class Training:
         )
         if self.epoch == self.epochs:
             before = self.recipe.updates()
-            self.recipe.close(self.model, self.optimizer, float(self.epoch), self.steps_per_epoch)
+            self.recipe.close(float(self.epoch))
             self._after_update(before)
         if args.dist_bn and self.processes.size > 1:
             distribute_bn(self.model, self.processes.size, args.dist_bn == "reduce")
@@ -223,8 +213,7 @@ class Training:
 
     def _take_step(self) -> None:
         before = self.recipe.updates()
-        self.stepper.keep_gradients()
-        self.manager_stepper.step()
+        self.recipe.step()
         self.optimizer.zero_grad()
         self.steps += 1
         self._after_update(before)
@@ -232,7 +221,7 @@ class Training:
             self.ema.update(self.model, step=self.steps)
         self.schedule.after_step(self.steps)
 
-    def _after_update(self, before: list[Any]) -> None:
+    def _after_update(self, before: Any) -> None:
         if self.recipe.updates() == before:
             return
         masks = self.recipe.masks()
@@ -277,7 +266,7 @@ class Training:
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "scheduler": self.schedule.state_dict(),
-                "manager": manager_state(self.recipe.manager),
+                "manager": self.recipe.state_dict(),
                 "best": self.best,
                 "rows": self.log.rows,
                 "updates": self.log.updates,
@@ -295,8 +284,8 @@ class Training:
     def _write_arguments(self) -> None:
         recipe = self.folder / "recipe.yaml"
         if Path(self.args.sparseml_recipe).resolve() != recipe.resolve():
-            content = Path(self.args.sparseml_recipe).read_bytes()
-            output.write_atomically(recipe, lambda partial: partial.write_bytes(content))
+            text = stored_text(self.args.sparseml_recipe)
+            output.write_atomically(recipe, lambda partial: partial.write_text(text, encoding="utf-8"))
         output.write_atomically(
             self.folder / "arguments.yaml",
             lambda partial: partial.write_text(yaml.safe_dump(training_resume.plain(self.args)), encoding="utf-8"),

@@ -35,6 +35,7 @@ def _pruning(parser: argparse.ArgumentParser) -> None:
         help="YAML of SparseML modifiers: what is pruned, how far, when; see research/recipes/gradual_pruning. Its end is the number of epochs; "
         "where it sets learning rates, --lr and --sched mean nothing",
     )
+    cli.add_engine(group)
     group.add_argument(
         "--sparsities",
         type=float,

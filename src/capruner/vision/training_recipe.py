@@ -1,133 +1,137 @@
-"""What a recipe means for a training run: how long, who sets the learning rate, which weights are pruned, and how far they are."""
+"""What a recipe means for a training run: how long, who sets the learning rate, which weights are pruned, and how far they are.
+
+Two engines carry recipes out, capruner itself (:class:`Native`) and SparseML (:class:`capruner.sparseml.training.BySparseML`), and offer the same:
+``end``, ``sets_learning_rate``, ``check(model)``, ``attach(...)``, ``step()``, ``updates()``, ``masks()``, ``close(epoch)``, ``remove_states()``,
+``state_dict()`` and ``load_state_dict(state)``.
+"""
 
 from __future__ import annotations
 
 import argparse
-import math
-from bisect import bisect_right
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from capruner.sparseml.base import (
-    CorrelationAwareModifier,  # first: its package sets what SparseML reads when it is imported
-)
-
-# isort: split
 import torch
-from sparseml.pytorch.sparsification.pruning import BaseGradualPruningModifier, BasePruningModifier
 from torch import Tensor, nn
 
+from capruner import recipes
 from capruner.cli.arguments import UserError
-from capruner.sparseml import recipe
+from capruner.recipes.one_shot import OURS
+from capruner.recipes.run import RecipeRun
+from capruner.recipes.text import modifier_names
+from capruner.recipes.training import ACTIONS
+from capruner.vision.data import PlainBatches
+from capruner.vision.engines import cross_entropy
+from capruner.vision.output import folder_inside
 
-_SAME_EPOCH = 1e-6
-MOST_UPDATES = 10_000
 
-
-class Recipe:
-    """A loaded recipe.
-
-    Attributes:
-        manager: SparseML's, not yet initialized.
-        pruning: its pruning modifiers in the order in which they act.
-        sets_learning_rate: whether timm's scheduler must stay away.
+class Native:
+    """A recipe carried out by capruner itself; see :mod:`capruner.recipes.run`.
 
     Raises:
-        UserError: nothing in it prunes; ``--sparsities`` do not fit it.
+        UserError: the recipe cannot be carried out; ``--sparsities`` do not fit it.
     """
 
-    def __init__(self, path: str, sparsities: Sequence[float] | None) -> None:
-        self.path = path
-        self.manager = recipe.load_manager(path)
-        modifiers = list(self.manager.iter_modifiers())
-        self.pruning = [m for m in modifiers if isinstance(m, BasePruningModifier)]
-        if not self.pruning:
-            raise UserError(f"--sparseml-recipe {path} has no pruning modifier; see 'capruner recipes list'")
-        rates = [m for m in modifiers if "LearningRate" in type(m).__name__]
-        self.sets_learning_rate = bool(rates)
-        if any(type(m).__name__ == "LearningRateModifier" for m in rates):
-            raise UserError(
-                f"{path}: LearningRateModifier hides its place in the schedule, so that training could not be resumed; "
-                "use LearningRateFunctionModifier, or no learning rate in the recipe and --sched"
-            )
+    name = "native"
+
+    def __init__(self, path: str, folder: Path, sparsities: Sequence[float] | None) -> None:
+        self._recipe = recipes.load_training(path)
+        self._folder = folder
+        for pruning in self._recipe.pruning:
+            if pruning.one_shot.traces_backup_dir:
+                folder_inside(folder, pruning.one_shot.traces_backup_dir)
         if sparsities:
-            self._climb(list(sparsities))
+            self._recipe.climb(sparsities)
+        self.end, self.sets_learning_rate = self._recipe.epochs, self._recipe.sets_learning_rate
 
-    def epochs(self, args: argparse.Namespace) -> int:
-        """``--epochs``, or until the recipe ends.
+    def check(self, model: nn.Module) -> None:
+        """Nothing: :meth:`attach` checks all."""
 
-        Raises:
-            UserError: neither says.
-        """
-        if not math.isfinite(self.manager.max_epochs):
-            raise UserError(f"{self.path} ends at epoch {self.manager.max_epochs:g}; give its modifiers an end_epoch")
-        end = math.ceil(self.manager.max_epochs - _SAME_EPOCH)
-        if args.epochs is None and end < 1:
-            raise UserError(f"{self.path} has no end; say --epochs, or add an EpochRangeModifier")
-        return args.epochs or end
+    def attach(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        stepper: Any,
+        steps_per_epoch: int,
+        epoch: int,
+        samples: Any,
+    ) -> None:
+        """Begin, or resume with :meth:`load_state_dict`; each :meth:`step` then takes one of ``stepper``."""
+
+        def batches(kwargs: dict[str, Any]) -> PlainBatches:
+            return PlainBatches(lambda said: samples(said)(), kwargs)
+
+        self._stepper = stepper
+        self._run: RecipeRun = self._recipe.start(
+            model, optimizer, steps_per_epoch, batches, cross_entropy, folder=self._folder
+        )
+
+    def step(self) -> None:
+        """What the recipe does at this step, and the optimizer's."""
+        self._run.update()
+        self._stepper.step()
+
+    def updates(self) -> int:
+        """Changes when an update has happened."""
+        return len(self._run.history)
 
     def masks(self) -> dict[str, Tensor]:
-        """``{parameter name: mask, True = stays}``, of all modifiers together, where masks are enforced or not begun."""
-        found: dict[str, Tensor] = {}
-        for modifier in self.pruning:
-            masks = modifier.module_masks
-            for layer, param, mask in zip(masks.layer_names, masks.param_names, masks.param_masks):
-                name = f"{layer}.{param}" if layer else param
-                keep = mask != 0 if masks.enabled else torch.ones_like(mask, dtype=torch.bool)
-                found[name] = found[name] & keep if name in found else keep
-        return found
+        """``{parameter name: mask, True = remains}``, of all modifiers together."""
+        return self._run.masks
 
-    def updates(self) -> list[tuple[bool, bool, float]]:
-        """Changes when an update has happened."""
-        return [(m.started, m.ended, getattr(m, "_last_update_epoch", 0.0)) for m in self.pruning]
-
-    def close(self, model: nn.Module, optimizer: Any, epoch: float, steps_per_epoch: int) -> None:
-        """The update that is due when training ends exactly at ``end_epoch``: no further step would bring it."""
-        for modifier in self.pruning:
-            if modifier.end_pending(epoch + _SAME_EPOCH, steps_per_epoch):
-                modifier.scheduled_update(model, optimizer, max(epoch, modifier.end_epoch), steps_per_epoch)
-                modifier.optimizer_post_step(model, optimizer, epoch, steps_per_epoch)
+    def close(self, epoch: float) -> None:
+        """The update that is due when training ends exactly there."""
+        self._run.finish()
 
     def remove_states(self) -> None:
-        """Delete what killed calibrations would go on from: training has ended, and its weights are written."""
-        for modifier in self.pruning:
-            if isinstance(modifier, CorrelationAwareModifier):
-                modifier.remove_state()
+        """Delete what interrupted calibrations would resume from: training has ended, and its weights are written."""
+        self._run.remove_states()
 
-    def _climb(self, sparsities: list[float]) -> None:
-        """Let the ladder say the sparsity at each update, instead of the interpolation."""
-        for modifier in self.pruning:
-            if not isinstance(modifier, BaseGradualPruningModifier) or isinstance(modifier.final_sparsity, dict):
-                raise UserError(
-                    f"{self.path}: --sparsities replaces init_sparsity and final_sparsity, numbers both; {type(modifier).__name__} has none"
-                )
-        due = sorted({round(epoch, 6) for modifier in self.pruning for epoch in _update_epochs(modifier)})
-        if len(sparsities) > len(due):
-            shown = ", ".join(f"{epoch:g}" for epoch in due)
-            raise UserError(
-                f"--sparsities has {len(sparsities)} steps, but {self.path} updates {len(due)} times (at epochs {shown}); lower update_frequency"
+    def state_dict(self) -> dict[str, Any]:
+        """Masks and step."""
+        return self._run.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse, after :meth:`attach`."""
+        self._run.load_state_dict(state)
+
+
+def open_training(path: str, engine: str | None, folder: Path, sparsities: Sequence[float] | None) -> Any:
+    """A recipe file in the hands of an engine: the one that is asked for, or else SparseML for recipes with modifiers of its own, where it imports.
+
+    Raises:
+        UserError: the recipe is invalid, or the engine cannot carry it out.
+    """
+    foreign = [name for name in modifier_names(recipes.checked_text(path)) if name not in OURS and name not in ACTIONS]
+    if engine == "native" or (engine is None and not foreign):
+        return Native(path, folder, sparsities)
+    try:
+        from capruner.sparseml.training import BySparseML
+    except ImportError as error:
+        if engine == "sparseml":
+            raise UserError(f"--engine sparseml: SparseML cannot be imported here ({error})") from error
+        found = Native(path, folder, sparsities)
+        if int(torch.distributed.is_initialized() and torch.distributed.get_rank()) == 0:
+            names = ", ".join(sorted(set(foreign)))
+            print(
+                f"note: SparseML cannot be imported here, so {names} is carried out by capruner's own methods",
+                file=sys.stderr,
             )
-
-        def target(modifier: Any) -> Any:
-            def at(epoch: float, steps_per_epoch: int) -> list[float]:
-                rung = bisect_right(due, epoch + _SAME_EPOCH) - 1
-                return [sparsities[min(max(rung, 0), len(sparsities) - 1)]] * len(modifier.module_masks.layers)
-
-            return at
-
-        for modifier in self.pruning:
-            modifier.get_applied_sparsity_for_epoch = target(modifier)
+        return found
+    return BySparseML(path, folder, sparsities)
 
 
-def _update_epochs(modifier: Any) -> list[float]:
-    start, end, frequency = max(modifier.start_epoch, 0.0), modifier.end_epoch, modifier.update_frequency
-    updates = (end - start) / frequency if frequency > 0 else 1
-    if not updates <= MOST_UPDATES:
-        raise UserError(
-            f"update_frequency: {frequency:g} from epoch {start:g} to {end:g} is more than {MOST_UPDATES:,} updates; raise it (an epoch is 1)"
-        )
-    count = math.ceil(updates - _SAME_EPOCH)
-    return [start + k * frequency for k in range(count)] + [end]
+def epochs(recipe: Any, args: argparse.Namespace) -> int:
+    """``--epochs``, or until the recipe ends.
+
+    Raises:
+        UserError: neither says.
+    """
+    if args.epochs is None and recipe.end < 1:
+        raise UserError(f"{args.sparseml_recipe} has no end; say --epochs, or add an EpochRangeModifier")
+    return int(args.epochs or recipe.end)
 
 
 def sparsity_of(masks: dict[str, Tensor]) -> float:
