@@ -1,4 +1,4 @@
-"""Which parameters to prune: names, module names, ``re:`` patterns, ``__ALL__`` and ``__ALL_PRUNABLE__``.
+"""Which parameters to prune: names, module names, ``re:`` patterns, ``__ALL__``, ``__ALL_PRUNABLE__`` and ``__BLOCKS__``.
 
 A pattern that misses what its author meant is the quietest way to ruin an experiment: ``attn.[qkv].weight`` never matches timm's ``attn.qkv.weight``, and as
 long as another alternative of the same pattern matches, nobody is told. So every entry, and every ``|`` alternative of every pattern, has to match something.
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from capruner.presets import BLOCKS, stem_and_head
 from capruner.weights import EXCLUDED, FROZEN, computed_weights, linear_weights, tied_to_embeddings
 from capruner.wrappers import all_parameters, find, first_names, walk
 
@@ -66,7 +67,8 @@ def select(
         params: one entry or several. An entry is the name of a parameter; the name of a module, for the weights of the linear layers in it;
             ``re:PATTERN``, matched from the start of full parameter names as ``re.match`` does; ``__ALL__`` for every parameter;
             ``__ALL_PRUNABLE__`` for the weights of all linear layers: Linear, convolutions and transposed convolutions, attention, recurrent layers,
-            and the ``Conv1D`` of transformers. Weights that are tied to an embedding are not among them.
+            and the ``Conv1D`` of transformers. Weights that are tied to an embedding are not among them. ``__BLOCKS__``: these without the stem (the
+            first convolution and what belongs to it) and the head (the classifier), which published recipes leave dense.
         exclude: parameters that stay dense all the same: names, names of modules (everything in them), or ``re:`` patterns.
         trainable: pass over parameters that are frozen, with a warning. An entry that stands for nothing else is an error.
 
@@ -166,6 +168,10 @@ def _resolve(
     tied = set(tied_to_embeddings(model))
     if entry == ALL_PRUNABLE:
         return _layer_weights("", model, _aliases(names, tied), computed)
+    if entry == BLOCKS:
+        found, reasons = _layer_weights("", model, _aliases(names, tied), computed)
+        around = stem_and_head(model, found, {name: names[name].numel() for name in found})
+        return _all_but(found, around), reasons
     modules = {plain.removesuffix("."): module for _, plain, module in walk(model)}
     if entry.startswith("re:"):
         found = _match("params", entry, names)
@@ -186,6 +192,13 @@ def _resolve(
     if not found:
         raise SelectionError(f"params: '{entry}' holds no parameter")
     return found, {}
+
+
+def _all_but(found: list[str], around: set[str]) -> list[str]:
+    blocks = [name for name in found if name not in around]
+    if not blocks:
+        raise SelectionError(f"params: '{BLOCKS}' holds nothing but stem and head: {_some(found)}; name the parameters")
+    return blocks
 
 
 def _aliases(names: Mapping[str, nn.Parameter], some: set[str]) -> set[str]:

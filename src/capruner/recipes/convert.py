@@ -1,0 +1,141 @@
+"""Recipes of the original CAP repository, and of other SparseML versions, rewritten as recipes that load here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from capruner.patterns import parse_mask_type
+from capruner.recipes.document import Modifier
+from capruner.recipes.one_shot import KINDS, SCHEDULE, one_shot, read_modifiers
+from capruner.recipes.training import action
+
+Notes = Callable[[str], object]
+_OTHER_SCOPE = {
+    "GlobalMagnitudePruningModifier": "MagnitudePruningModifier",
+    "MagnitudePruningModifier": "GlobalMagnitudePruningModifier",
+}
+_PLACES = ("fisher_inv_device", "blocks_in_parallel", "traces_backup_dir")
+"""Parameters that say where or how work is done, without influence on the result."""
+_NEAREST = {
+    "GWProdPruningModifier": "CAPruningModifier is the nearest method",
+    "MFACPruningModifier": "OBSPruningModifier with fisher_block_size up to 192 scores weights with the same matrix",
+}
+
+
+def convert(path: str | Path) -> tuple[str, list[str], list[str]]:
+    """The text of a recipe that loads here, what was changed, and what is left to do by hand.
+
+    Raises:
+        UserError: the file is not a recipe.
+    """
+    changes: list[str] = []
+    problems: list[str] = []
+    converted = []
+    for number, modifier in enumerate(read_modifiers(path), 1):
+
+        def note(text: str, where: str = f"{number}. {modifier.name}") -> None:
+            changes.append(f"{where}: {text}")
+
+        converted.append(_converted(modifier, note))
+    alone = len(converted) == 1
+    for number, modifier in enumerate(converted, 1):
+        try:
+            one_shot(modifier) if alone and modifier.name in KINDS else action(modifier)
+        except ValueError as error:
+            nearest = _NEAREST.get(modifier.name)
+            problems.append(f"{number}. {error}{f'; {nearest}' if nearest else ''}")
+    return _text(path, converted), changes, problems
+
+
+def _converted(modifier: Modifier, note: Notes) -> Modifier:
+    name, values = modifier.name, dict(modifier.values)
+    if "params" in values:
+        values["params"] = _params(values["params"], note)
+    if isinstance(values.get("final_sparsity"), Mapping):
+        values["final_sparsity"] = {s: _params(entries, note) for s, entries in values["final_sparsity"].items()}
+    if name == "LearningRateFunctionModifier":
+        return Modifier(name, _rate(values, note))
+    if name not in KINDS:
+        return Modifier(name, values)
+    if name in _OTHER_SCOPE and "global_sparsity" in values and values["global_sparsity"] != KINDS[name].globally:
+        name = _OTHER_SCOPE[name]
+        note(f"global_sparsity: {values['global_sparsity']} is what {name} does")
+    _mask_type(name, values, note)
+    for key in list(values):
+        if key in KINDS[name].parameters:
+            continue
+        used = METHOD_KNOBS.get(key)
+        if key in _PLACES or name in _OTHER_SCOPE or (used is not None and values[key] == used):
+            note(f"{key}: {values.pop(key)} left out; it changes nothing")
+    return Modifier(name, values)
+
+
+METHOD_KNOBS = {"recomputation_inter_func": "linear"}
+"""Values that are what a modifier without the parameter does."""
+
+
+def _params(entries: Any, note: Notes) -> Any:
+    if isinstance(entries, str):
+        return _entry(entries, note)
+    return [_entry(entry, note) for entry in entries] if isinstance(entries, list) else entries
+
+
+def _entry(entry: Any, note: Notes) -> Any:
+    if not isinstance(entry, str):
+        return entry
+    found = entry.replace("\\d", "[0-9]").replace("\\.", ".")
+    if "cls_attn" not in found:  # whose q, k and v are layers of their own
+        found = re.sub(r"attn\.\[qkv\]\.", "attn.qkv.", found)
+    if found != entry:
+        note(f"{entry} is {found}")
+    return found
+
+
+def _rate(values: dict[str, Any], note: Notes) -> dict[str, Any]:
+    """The learning rate of the original repository: any function could have cycles."""
+    cycle, function = values.get("cycle_epochs"), values.get("lr_func")
+    length = float(values.get("end_epoch", 0)) - max(float(values.get("start_epoch", 0)), 0.0)
+    for key, idle in (("cycle_mul", 1), ("warmup", 0), ("decay_rate", 1)):
+        if key in values and values[key] in (None, idle):
+            note(f"{key}: {values.pop(key)} left out; it changes nothing")
+    if cycle is None or function == "cyclic_linear":
+        return values
+    if function == "linear" and float(cycle) < length:
+        note("lr_func: linear with cycle_epochs is cyclic_linear")
+        return values | {"lr_func": "cyclic_linear"}
+    if function in ("linear", "cosine") and float(cycle) >= length:
+        note(f"cycle_epochs: {values.pop('cycle_epochs')} left out: one cycle")
+    return values
+
+
+def _mask_type(name: str, values: dict[str, Any], note: Notes) -> None:
+    """The original's N:M counts zeros; here N of M remain."""
+    said, final = values.get("mask_type"), values.get("final_sparsity")
+    try:
+        pattern = parse_mask_type(said if said is not None else "unstructured", values.get("n"), values.get("m"))
+    except ValueError:
+        return
+    if pattern.n_m is None or not isinstance(final, int | float) or pattern.sparsity == final:
+        return
+    other = f"{pattern.group - pattern.stay}:{pattern.group}"
+    if abs(parse_mask_type(other).sparsity - final) < 1e-9:  # type: ignore[operator]
+        note(f"mask_type {pattern} is {other}: here the first number counts the weights that remain")
+        values["mask_type"] = other
+        values.pop("n", None)
+        values.pop("m", None)
+
+
+def _text(path: str | Path, modifiers: list[Modifier]) -> str:
+    lines = [f"# {Path(path).name}, converted by capruner recipes convert.", "modifiers:"]
+    for modifier in modifiers:
+        order = [key for key in ("params", *SCHEDULE) if key in modifier.values]
+        values = {key: modifier.values[key] for key in dict.fromkeys([*order, *modifier.values])}
+        lines.append(f"  - !{modifier.name}")
+        dumped = yaml.safe_dump(values, sort_keys=False, width=10_000, default_flow_style=False) if values else ""
+        lines += [f"      {line}" for line in dumped.splitlines()]
+    return "\n".join([*lines, ""])
