@@ -98,6 +98,8 @@ def add_weights(parser: argparse._ActionsContainer) -> None:
 
 def check_weights(args: argparse.Namespace) -> None:
     """Raise ``UserError`` where the flags of :func:`add_weights` do not say where the weights come from."""
+    if args.model.startswith("hf:") and not (args.checkpoint or args.random_weights):
+        args.pretrained = True  # a name on the hub, or a folder, stands for its weights
     if not (args.checkpoint or args.pretrained or args.random_weights):
         raise UserError(
             f"--model {args.model}: where do its weights come from? Give --pretrained, --checkpoint FILE, or --random-weights"

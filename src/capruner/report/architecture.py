@@ -11,18 +11,22 @@ from torch import nn
 
 from capruner.cli.arguments import describe
 from capruner.macs import MultiplyAdds, multiply_adds
+from capruner.vision import huggingface
 
 
 def build(name: str, kwargs: Mapping[str, Any], pretrained: bool = False) -> nn.Module:
     """A timm model in eval mode, on the current default device.
 
     Args:
-        name: anything that ``timm.create_model`` takes: an architecture, ``hf-hub:OWNER/NAME`` or ``local-dir:FOLDER``.
+        name: anything that ``timm.create_model`` takes: an architecture, ``hf-hub:OWNER/NAME`` or ``local-dir:FOLDER``; or ``hf:NAME_OR_FOLDER``, see
+            :mod:`capruner.vision.huggingface`.
 
     Raises:
         ValueError: timm has no such model, does not take these arguments, or cannot get its weights.
         ModuleNotFoundError: timm is not installed.
     """
+    if huggingface.is_huggingface(name):
+        return huggingface.build(name, kwargs, pretrained)
     import timm
     from timm.models import parse_model_name
 

@@ -1,4 +1,4 @@
-"""timm models from a command line."""
+"""Models from a command line: timm's, and Hugging Face's image classifiers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from capruner.report.checkpoint import load_weights
 
 
 def build_model(name: str, kwargs: dict[str, Any], checkpoint: str, pretrained: bool) -> Any:
-    """A timm model in eval mode, with the weights of ``checkpoint`` where one is given.
+    """A model in eval mode, with the weights of ``checkpoint`` where one is given.
 
     Raises:
         UserError: unknown model, missing or foreign checkpoint, arguments that it does not take.

@@ -22,9 +22,10 @@ from capruner import recipes
 from capruner.cli.arguments import Parser
 from capruner.cli.knobs import given
 from capruner.macs import multiply_adds
+from capruner.recipes.text import stored_text
 from capruner.report import write_report
 from capruner.vision import data as images
-from capruner.vision import engines, evaluate, modeling, one_shot_arguments, output, plots
+from capruner.vision import engines, evaluate, huggingface, modeling, one_shot_arguments, output, plots
 from capruner.vision.wandb_log import WandbLog
 
 COLUMNS = {
@@ -53,7 +54,7 @@ class Run:
         if path:
             self.recipe = engines.open_recipe(path, args.engine, folder)
             self.recipe.override(given(args))
-            text = recipes.read(path)
+            text = stored_text(path)
         else:
             one_shot = one_shot_arguments.one_shot(args)
             self.recipe = engines.Native(one_shot, folder, "--params")
@@ -163,6 +164,9 @@ class Run:
     def save(self, model: nn.Module, name: str) -> None:
         if self.args.save_model:
             (self.folder / "checkpoints").mkdir(exist_ok=True)
+            if huggingface.is_huggingface(self.args.model):
+                huggingface.save(model, self.folder / "checkpoints" / name)
+                return
             state = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
             path = self.folder / "checkpoints" / f"{name}.safetensors"
             output.write_atomically(path, lambda partial: save_file(state, partial))
