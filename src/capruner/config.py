@@ -25,6 +25,7 @@ from capruner.kinds import Kind, one_of, optional
 from capruner.labels import Labels
 from capruner.memory import parse_bytes
 from capruner.methods import METHODS, Method, MethodName, Settings
+from capruner.modes import Mode
 from capruner.patterns import Pattern, parse_mask_type
 from capruner.recomputation import INTERPOLATIONS, Interpolation
 
@@ -126,7 +127,7 @@ class PruneConfig:
     recomputation_inter_func: Interpolation = _knob(
         "linear",
         one_of(INTERPOLATIONS),
-        'How sparsity rises over the recomputations: "linear", "cubic", "geometric".',
+        'How sparsity rises over the recomputations: "linear", "cubic", "inverse_cubic", "geometric".',
         SECOND_ORDER,
     )
     distill_passes: float = _knob(
@@ -197,6 +198,14 @@ class PruneConfig:
         one_of(get_args(OnBadBatch)),
         'For a batch whose data, loss or gradient holds NaN or Inf: "raise", or "skip": draw another one instead (with gradients="sample" only the bad '
         'samples are left out). result.settings["skipped_batches"] counts them. If most batches are bad, that is an error too.',
+        SECOND_ORDER,
+    )
+    mode: Mode = _knob(
+        "eval",
+        one_of(get_args(Mode)),
+        'Mode of the model during a calibration. "eval". "train": for models that compute their loss in training mode only, such as torchvision\'s detection '
+        'models; normalization and dropout stay in eval mode, so that statistics do not move. "as_is": each module in the mode that it is in. Modes and '
+        "buffers are as before afterwards.",
         SECOND_ORDER,
     )
 
@@ -288,6 +297,7 @@ class Knobs(TypedDict, total=False):
     skip_unsupported: bool
     memory_budget: str | int | None
     on_bad_batch: OnBadBatch
+    mode: Mode
 
 
 def _check_together(config: PruneConfig) -> None:

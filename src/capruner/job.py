@@ -172,6 +172,7 @@ class Job:
             config.gradients,
             config.labels,
             config.on_bad_batch,
+            config.mode,
             progress,
         )
         log_groups(calibration, split_into_groups(calibration, config.budget), config.budget)
@@ -208,7 +209,7 @@ class Job:
 
 
 _REPORTED = ("num_recomputations", "recomputation_inter_func", "gradients", "labels", "global_sparsity")
-_DECIDING = ("method", "on_bad_batch", "distill_passes")
+_DECIDING = ("method", "on_bad_batch", "mode", "distill_passes")
 """Knobs that decide the result, and are not among the method's settings."""
 
 

@@ -1,27 +1,37 @@
-"""Eval mode for a while, and the model as it was afterwards."""
+"""Eval mode, or another, for a while, and the model as it was afterwards."""
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+Mode = Literal["eval", "train", "as_is"]
+_NORMS = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
+_DROPS = re.compile("Drop|StochasticDepth|BatchNorm")
+"""Names of classes that models have of their own for the same: timm's DropPath, torchvision's StochasticDepth."""
+
 
 @contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module, mode: Mode = "eval") -> Iterator[None]:
     """Eval mode inside; afterwards, also after an exception, every module's mode and every buffer (BatchNorm statistics) is as before.
+
+    Args:
+        mode: ``"train"``: training mode, in which detection models compute their losses, but for normalization and dropout, which stay in eval mode: outputs
+            are those of eval mode, and statistics do not move. ``"as_is"``: whatever mode each module is in.
 
     A buffer that ``forward`` replaces (a cache, a rotary table) is put back: the tensor, and its values. Compiled models run eagerly inside, as
     compiling them again for another mode, or under ``vmap``, takes longer than it saves.
     """
     states = [_State.of(module) for module in model.modules()]
     try:
-        model.eval()
+        _set(model, mode)
         # Importing the compiler takes seconds; where it is not, nothing is compiled.
         with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext():
             yield
@@ -31,6 +41,15 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         except BaseException:  # a second interrupt: a restored module stays as it is when it is restored again
             _restore(states)
             raise
+
+
+def _set(model: nn.Module, mode: Mode) -> None:
+    if mode == "as_is":
+        return
+    model.train(mode == "train")
+    for module in model.modules() if mode == "train" else ():
+        if isinstance(module, _NORMS) or _DROPS.search(type(module).__name__):
+            module.eval()
 
 
 def _restore(states: list[_State]) -> None:

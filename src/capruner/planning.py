@@ -144,7 +144,7 @@ def _seconds(job: Job, calibration: Calibration, groups: int) -> float:
 def _seconds_of_gradient(calibration: Calibration) -> float:
     """Of the second slab: the first one starts workers, compiles and warms up."""
     slab = 1 if calibration.gradients == "batch" else calibration.slab
-    with eval_mode(calibration.model):
+    with eval_mode(calibration.model, calibration.mode):
         slabs = gradient_slabs(
             calibration.model,
             calibration.stream(),

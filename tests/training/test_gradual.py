@@ -310,6 +310,39 @@ def test_a_loader_that_accelerate_has_prepared_is_not_left_in_the_middle_of_an_e
         assert zeros(model) == 130
 
 
+def test_accelerate_stops_and_resumes_in_the_middle(tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate", exc_type=ImportError)
+    dataset = [(torch.randn(8), torch.randint(5, ())) for _ in range(12)]
+
+    def prepared() -> tuple[Any, nn.Module, Any, Any, capruner.GradualPruner]:
+        accelerator, model = accelerate.Accelerator(cpu=True), net()
+        model, optimizer, loader = accelerator.prepare(
+            model, OPTIMIZERS["adamw"](model.parameters()), torch.utils.data.DataLoader(dataset, batch_size=2)
+        )
+        pruner = capruner.GradualPruner(model, loader, sparsity={0: 0.5, 2: 0.75}, num_grads=3, progress=False)
+        accelerator.register_for_checkpointing(pruner)
+        return accelerator, model, optimizer, loader, pruner
+
+    def run(epochs: range, accelerator: Any, model: nn.Module, optimizer: Any, loader: Any, pruner: Any) -> None:
+        for epoch in epochs:
+            pruner.step(epoch)
+            for x, y in loader:
+                optimizer.zero_grad()
+                accelerator.backward(F.cross_entropy(model(x), y))
+                optimizer.step()
+
+    whole = prepared()
+    run(range(2), *whole)
+    whole[0].save_state(str(tmp_path / "state"))
+    run(range(2, 4), *whole)
+    again = prepared()
+    again[0].load_state(str(tmp_path / "state"))
+    assert zeros(again[1]) == 130
+    run(range(2, 4), *again)
+    assert zeros(again[1]) == 195
+    assert all(torch.equal(a, b) for a, b in zip(whole[1].parameters(), again[1].parameters(), strict=True))
+
+
 def _rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)

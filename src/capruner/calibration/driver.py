@@ -21,7 +21,7 @@ from capruner.labels import Labels, draw_uniform
 from capruner.layout import BlockLayout, largest
 from capruner.methods import LayerSolution, Method, Settings, SparsityLevel, Stopwatch
 from capruner.methods.base import RankedMethod
-from capruner.modes import eval_mode
+from capruner.modes import Mode, eval_mode
 from capruner.numerics import working_dtype
 from capruner.result import Level
 from capruner.weights import linear_weights
@@ -34,7 +34,7 @@ class Calibration:
     """A model, its data, the parameters to prune, and the knobs.
 
     Attributes:
-        model: without wrappers; called in eval mode.
+        model: without wrappers.
         batches: see :func:`capruner.prune`; empty for methods without gradients.
         parameters: ``{name: parameter}``.
         checkpoint: of the run that this calibration is part of.
@@ -52,6 +52,7 @@ class Calibration:
     gradients: GradientMode = "batch"
     labels: Labels = "data"
     on_bad_batch: OnBadBatch = "raise"
+    mode: Mode = "eval"
     progress: bool = True
     checkpoint: Checkpoint = field(default_factory=NoCheckpoint)
     clock: Stopwatch = field(default_factory=Stopwatch)
@@ -112,7 +113,7 @@ class Calibration:
         self._resume(pruner, stream, share)
         if share and stream.taken == share:
             stream.skip()  # so that the next calibration has the next pass
-        with eval_mode(self.model):
+        with eval_mode(self.model, self.mode):
             slabs = gradient_slabs(
                 self.model,
                 stream,
