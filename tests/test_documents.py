@@ -25,6 +25,8 @@ ELSEWHERE = {
     "import capruner.sparseml": "tests/sparseml",
     "init_process_group": "tests/test_distributed.py",
     "accelerator": "tests/training/test_gradual.py",
+    "load_training": "tests/recipes/test_training.py",
+    'mode="train"': "tests/test_any_model.py",
 }
 """What a block needs that is not here, and where the same is tested."""
 
