@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import shlex
+import tokenize
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,27 @@ BANNED = {
     r"\bin words\b": "with a message",
 }
 
+PROSE = ("COMMENT", "STRING", "FSTRING_MIDDLE")
+NOT_YET = {
+    "bench.py",
+    "deploy/bench.py",
+    "cli/arguments.py",
+    "cli/export.py",
+    "recipes/one_shot.py",
+    "refine/distill.py",
+    "sparseml/base.py",
+    "sparseml/recipe.py",
+    "sparseml/state.py",
+    "vision/engines.py",
+    "vision/output.py",
+    "vision/sparse_training.py",
+    "vision/training_arguments.py",
+    "vision/training_checkpoint.py",
+    "vision/training_log.py",
+    "vision/training_recipe.py",
+}
+"""Modules whose prose is still to be rewritten; this set only shrinks."""
+
 
 def phrases(text: str) -> list[str]:
     """The banned phrases in a text, with what to write."""
@@ -158,6 +180,20 @@ def phrases(text: str) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=identify)
 def test_documents_have_no_banned_phrases(page: Path) -> None:
     assert phrases(page.read_text(encoding="utf-8")) == []
+
+
+def prose(path: Path) -> str:
+    """Comments, docstrings and messages of a module."""
+    with tokenize.open(path) as file:
+        tokens = tokenize.generate_tokens(file.readline)
+        return "\n".join(token.string for token in tokens if tokenize.tok_name[token.type] in PROSE)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "src").rglob("*.py")), ids=identify)
+def test_sources_have_no_banned_phrases(path: Path) -> None:
+    if path.relative_to(ROOT / "src" / "capruner").as_posix() in NOT_YET:
+        pytest.skip("not rewritten yet")
+    assert phrases(prose(path)) == []
 
 
 def test_banned_phrases_are_seen() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -69,7 +70,7 @@ def test_notebook(tmp_path: Path) -> None:
     cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert not any(cell.get("outputs") for cell in notebook["cells"]), "clear the outputs before committing"
     lines = run("\n".join(cells), tmp_path).splitlines()
-    removed, accuracy = (float(word[:-1]) for word in lines[-1].split(" %")[0].split() if word.rstrip("%")[0].isdigit())
+    removed, accuracy = (float(number) for number in re.findall(r"[\d.]+(?= ?%)", lines[-1]))
     assert removed > 50
     assert accuracy > 80
 

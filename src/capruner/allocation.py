@@ -1,6 +1,6 @@
-"""From losses to decisions: how many steps of its elimination each block goes.
+"""Allocation: from losses to the number of weights that each block loses.
 
-A block's weights leave in the order that the elimination found, so an allocation is one number per block. Steps compete by their score:
+The weights of a block are pruned in the order of its elimination, so an allocation is one number per block. Steps compete by their score:
 
 ``marginal``
     the loss ``δ`` of the step, made monotone along the block by a running maximum (a later, cheaper step cannot come before an earlier one). Where the
@@ -9,8 +9,8 @@ A block's weights leave in the order that the elimination found, so an allocatio
 ``cumulative``
     the sum of the losses so far in the block, as in the published code.
 
-Either can be divided by what a weight of the layer costs (``costs``): then a target is met with the least loss per multiply-add saved, say, instead of per
-weight.
+Either can be divided by what a weight of the layer costs (``costs``): then a target is met with the least loss per
+multiply-add saved, for example, instead of per weight.
 
 Ties are broken by layer, block, step: deterministic. Counts are exact.
 """
@@ -27,7 +27,7 @@ Score = Literal["marginal", "cumulative"]
 
 
 def step_scores(losses: Tensor, score: Score = "marginal") -> Tensor:
-    """``(n, B)`` losses in order of elimination to non-decreasing scores; ``-inf`` (dead) and ``inf`` (never) stay what they are."""
+    """Turn ``(n, B)`` losses in order of elimination into non-decreasing scores; ``-inf`` (pruned) and ``inf`` (never) are unchanged."""
     if score not in get_args(Score):
         raise ValueError(f"score must be one of {get_args(Score)}, got {score!r}")
     if score == "marginal":
@@ -37,10 +37,10 @@ def step_scores(losses: Tensor, score: Score = "marginal") -> Tensor:
 
 
 def checked_costs(costs: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
-    """The cost of a weight of each layer, relative to their mean: only ratios count.
+    """Validate ``costs`` and divide them by their mean: only ratios matter.
 
     Raises:
-        ValueError: no mapping, a layer without a cost, or a cost that is not a positive number.
+        ValueError: not a mapping, a layer without a cost, or a cost that is not positive.
     """
     if not isinstance(costs, Mapping):
         raise ValueError(f"costs must be {{parameter name: cost of one of its weights}}, got {costs!r}")
@@ -57,17 +57,17 @@ def checked_costs(costs: Mapping[str, float], names: Iterable[str]) -> dict[str,
 
 
 def allocate(scores: Sequence[Tensor], num_pruned: int, names: Sequence[str] | None = None) -> list[Tensor]:
-    """The ``num_pruned`` cheapest steps over all blocks of all layers.
+    """Choose the ``num_pruned`` cheapest steps over all blocks of all layers.
 
     Args:
-        scores: per layer ``(n, B)`` non-decreasing along dim 1 (see :func:`step_scores`); ``-inf`` must go, ``inf`` cannot.
-        num_pruned: exact number of steps to take.
+        scores: per layer ``(n, B)`` non-decreasing along dim 1 (see :func:`step_scores`); ``-inf`` must be taken, ``inf`` cannot.
+        num_pruned: exact number of steps.
 
     Returns:
-        Per layer ``(n,)`` int64: steps that each block takes.
+        Per layer ``(n,)`` int64: steps of each block.
 
     Raises:
-        ValueError: fewer steps asked for than must go, or more than can.
+        ValueError: fewer steps than must be taken, or more than can be.
     """
     refuse_below(sum(int((s == -torch.inf).sum()) for s in scores), num_pruned, names)
     can = sum(int((s < torch.inf).sum()) for s in scores)
@@ -85,7 +85,7 @@ def allocate(scores: Sequence[Tensor], num_pruned: int, names: Sequence[str] | N
         if rest == 0:
             break
         ties = (s == threshold.to(s.device)).sum(dim=1)
-        # Blocks in order take their ties until the rest is used up.
+        # Ties go to blocks in order until the rest is used up.
         taken = (rest - (ties.cumsum(0) - ties)).clamp_(min=0).minimum(ties)
         counts[layer] = count + taken
         rest -= int(taken.sum())
@@ -93,7 +93,7 @@ def allocate(scores: Sequence[Tensor], num_pruned: int, names: Sequence[str] | N
 
 
 def refuse_below(must: int, num_pruned: int, names: Sequence[str] | None = None) -> None:
-    """ValueError if fewer zeros are asked for than an earlier mask has left: pruned weights do not come back."""
+    """Raise ``ValueError`` if the target is below what an earlier mask has pruned: pruned weights do not come back."""
     if num_pruned < must:
         raise ValueError(
             f"{num_pruned} weights were asked to be zero{_where(names)}, but {must} already are by an earlier mask: ask for a higher sparsity, "

@@ -1,4 +1,4 @@
-"""Arguments that cannot be, found before any work and said in words, where Python would have said what it tripped over."""
+"""Validate arguments up front, with messages that name the argument."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Of :func:`capruner.prune` and :func:`capruner.compensate_masks`, by name: what has another type than it should.
+    """Check the types of the arguments of :func:`capruner.prune` and :func:`capruner.compensate_masks`.
 
     Raises:
-        ValueError: with the argument's name, what it should be, and what it is.
+        ValueError: names the argument, what it must be, and what it is.
     """
     batches, loss_fn = arguments["batches"], arguments["loss_fn"]
     check_model(arguments["model"])
@@ -41,7 +41,7 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
 
 
 def check_sparsity(sparsity: Any) -> None:
-    """Raises ``ValueError`` for what is not a number, a list of numbers, or a dict with numbers as keys."""
+    """Raise ``ValueError`` unless ``sparsity`` is a number, a list of numbers, or a dict with numbers as keys."""
     listed = (
         [sparsity]
         if isinstance(sparsity, int | float)
@@ -56,7 +56,7 @@ def check_sparsity(sparsity: Any) -> None:
 
 
 def check_names(name: str, entries: Any) -> None:
-    """Raises ``ValueError`` for what is not a string or a list of strings."""
+    """Raise ``ValueError`` unless ``entries`` is a string or a list of strings."""
     if not isinstance(entries, str) and not (
         isinstance(entries, Sequence) and all(isinstance(entry, str) for entry in entries)
     ):
@@ -64,25 +64,25 @@ def check_names(name: str, entries: Any) -> None:
 
 
 def check_flag(name: str, value: Any) -> None:
-    """Raises ``ValueError`` for what is not a bool."""
+    """Raise ``ValueError`` unless ``value`` is a bool."""
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, got {show(value)}")
 
 
 def check_model(model: Any, name: str = "model") -> None:
-    """Raises ``ValueError`` for what is no module."""
+    """Raise ``ValueError`` unless ``model`` is a module."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"{name} must be a torch.nn.Module, got {show(model)}")
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
-    """Raises ``ValueError`` for what is not a whole number, at least ``least``."""
+    """Raise ``ValueError`` unless ``value`` is an integer, at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be a whole number, at least {least}, got {show(value)}")
 
 
 def check_number(name: str, value: Any, least: float | None = None) -> None:
-    """Raises ``ValueError`` for what is not a finite number, at least ``least`` or, where that is None, positive."""
+    """Raise ``ValueError`` unless ``value`` is a finite number, at least ``least``, or positive where that is None."""
     good = _is_number(value) and math.isfinite(value) and (value > 0 if least is None else value >= least)
     if not good:
         raise ValueError(
@@ -91,7 +91,7 @@ def check_number(name: str, value: Any, least: float | None = None) -> None:
 
 
 def check_masks(masks: Any) -> None:
-    """Raises ``ValueError`` for what is not ``{name: tensor}``, or holds NaN."""
+    """Raise ``ValueError`` unless ``masks`` is ``{name: tensor}`` without NaN."""
     if not isinstance(masks, Mapping):
         raise ValueError(f"masks must be a dict of bool tensors, 'zeros' or None, got {show(masks)}")
     for name, mask in masks.items():
@@ -102,7 +102,7 @@ def check_masks(masks: Any) -> None:
 
 
 def check_device(name: Any) -> None:
-    """Raises ``ValueError`` for a device on which nothing can be made."""
+    """Raise ``ValueError`` for a device that this machine does not have."""
     if name is None:
         return
     try:
@@ -117,7 +117,7 @@ def check_device(name: Any) -> None:
 
 
 def check_finite(model: nn.Module) -> None:
-    """Raises ``ValueError`` for a model that is broken before it is pruned."""
+    """Raise ``ValueError`` if a parameter or buffer holds NaN or Inf, or has no values."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
             raise ValueError(f"{name} is on the meta device, without values; load the model's weights first")
@@ -134,7 +134,7 @@ def _is_number(value: Any) -> bool:
 
 
 def refuse_unknown(names: Iterable[str], known: Iterable[str], function: str) -> None:
-    """Raise ``TypeError`` for a keyword that ``function`` does not have, with the nearest one that it has."""
+    """Raise ``TypeError`` for a keyword that ``function`` does not have, and suggest the nearest one."""
     known = list(known)
     for name in names:
         if name not in known:
@@ -144,6 +144,6 @@ def refuse_unknown(names: Iterable[str], known: Iterable[str], function: str) ->
 
 
 def show(value: Any) -> str:
-    """The value for an error message, shortened where it is long."""
+    """Format a value for an error message, shortened if it is long."""
     text = repr(value)
     return text if len(text) <= 60 else f"{type(value).__name__} {text[:50]}..."

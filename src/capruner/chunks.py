@@ -1,4 +1,4 @@
-"""Work on many blocks: as many at a time as suit the caches, on every core."""
+"""Process many blocks in chunks that suit the caches, on every core."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Result = TypeVar("Result")
 
 
 def chunk_size(asked: int | None, block_size: int, element_size: int, device: torch.device) -> int:
-    """Blocks that are worked on at once: as asked for, or as many as suit the caches.
+    """Number of blocks per chunk: ``asked``, or as many as suit the caches.
 
     Raises:
-        ValueError: not a positive number.
+        ValueError: ``asked`` is not positive.
     """
     if asked is None:
         budget = STATE_BYTES.get(device.type, STATE_BYTES["cuda"])
@@ -32,10 +32,10 @@ def chunk_size(asked: int | None, block_size: int, element_size: int, device: to
 
 
 def on_every_core(work: Callable[[Part], Result], parts: Iterable[Part]) -> list[Result]:
-    """``work`` of each part, in their order, in as many threads as torch has, each with one core to itself.
+    """Apply ``work`` to each part in as many threads as torch has, one core each; results are in the order of the parts.
 
-    Factoring a small matrix on two cores takes as long as on one, and ten times as long when another process holds one of them, for the cores wait for
-    each other several times in each matrix. Two matrices at once are ready in half the time, with the same bits on any number of cores.
+    Factoring one small matrix on two cores is no faster than on one, and ten times slower when another process uses one of them, because the cores wait
+    for each other several times per matrix. Two matrices at once take half the time, and results are bit-identical for any number of cores.
     """
     threads = torch.get_num_threads()
     if threads == 1:
@@ -43,27 +43,27 @@ def on_every_core(work: Callable[[Part], Result], parts: Iterable[Part]) -> list
 
     def enter() -> None:
         torch.set_num_threads(1)
-        torch.set_grad_enabled(False)  # which is each thread's own
+        torch.set_grad_enabled(False)  # this setting is per thread
 
     try:
         with ThreadPoolExecutor(threads, initializer=enter) as pool:
             return list(pool.map(work, parts))
     finally:
-        torch.set_num_threads(threads)  # threads that start later take the last number that any thread has set
+        torch.set_num_threads(threads)  # later threads would inherit the last number set by any thread
 
 
 def in_chunks(total: int, chunk: int, work: Callable[[slice], Result], what: str, device: torch.device) -> list[Result]:
-    """``work`` on ``total`` things: on a CPU chunk by chunk on every core; on a GPU one after the other, halved from where its memory is not enough.
+    """Apply ``work`` to slices of ``range(total)``: on a CPU on every core; on a GPU one after the other, halving chunks after out-of-memory.
 
     Args:
-        work: called with a slice; on a GPU called again with a part of it, so that it must not have changed its inputs when it runs out of memory.
+        work: called with a slice, and on a GPU called again with a part of it after out-of-memory; it must not change its inputs.
         what: for the log.
 
     Returns:
-        What ``work`` returned for each chunk.
+        The results of the chunks.
 
     Raises:
-        torch.OutOfMemoryError: not even one fits.
+        torch.OutOfMemoryError: a chunk of one does not fit.
     """
     if device.type == "cpu":
         share = max(1, min(chunk, -(-total // torch.get_num_threads())))
@@ -80,6 +80,6 @@ def in_chunks(total: int, chunk: int, work: Callable[[slice], Result], what: str
                     f"{what}: not even one at once fits the GPU's memory; give a smaller fisher_block_size, fisher_inv_device='cpu', or a memory_budget "
                     f"({str(error).splitlines()[0] if str(error) else 'no details'})"
                 ) from None
-        # Outside of the handler: the error holds the frames, and these the tensors, of the attempt.
+        # Outside the handler: the error keeps the frames of the attempt alive, and with them its tensors.
         chunk = halved(chunk, what)
     return results

@@ -1,13 +1,13 @@
-"""A weight tensor as blocks of ``B`` consecutive weights, and back.
+"""Cut a weight tensor into blocks of ``B`` consecutive weights, and back.
 
 Order of the weights
-    Row-major, as stored, where weights are stored ``(out, in, *kernel)``. For N:M patterns convolution kernels are permuted to ``(out, kh, kw, in)`` first,
+    Row-major for weights stored ``(out, in, *kernel)``. For N:M patterns convolution kernels are permuted to ``(out, kh, kw, in)`` first,
     because sparse tensor cores read groups along the reduction dimension, which for an implicit-GEMM convolution runs over input channels innermost.
-    Weights that are stored ``(in, out, *kernel)`` are always permuted to ``(out, *kernel, in)``, so that a block holds the inputs of one neuron.
+    Weights stored ``(in, out, *kernel)`` are always permuted to ``(out, *kernel, in)``, so that a block holds the inputs of one neuron.
 
 Padding
-    ``B`` need not divide the tensor: the last block is filled up with inert weights (value 0, unit diagonal in the Fisher matrix), so that no
-    weight is left out and no block grows. A tensor smaller than ``B`` becomes one block of its own size.
+    ``B`` need not divide the tensor: the last block is padded with inert weights (value 0, unit diagonal in the Fisher matrix). No weight is left out
+    and no block grows. A tensor smaller than ``B`` becomes one block of its own size.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ from torch import Tensor
 from torch.nn import functional as F
 
 PUBLISHED = 192
-"""Weights per block in the paper; where nobody says, a network of any size gets blocks of about that."""
+"""Weights per block in the paper; the default limit for networks of any size."""
 
 LARGEST = 512
-"""Weights per block that a small network gets where nobody says: larger ones won nothing more."""
+"""The default limit for small networks: larger blocks gained nothing."""
 
 AFFORDABLE = 4 * 2**30
-"""Bytes of Fisher blocks up to which blocks above the published size are chosen where nobody says."""
+"""Bytes of Fisher blocks up to which the default exceeds the published size."""
 
 
 def largest(weights: int) -> int:
-    """Up to which size blocks are chosen for ``weights`` weights in all: as 4 GiB hold, from 192 to 512."""
+    """The default limit of block sizes for ``weights`` weights in total: what 4 GiB hold, from 192 to 512."""
     return max(PUBLISHED, min(LARGEST, AFFORDABLE // (4 * max(1, weights))))
 
 
 def fitting(row: int, group: int = 1, limit: int = PUBLISHED) -> int:
     """The largest block size up to ``limit`` that cuts rows of ``row`` weights evenly, or holds whole rows.
 
-    A block that ends in the middle of a neuron's inputs and goes on with the next neuron's keeps fewer of the correlations that matter. Where only
-    blocks of less than half of ``limit`` would fit: ``limit``, down to a multiple of ``group``.
+    A block that spans parts of two neurons holds fewer of the correlations that matter. If only sizes below half of ``limit`` cut rows evenly, the
+    result is ``limit``, rounded down to a multiple of ``group``.
     """
     even = [k for k in range(limit, limit // 2 - 1, -1) if k % group == 0 and (row % k == 0 or k % row == 0)]
     return even[0] if even else limit // group * group
 
 
 def check_block_size(block_size: Any) -> None:
-    """Raises ``ValueError`` for what is not a positive integer or None."""
+    """Raise ``ValueError`` unless ``block_size`` is a positive integer or None."""
     if block_size is not None and (isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1):
         raise ValueError(
             f"fisher_block_size must be a positive integer, got {block_size!r}; None takes what fits the rows, from {PUBLISHED} up to {LARGEST}"
@@ -60,7 +60,7 @@ class BlockLayout:
     Attributes:
         shape: shape of the weight tensor.
         block_size: number of weights per block, ``B``.
-        inputs: the dimension that is moved to the end before flattening; None: none is.
+        inputs: the dimension that is moved to the end before flattening, or None.
     """
 
     shape: tuple[int, ...]
@@ -80,8 +80,8 @@ class BlockLayout:
 
         Args:
             block_size: None: the size up to ``limit`` that :func:`fitting` finds.
-            inputs: the dimension to run over innermost.
-            group: a size that is chosen here is a multiple of it.
+            inputs: the innermost dimension of a block.
+            group: a chosen size is a multiple of it.
 
         Raises:
             ValueError: ``block_size`` is not a positive integer, or the tensor is empty.
@@ -111,7 +111,7 @@ class BlockLayout:
         return self.num_blocks * self.block_size - self.numel
 
     def to_blocks(self, tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """``(*batch, *shape)`` to ``(*batch, num_blocks, B)`` in ``dtype``, padded with zeros (False). A view where it can be."""
+        """``(*batch, *shape)`` to ``(*batch, num_blocks, B)`` in ``dtype``, padded with zeros (False). A view if possible."""
         batch = tensor.shape[: tensor.dim() - len(self.shape)]
         if self.inputs is not None:
             tensor = tensor.movedim(len(batch) + self.inputs, -1)

@@ -26,10 +26,10 @@ _PRODUCTS = {_aten.mm: 0, _aten.bmm: 0, _aten.addmm: 1, _aten.baddbmm: 1, _aten.
 
 @dataclass(frozen=True)
 class MultiplyAdds:
-    """Of one sample.
+    """Multiply-adds of one sample.
 
     Attributes:
-        input_size: of the sample, ``(channels, height, width)`` say.
+        input_size: size of the sample, for example ``(channels, height, width)``.
         weights: ``{parameter name: multiply-adds with that parameter}``.
         activations: multiply-adds of activations with each other.
     """
@@ -40,7 +40,7 @@ class MultiplyAdds:
 
     @property
     def dense(self) -> int:
-        """All of them."""
+        """All multiply-adds of the dense model."""
         return sum(self.weights.values()) + self.activations
 
     def per_weight(self, model: nn.Module) -> dict[str, float]:

@@ -1,8 +1,8 @@
-"""Masks from the zeros of a checkpoint, held in anyone's training loop.
+"""Keep pruned weights at zero in any training loop.
 
-The parameters stay plain parameters: nothing is wrapped or renamed, so ``state_dict``, ``deepcopy``, moving averages, ``DistributedDataParallel`` and
-``torch.compile`` never notice. What holds the zeros is a hook that torch runs after the step of every optimizer. It sees the weights after momentum, weight
-decay and whatever else the optimizer does; a hook on gradients would not, and would run before or after data-parallel averaging as it pleases.
+Parameters remain plain parameters: nothing is wrapped or renamed, so ``state_dict``, ``deepcopy``, moving averages, ``DistributedDataParallel`` and
+``torch.compile`` are not affected. Masks are applied by a hook that torch runs after the step of every optimizer. It sees the weights after momentum, weight
+decay and everything else the optimizer does. A hook on gradients would not, and its order relative to data-parallel averaging is undefined.
 
 A parameter is looked up by its name at each step, because ``load_state_dict(assign=True)``, ``module.weight = nn.Parameter(...)`` and some moves to another
 device put a new one in its place.
@@ -25,18 +25,18 @@ from capruner.wrappers import by_first_name, owner, unwrap
 
 
 class _Masks:
-    """The masks of one model. Knows the model weakly: one that is no longer used elsewhere is not kept alive by its masks."""
+    """The masks of one model, which they reference weakly: masks do not keep a model alive."""
 
     def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         self.model = ref(model)
         self.masks = dict(masks)
-        self.last: dict[str, int] = {}  # which parameter a mask was applied to last
+        self.last: dict[str, int] = {}  # id of the parameter that each mask was last applied to
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The masked parameters as they are today; none where the model is gone.
+        """The masked parameters as they are now; none if the model no longer exists.
 
         Raises:
-            ValueError: one of them is no parameter any more, or has another shape.
+            ValueError: one of them is no longer a parameter, or has another shape.
         """
         model = self.model()
         for name in self.masks if model is not None else ():
@@ -63,23 +63,23 @@ class _Masks:
 
     @torch.no_grad()
     def hold(self, stepped: Iterable[int] | None = None) -> None:
-        """Zero what is masked: in the parameters with these ids and those that are new; in all of them when None."""
+        """Zero the masked weights of parameters with these ids and of new parameters; of all parameters if None."""
         ids = None if stepped is None else set(stepped)
         for name, p in self.parameters():
             if ids is not None and id(p) not in ids and self.last.get(name) == id(p):
                 continue
-            if self.masks[name].device != p.device:  # the model has moved since
+            if self.masks[name].device != p.device:  # the model has been moved
                 self.masks[name] = self.masks[name].to(p.device)
             p.masked_fill_(~self.masks[name], 0)
             self.last[name] = id(p)
 
     def after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """What torch calls after the step of any optimizer."""
+        """Hook that torch calls after the step of any optimizer."""
         self.hold(id(p) for group in optimizer.param_groups for p in group["params"])
 
 
 class _AfterLoading:
-    """What torch calls after ``load_state_dict``. Copies of it, in a copy of the model, do nothing."""
+    """Hook that torch calls after ``load_state_dict``. Its copies, in a copy of the model, do nothing."""
 
     def __init__(self, masks: _Masks | None = None) -> None:
         self.masks = masks
@@ -93,9 +93,9 @@ class _AfterLoading:
 
 
 class MaskHandle:
-    """Masks that are being held; made by :func:`mask_model`. A context manager: they are let go at the end of the block.
+    """Active masks, created by :func:`mask_model`. As a context manager it removes them at the end of the block.
 
-    They hold as long as the model lives, whether anybody keeps the handle or not.
+    Masks are active as long as the model exists, even if the handle is discarded.
     """
 
     def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
@@ -109,7 +109,7 @@ class MaskHandle:
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """``{name: bool tensor}``, True = stays."""
+        """``{name: bool tensor}``, True = keep."""
         return self._masks.masks
 
     @property
@@ -117,7 +117,7 @@ class MaskHandle:
         """Share of zeros in the masked parameters, counted in the model as it is now.
 
         Raises:
-            ValueError: the model is gone.
+            ValueError: the model no longer exists.
         """
         parameters = [p.detach() for _, p in self._masks.parameters()]
         if not parameters:
@@ -125,11 +125,11 @@ class MaskHandle:
         return sum(int((p == 0).sum()) for p in parameters) / sum(p.numel() for p in parameters)
 
     def apply(self) -> None:
-        """Zero now what is masked: for optimizers that are not ``torch.optim.Optimizer``, and after weights were written by hand."""
+        """Zero the masked weights now: for optimizers that are not ``torch.optim.Optimizer``, and after writing weights by hand."""
         self._masks.hold()
 
     def remove(self) -> None:
-        """Let the masks go; the weights stay as they are. Doing it twice does no harm."""
+        """Remove the masks; weights do not change. Calling it twice is harmless."""
         for remove in self._remove:
             remove()
 
@@ -149,24 +149,24 @@ def mask_model(
     *,
     exclude: str | Sequence[str] = (),
 ) -> MaskHandle:
-    """Keep what is pruned at zero while ``model`` is trained on, with any optimizer, made before or after.
+    """Keep pruned weights at zero while ``model`` is trained, with any optimizer, constructed before or after.
 
     >>> handle = capruner.mask_model(model)      # one line before the training loop
-    >>> ...                                      # any loop; weights that were exactly 0 are 0 after every optimizer.step()
-    >>> handle.remove()                          # if ever
+    >>> ...                                      # any loop; weights that were exactly 0 are 0 after every step
+    >>> handle.remove()                          # optional
 
-    Masks also hold when weights are loaded into the model (``load_state_dict``, with ``assign=True`` too) or parameters are replaced by others of the same
+    Masks also apply when weights are loaded into the model (``load_state_dict``, also with ``assign=True``) or parameters are replaced by others of the same
     name and shape. A deep copy of the model is another model: call ``mask_model`` again for a copy that is trained. A moving average of the weights
-    (an EMA copy) has the zeros where both the copy and the model had them from its start.
+    (an EMA copy) keeps the zeros if it and the model had them from its start.
 
     Args:
         model: in any wrapper (``torch.compile``, ``DistributedDataParallel``) or none.
-        params: as in :func:`capruner.prune`; of these, the ones that hold zeros.
-        masks: ``{name: tensor}``, non-zero = stays, instead of the zeros; the weights are zeroed at once.
-        exclude: names of parameters or modules, or ``re:`` patterns, that no mask is put on.
+        params: as in :func:`capruner.prune`; only those with zeros are masked.
+        masks: ``{name: tensor}``, non-zero = keep, instead of the zeros of the weights; masked weights are set to zero at once.
+        exclude: names of parameters or modules, or ``re:`` patterns, that are not masked.
 
     Raises:
-        ValueError: nothing to hold: no zero in any of the parameters; a mask that names no parameter or has another shape.
+        ValueError: no selected parameter has zeros; a mask names no parameter or has another shape.
     """
     model = unwrap(model)
     if masks is None:

@@ -1,4 +1,4 @@
-"""Optimal Brain Surgeon on blocks: in which order weights leave, and what the others become.
+"""Optimal Brain Surgeon on blocks: the order in which weights are pruned, and the re-fitted values of the others.
 
 Both functions take the weights ``w`` of ``n`` independent blocks, ``(n, B)``, and the inverse Fisher blocks ``H``, ``(n, B, B)``, symmetric positive
 definite. The inputs are never modified.
@@ -7,10 +7,10 @@ definite. The inputs are never modified.
 
     p = argmin_q w_q² / (2 H_qq);   w ← w − (w_p / H_pp) H[:, p];   H ← H − H[:, p] H[p, :] / H_pp.
 
-This is a pivoted Cholesky factorisation of ``H`` whose pivot is the smallest saliency. It runs in panels: inside a panel left-looking (only the row of
-the pivot is brought up to date), after it one matrix product updates what remains, which is then compacted.
+This is a pivoted Cholesky factorisation of ``H`` whose pivot is the smallest saliency. It runs in panels. Inside a panel it is
+left-looking: only the row of the pivot is updated. After a panel one matrix product updates what remains, which is then compacted.
 
-``compensate`` gives the weights after the removal of any *set* ``S``: the result of eliminating ``S`` does not depend on the order,
+``compensate`` computes the weights after any *set* ``S`` is pruned. The result does not depend on the order of elimination:
 
     w* = w − H[:, S] (H[S, S])⁻¹ w_S.
 """
@@ -30,10 +30,10 @@ from capruner.numerics import NotPositiveDefiniteError, full_precision
 _LOGGER = logging.getLogger(__name__)
 
 LIFTS = 3
-"""Times that the lift of an inverse block that will not factor may grow tenfold."""
+"""How often the shift of an inverse block that does not factor may grow tenfold."""
 
 PANEL = 32
-"""Pivots per panel. 16 to 64 are alike on CPUs; measured by ``benchmarks/speed.py``."""
+"""Pivots per panel. 16 to 64 are equally fast on CPUs (``benchmarks/speed.py``)."""
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,16 @@ class Elimination:
     """The greedy elimination of ``n`` blocks.
 
     Attributes:
-        order: ``(n, B)`` int64; position within the block of the weight that leaves at each step. A permutation of ``0 … B−1``: weights that
-            never leave (``frozen``, or beyond ``max_steps``) come last.
-        losses: ``(n, B)`` in the dtype of the weights; increase of the loss at each step, ``w_p² / (2 H_pp)``, ``inf`` where nothing left.
+        order: ``(n, B)`` int64; position within the block of the weight pruned at each step. A permutation of ``0 … B−1``: weights that
+            are never pruned (``frozen``, or beyond ``max_steps``) come last.
+        losses: ``(n, B)`` in the dtype of the weights; increase of the loss at each step, ``w_p² / (2 H_pp)``; ``inf`` where no weight is pruned.
     """
 
     order: Tensor
     losses: Tensor
 
     def keep_mask(self, counts: Tensor) -> Tensor:
-        """``(n, B)`` bool, True = stays, after the first ``counts`` (``(n,)`` integer) steps of each block."""
+        """``(n, B)`` bool, True = keep, after the first ``counts`` (``(n,)`` integer) steps of each block."""
         steps = torch.arange(self.order.shape[1], device=self.order.device)
         stays = steps >= counts.to(self.order.device)[:, None]
         return torch.empty_like(stays).scatter_(1, self.order.long(), stays)
@@ -92,23 +92,23 @@ def eliminate(
     max_steps: int | None = None,
     blocks_in_parallel: int | None = None,
 ) -> Elimination:
-    """Greedy elimination of every weight of every block, cheapest first.
+    """Eliminate every weight of every block greedily, cheapest first.
 
     Args:
         weight: ``(n, B)`` float32 or float64.
         fisher_inv: ``(n, B, B)`` inverse Fisher blocks of the same dtype, symmetric positive definite.
-        dead: ``(n, B)`` bool; weights that an earlier mask has removed. They leave first, whatever their value, at loss ``-inf`` (so that an
-            allocation always takes them); their influence on the others is eliminated exactly.
-        frozen: ``(n, B)`` bool; weights that never leave (padding, for one).
-        n_m: ``(N, M)``: of each ``M`` consecutive weights ``N`` stay; a weight whose group has given its share is no candidate.
+        dead: ``(n, B)`` bool; weights pruned by an earlier mask. They come first, whatever their value, at loss ``-inf``, so that an allocation
+            always takes them; their influence on the others is eliminated exactly.
+        frozen: ``(n, B)`` bool; weights that are never pruned, such as padding.
+        n_m: ``(N, M)``: of each ``M`` consecutive weights ``N`` remain; once a group has ``N`` left, its weights are no candidates.
         max_steps: stop after that many steps of each block.
-        blocks_in_parallel: blocks that are worked on at once; chosen from the block size when None. No influence on the result.
+        blocks_in_parallel: blocks processed at once; chosen from the block size if None. Does not change the result.
 
     Returns:
         The order and the loss of each step.
 
     Raises:
-        ValueError: shapes, dtypes or values that cannot be; :class:`NotPositiveDefiniteError` if a diagonal entry is not positive.
+        ValueError: invalid shapes, dtypes or values; :class:`NotPositiveDefiniteError` if a diagonal entry is not positive.
     """
     check_blocks(weight, fisher_inv, dead=dead, frozen=frozen)
     n, B = weight.shape
@@ -154,10 +154,10 @@ def _eliminate_chunk(
     blocks = torch.arange(n, device=weight.device)
     w, H = weight.clone(), fisher_inv
     diagonal = H.diagonal(dim1=1, dim2=2).clone()
-    # What rounding leaves of a diagonal entry after many subtractions: below this it is noise, and could even be negative.
+    # Rounding error of a diagonal entry after many subtractions: below it the entry is noise and could be negative.
     floor = diagonal * torch.finfo(w.dtype).eps
-    position = torch.arange(B, device=w.device).repeat(n, 1)  # of the weights that are left, within their block
-    # Added to the saliency: −inf leaves first, `never` last (and is recorded as a loss of inf), +inf is gone already.
+    position = torch.arange(B, device=w.device).repeat(n, 1)  # of the remaining weights, within their block
+    # Added to the saliency: −inf comes first, `never` last (recorded as a loss of inf), +inf is pruned already.
     never = torch.finfo(w.dtype).max
     bias = torch.zeros_like(w)
     if dead is not None:
@@ -214,20 +214,20 @@ def _eliminate_chunk(
 
 
 def compensate(weight: Tensor, fisher_inv: Tensor, keep: Tensor, *, blocks_in_parallel: int | None = None) -> Tensor:
-    """The weights after the removal of the set ``~keep``: ``w − H[:,S] (H[S,S])⁻¹ w_S``, exactly 0 on ``S``.
+    """Compute the weights after the set ``S = ~keep`` is pruned: ``w − H[:,S] (H[S,S])⁻¹ w_S``, exactly 0 on ``S``.
 
     Args:
         weight: ``(n, B)``.
         fisher_inv: ``(n, B, B)``, same dtype.
-        keep: ``(n, B)`` bool, True = stays. Any mask, from any source.
-        blocks_in_parallel: blocks that are solved at once; no influence on the result.
+        keep: ``(n, B)`` bool, True = keep. Any mask, from any source.
+        blocks_in_parallel: blocks solved at once; does not change the result.
 
     Returns:
         ``(n, B)``, a new tensor in the dtype of ``weight``. The solve itself runs in float64: it is a small share of the cost.
 
     Raises:
-        ValueError: shapes, dtypes or values that cannot be.
-        NotPositiveDefiniteError: a block of ``fisher_inv`` will not factor.
+        ValueError: invalid shapes, dtypes or values.
+        NotPositiveDefiniteError: a block of ``fisher_inv`` does not factor.
     """
     check_blocks(weight, fisher_inv, keep=keep)
     gone = ~keep
@@ -240,7 +240,7 @@ def compensate(weight: Tensor, fisher_inv: Tensor, keep: Tensor, *, blocks_in_pa
 def compensate_prefixes(
     weight: Tensor, fisher_inv: Tensor, order: Tensor, counts: Tensor, *, blocks_in_parallel: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The weights after the first ``k`` of an order have left, for several ``k`` from one factorisation.
+    """Compute the weights after the first ``k`` of an order are pruned, for several ``k`` from one factorisation.
 
     In the coordinates of the order let ``H = L Lᵀ`` and ``u = L⁻¹ w``. The leading part of ``L`` factors the leading part of ``H``, so
 
@@ -253,7 +253,7 @@ def compensate_prefixes(
         fisher_inv: ``(n, B, B)``, same dtype.
         order: ``(n, B)`` integer, a permutation of each block.
         counts: ``(levels, n)`` integer, ``k`` of each level and block.
-        blocks_in_parallel: blocks that are solved at once; no influence on the result.
+        blocks_in_parallel: blocks solved at once; does not change the result.
 
     Returns:
         Weights ``(levels, n, B)`` in the dtype of ``weight``, and the predicted increase of the loss ``(levels, n)`` in float64.
@@ -284,10 +284,10 @@ def compensate_prefixes(
 
 
 def _factor(H: Tensor, first_block: int, eps: float) -> Tensor:
-    """Cholesky factors ``(n, B, B)`` of ``H``; blocks that are not positive definite within their rounding error are lifted until they are.
+    """Cholesky factors ``(n, B, B)`` of ``H``; blocks that are not positive definite within their rounding error are shifted until they are.
 
-    A float32 inverse is known to about ``eps · max(diag)``: a first shift of that size changes nothing that is known. Where it is not enough, because
-    rounding has added up over many updates, it grows tenfold, up to ``LIFTS`` times.
+    A float32 inverse is accurate to about ``eps · max(diag)``, so a first shift of that size is below its accuracy. If that is not enough, because rounding
+    has accumulated over many updates, the shift grows tenfold, up to ``LIFTS`` times.
     """
     factor, info = torch.linalg.cholesky_ex(H)
     bad = info.nonzero()[:, 0]

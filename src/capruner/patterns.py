@@ -1,11 +1,11 @@
-"""Mask types: what may leave next.
+"""Mask types: which weights may be pruned next.
 
 ``unstructured``
     Any weight.
-``N:M``, say ``2:4``
-    Of each ``M`` consecutive weights along the reduction dimension exactly ``N`` stay (SparseML's and NVIDIA's meaning).
+``N:M``, for example ``2:4``
+    Of each ``M`` consecutive weights along the reduction dimension exactly ``N`` remain (SparseML's and NVIDIA's meaning).
 ``block4``
-    Groups of four consecutive weights along the reduction dimension leave together.
+    Groups of four consecutive weights along the reduction dimension are pruned together.
 
 The reduction dimension of a Linear weight ``(out, in)`` is ``in``; that of a convolution kernel is taken to be its input channels, because sparse tensor
 cores and sparse engines read ``(out, kh, kw, in)``. Transposed convolutions and the ``Conv1D`` of transformers store the inputs first. Both patterns need as
@@ -34,7 +34,7 @@ class Pattern:
     """A mask type.
 
     Attributes:
-        stay: weights of a group that stay; 0 for patterns whose groups leave as a whole.
+        stay: weights of a group that remain; 0 for patterns whose groups are pruned as a whole.
         group: consecutive weights per group, 1 for unstructured.
     """
 
@@ -48,7 +48,7 @@ class Pattern:
 
     @property
     def sparsity(self) -> float | None:
-        """The only sparsity that the pattern can have, or None."""
+        """The only sparsity of the pattern, or None."""
         return 1 - self.stay / self.group if self.stay else None
 
     def __str__(self) -> str:
@@ -58,7 +58,7 @@ class Pattern:
 
 
 def parse_mask_type(mask_type: Any, n: int | None = None, m: int | None = None) -> Pattern:
-    """A pattern from what a recipe or a call says.
+    """Parse the mask type of a recipe or a call.
 
     Args:
         mask_type: ``"unstructured"``, ``"block4"``, ``"2:4"``; an integer is what YAML 1.1 makes of an unquoted ``2:4`` (sexagesimal: 124);
@@ -88,7 +88,7 @@ def parse_mask_type(mask_type: Any, n: int | None = None, m: int | None = None) 
 
 
 def unsupported(pattern: Pattern, parameters: Mapping[str, Tensor], linear: Mapping[str, LinearWeight]) -> list[str]:
-    """Names of the parameters that cannot hold ``pattern``: their reduction dimension is missing or no multiple of the group.
+    """Names of the parameters that cannot hold ``pattern``: their reduction dimension is missing, or not a multiple of the group.
 
     Args:
         linear: the model's linear weights; others are taken to be ``(out, in, ...)``.
@@ -103,9 +103,9 @@ def unsupported(pattern: Pattern, parameters: Mapping[str, Tensor], linear: Mapp
 
 
 def rank_once(saliency: Tensor, pattern: Pattern, dead: Tensor, padding: Tensor) -> Elimination:
-    """The order of one scoring: ``(n, B)`` saliencies sorted in each block; the dead first, padding never, the pattern respected.
+    """Sort ``(n, B)`` saliencies in each block: pruned weights first, padding never, respecting the pattern.
 
-    Groups that leave together have one saliency for all their weights.
+    Groups that are pruned together have one saliency for all their weights.
     """
     saliency = saliency.masked_fill(dead, -torch.inf).masked_fill_(padding, torch.inf)
     if pattern.n_m is not None:
@@ -140,20 +140,20 @@ def eliminate_groups(
     frozen: Tensor | None = None,
     blocks_in_parallel: int | None = None,
 ) -> Elimination:
-    """Greedy elimination of whole groups of consecutive weights, cheapest first, scored by :func:`group_saliency`.
+    """Eliminate whole groups of consecutive weights greedily, cheapest first, scored by :func:`group_saliency`.
 
     Args:
         weight: ``(n, B)``, ``B`` a multiple of ``group``.
         fisher_inv: ``(n, B, B)``, same dtype.
-        dead: ``(n, B)`` bool, whole groups; leave first at loss ``-inf``.
-        frozen: ``(n, B)`` bool; a group with such a weight never leaves.
+        dead: ``(n, B)`` bool, whole groups pruned earlier; they come first at loss ``-inf``.
+        frozen: ``(n, B)`` bool; a group with such a weight is never pruned.
 
     Returns:
         The order, group after group; the loss of a group stands at each of its steps.
 
     Raises:
-        ValueError: shapes that cannot be, ``dead`` with parts of groups.
-        NotPositiveDefiniteError: the system of a group will not factor.
+        ValueError: invalid shapes, or ``dead`` with parts of groups.
+        NotPositiveDefiniteError: the system of a group does not factor.
     """
     check_blocks(weight, fisher_inv, dead=dead, frozen=frozen)
     n, B = weight.shape
@@ -189,7 +189,7 @@ def _eliminate_groups_chunk(weight: Tensor, H: Tensor, bias: Tensor, g: int) -> 
     blocks = torch.arange(n, device=weight.device)
     within = torch.arange(g, device=weight.device)
     w = weight.clone()
-    # Diagonal g x g blocks of H, brought up to date at each step; of the rest of H only the rows of the pivot are.
+    # Diagonal g x g blocks of H, updated at each step; of the rest of H only the rows of the pivot are updated.
     systems = H.unflatten(1, (G, g)).unflatten(3, (G, g)).diagonal(dim1=1, dim2=3).movedim(3, 1).clone()
     L = w.new_empty(n, B, B)
     order, losses = torch.empty(n, G, dtype=torch.int64, device=w.device), w.new_empty(n, G)

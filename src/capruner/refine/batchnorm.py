@@ -1,4 +1,4 @@
-"""BatchNorm statistics after pruning: the activations that they describe have changed."""
+"""Re-estimate BatchNorm statistics after pruning, which has changed the activations they describe."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from capruner.wrappers import unwrap
 def recalibrate_bn(
     model: nn.Module, batches: Iterable[Any], num_batches: int = 64, *, batch_fn: BatchFunction | None = None
 ) -> int:
-    """Estimate the running mean and variance of every BatchNorm anew, as the plain average over ``num_batches`` forward passes.
+    """Re-estimate the running mean and variance of every BatchNorm layer, as the plain average over ``num_batches`` forward passes.
 
-    Only BatchNorm layers are in training mode meanwhile (dropout and stochastic depth stay off); weights are not touched, modes and momenta are restored.
-    Report the accuracy after it beside the one before: it is a second, cheap repair, and not part of the pruning.
+    Only BatchNorm layers are in training mode meanwhile; dropout and stochastic depth are off. Weights do not change, modes and momenta are restored.
+    Report the accuracy after it beside the accuracy before: it is a second, cheap repair, and not part of pruning.
 
     Args:
-        batches: as for :func:`capruner.prune`; targets are not looked at.
-        num_batches: at most so many are drawn.
+        batches: as for :func:`capruner.prune`; targets are not used.
+        num_batches: the largest number of batches to draw.
         batch_fn: as for :func:`capruner.prune`.
 
     Returns:
-        Number of BatchNorm layers; 0 means that nothing was done.
+        Number of BatchNorm layers; if 0, nothing was done.
 
     Raises:
-        ValueError: ``num_batches`` is not positive, ``batches`` is empty, or the model fails on a batch. The statistics are then as they were.
+        ValueError: ``num_batches`` is not positive, ``batches`` is empty, or the model fails on a batch. The statistics are then unchanged.
     """
     if num_batches < 1:
         raise ValueError(f"num_batches must be at least 1, got {num_batches}")
@@ -48,7 +48,7 @@ def recalibrate_bn(
         try:
             for layer in layers:
                 layer.reset_running_stats()
-                layer.momentum = None  # torch's word for a cumulative average
+                layer.momentum = None  # in torch this means a cumulative average
                 layer.train()
             for batch in itertools.islice(batches, num_batches):
                 inputs = as_batch(batch, drawn, batch_fn)[0]

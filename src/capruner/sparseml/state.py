@@ -1,7 +1,7 @@
-"""Where a SparseML manager stands, as data: what a training run needs to go on as if it had never stopped.
+"""The state of a SparseML manager as data: what a training run needs to resume exactly.
 
-SparseML's own ``manager.state_dict()`` holds masks and nothing else. After its ``load_state_dict`` the masks are not enforced, the schedule starts anew, so
-that the next step prunes off schedule, and staged recipes raise. Here the place in the schedule comes along, for every modifier of SparseML as for ours.
+SparseML's own ``manager.state_dict()`` holds only masks. After its ``load_state_dict`` masks are not enforced, the schedule restarts, so that the next step
+prunes off schedule, and staged recipes raise. Here the place in the schedule is included, for SparseML's modifiers and ours.
 
     saved = manager_state(manager)                       # tensors and plain numbers: torch.load(..., weights_only=True) reads it
     manager.modify(model, optimizer, steps, epoch=3.0)   # in a new process, same recipe, weights of the checkpoint

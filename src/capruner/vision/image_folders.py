@@ -1,6 +1,6 @@
-"""Image folders ``<split>/<class>/*.jpg``: which classes they hold, and each image as the model's eight-bit colours.
+"""Image folders ``<split>/<class>/*.jpg``: their classes, and each image in 8-bit colours.
 
-Classes, their order and the order of images are those of timm's own reader, so that labels mean the same there. Hidden files and folders are passed over.
+Classes and the order of images are those of timm's own reader, so that labels agree. Hidden files and folders are skipped.
 """
 
 from __future__ import annotations

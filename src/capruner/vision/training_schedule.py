@@ -1,6 +1,6 @@
 """timm's learning-rate schedulers: the rate at any place of a training, and what has to be saved of them.
 
-All but plateau are functions of the epoch (or step) and of the command line, so that a resumed run computes its rate anew and follows changed arguments.
+All but plateau are functions of the epoch (or step) and of the command line, so that a resumed run computes its rate again and follows changed arguments.
 Plateau keeps its rate in the optimizer and counts epochs without progress: its state is saved whole.
 """
 

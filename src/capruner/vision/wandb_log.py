@@ -1,4 +1,4 @@
-"""Weights & Biases, which may be out of order: a run says so once and goes on without it."""
+"""Log to Weights & Biases; if it fails, a run warns once and continues without it."""
 
 from __future__ import annotations
 
