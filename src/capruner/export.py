@@ -225,7 +225,7 @@ def fill_zeros(model: nn.Module) -> None:
 
 
 def load_pruned(model: str, kwargs: Mapping[str, Any], checkpoint: str | Path) -> tuple[nn.Module, tuple[int, ...]]:
-    """A timm model with the weights of ``checkpoint``, and its input size.
+    """A timm model with the weights of ``checkpoint`` (smaller, if that was written by ``capruner shrink``), and its input size.
 
     Raises:
         ValueError: timm has no such model, or the weights do not fit it.
@@ -233,7 +233,10 @@ def load_pruned(model: str, kwargs: Mapping[str, Any], checkpoint: str | Path) -
     """
     from capruner.report.architecture import build, input_size
     from capruner.report.checkpoint import load_weights
+    from capruner.shrinking.result import is_shrunk, load_shrunk
 
     network = build(model, kwargs)
+    if is_shrunk(checkpoint):
+        return load_shrunk(checkpoint, network), input_size(network)
     load_weights(network, checkpoint, model)
     return network, input_size(network)

@@ -11,10 +11,11 @@ from typing import Any
 from capruner.cli.arguments import Parser, UserError
 from capruner.cli.arguments import run as run_reporting_mistakes
 
-COMMANDS = ("prune", "train", "report", "export", "bench", "verify", "recipes")
+COMMANDS = ("prune", "shrink", "train", "report", "export", "bench", "verify", "recipes")
 EXTRAS = {
     **dict.fromkeys(("timm", "torchvision", "PIL", "matplotlib"), "vision"),
     **dict.fromkeys(("onnx", "onnxruntime"), "export"),
+    "torch_pruning": "shrink",
     "wandb": "wandb",
 }
 """``{package: extra of ours that installs it}``."""

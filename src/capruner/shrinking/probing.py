@@ -143,7 +143,7 @@ def heads(probe: Probe) -> tuple[list[Group], list[LeftAlone]]:
             left.append(
                 LeftAlone(name, "nn.MultiheadAttention needs as many outputs as inputs, so no head can be removed")
             )
-        elif _is_attention(module) and hasattr(module, "num_heads"):
+        elif _is_attention(module) and any(hasattr(module, key) for key in ("num_heads", "num_attention_heads")):
             reason = _not_heads(probe, name, module)
             if reason is None:
                 groups.append(_heads_of(name, module))

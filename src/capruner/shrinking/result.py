@@ -122,6 +122,16 @@ def load_shrunk(path: str | Path, model: nn.Module) -> nn.Module:
     return small
 
 
+def is_shrunk(path: str | Path) -> bool:
+    """Whether a file is one of :meth:`Shrunk.save`; damaged or missing files are none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("capruner", "{}"))
+    except (SafetensorError, json.JSONDecodeError, OSError):
+        return False
+    return isinstance(header, dict) and header.get("format") == FORMAT
+
+
 def _checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     rest = {key: value for key, value in header.items() if key != "sha256"}
     return digest(

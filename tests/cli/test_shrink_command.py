@@ -1,0 +1,102 @@
+"""``capruner shrink`` as a user types it: what it prints and writes, and what reads its file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from training_case import KWARGS, MODEL
+
+import capruner
+from capruner.cli.main import main
+
+timm = pytest.importorskip("timm")
+
+KWARG_WORDS = [f"{key}={value}" for key, value in KWARGS.items()]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data/train, data/val and dense.safetensors."""
+    root = tmp_path_factory.mktemp("place")
+    noise = np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 3)):
+        for label in range(3):
+            folder = root / "data" / split / f"class{label}"
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = noise.integers(0, 255, (16, 16, 3)).astype("uint8")
+                Image.fromarray(pixels).save(folder / f"{index}.png")
+    torch.manual_seed(0)
+    save_file(timm.create_model(MODEL, **KWARGS).state_dict(), root / "dense.safetensors")
+    return root
+
+
+def words(place: Path, *more: Any) -> list[str]:
+    model = ["--model", MODEL, "--model-kwargs", *KWARG_WORDS, "--checkpoint", place / "dense.safetensors"]
+    data = [
+        "--data-dir",
+        place / "data",
+        "--workers",
+        0,
+        "-gb",
+        4,
+        "-vb",
+        9,
+        "--num-grads",
+        4,
+        "--mean",
+        *[0.5] * 3,
+        "--std",
+        *[0.5] * 3,
+    ]
+    return [str(word) for word in ("shrink", *model, *data, "--output", place / "small.safetensors", *more)]
+
+
+def test_it_writes_a_smaller_model_that_export_reads(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words(place, "--macs", 0.6, "--distill-passes", 1, "--exclude", "blocks.0.attn")) == 0
+    shown = capsys.readouterr().out
+    assert "blocks.0.mlp.fc1  neurons" in shown
+    assert "blocks.0.attn: excluded" in shown
+    summary = json.loads((place / "small.json").read_text())
+    assert list(summary["top1"]) == ["dense", "shrunk", "distilled"]
+    dense, now = summary["costs"]["macs"]
+    assert now <= 0.6 * dense
+    assert f"macs        {dense:,} -> {now:,}" in shown
+    small = capruner.load_shrunk(place / "small.safetensors", timm.create_model(MODEL, **KWARGS))
+    assert capruner.multiply_adds(small, (3, 16, 16)).dense == now
+    pytest.importorskip("onnxruntime")
+    export = [
+        "export",
+        place / "small.safetensors",
+        "--model",
+        MODEL,
+        "--model-kwargs",
+        *KWARG_WORDS,
+        "--output",
+        place / "small.onnx",
+    ]
+    assert main(list(map(str, export))) == 0
+    assert "onnxruntime against torch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--macs", "50"], "write 0.5 for half"),
+        (["--macs", "0.5", "--units", "weights"], "units must be some of"),
+        (["--macs", "0.001"], "out of reach"),
+        (["--macs", "0.5", "--distill-passes", "-1"], "must be at least 0"),
+        (["--macs", "0.5", "--output", "small.pth"], "ends in .safetensors"),
+        (["--macs", "0.5", "--output", "nowhere/small.safetensors"], "there is no folder nowhere"),
+    ],
+)
+def test_mistakes(more: list[str], message: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words(place, *more)) == 2
+    assert message in capsys.readouterr().err
