@@ -13,7 +13,17 @@ pytest.importorskip("timm")
 LINES = {
     "prune": (["--data-dir", ".", "--model", "vit_tiny_patch16_224", "--sparsities", "50"], "write 0.9 for 90 %"),
     "shrink": (
-        ["--data-dir", ".", "--model", "vit_tiny_patch16_224", "--macs", "50", "--output", "s.safetensors"],
+        [
+            "--data-dir",
+            ".",
+            "--model",
+            "vit_tiny_patch16_224",
+            "--random-weights",
+            "--macs",
+            "50",
+            "--output",
+            "s.safetensors",
+        ],
         "write 0.5 for half",
     ),
     "report": (["nowhere"], "there is nothing at nowhere; give the folder of an experiment, or a checkpoint"),

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capruner.cli.arguments import UserError, add_model, add_preprocessing
+from capruner.cli.arguments import UserError, add_model, add_preprocessing, add_weights, check_weights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,8 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags."""
     what = parser.add_argument_group("what to shrink")
     add_model(what, required=True)
-    what.add_argument("--checkpoint", default="", help="weights to start from (.safetensors or .pth)")
-    what.add_argument("--pretrained", action="store_true", help="start from timm's pretrained weights")
+    add_weights(what)
     how = parser.add_argument_group("how")
     target = how.add_mutually_exclusive_group(required=True)
     target.add_argument("--macs", type=float, help="share of the multiply-adds that may remain, 0.5 for example")
@@ -148,7 +147,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Raises :class:`UserError` before any work."""
+    """Raise :class:`UserError` for what can be seen before any work."""
+    check_weights(args)
     for flag, share in (("--macs", args.macs), ("--latency", args.latency)):
         if share is not None and not 0 < share < 1:
             raise UserError(f"{flag} {share:g}: must be the share that remains, between 0 and 1; write 0.5 for half")
