@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=4096, help="calibration images")
     parser.add_argument("--limit", type=int, default=2000, help="validation images")
     parser.add_argument(
-        "--bn-batches", type=int, default=0, help="also re-estimate BatchNorm statistics from so many batches of 256"
+        "--bn-batches", type=int, default=0, help="also re-estimate BatchNorm statistics from N batches of 256"
     )
     parser.add_argument("--distill", type=float, default=0, help="passes of distillation afterwards, reported apart")
     parser.add_argument("--cache", type=Path, default=Path("output/cache"), help="where decoded images are kept")
