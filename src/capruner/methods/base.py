@@ -1,4 +1,4 @@
-"""What every pruning method offers to :func:`capruner.prune`: take gradients, then solve for any number of targets."""
+"""The interface of a pruning method: add gradients, then solve for any number of sparsity levels."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from capruner.patterns import Pattern
 from capruner.shrinkage import phases
 
 MOST_DAMPED = 0.05
-"""Share of a layer's blocks that may need more damping than was asked for; past it ``damp`` itself is wrong."""
+"""Raise if more than this fraction of a layer's blocks needs extra damping."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a method reads of :class:`capruner.PruneConfig`, with the method's own defaults filled in."""
+    """The knobs of :class:`capruner.PruneConfig` that a method reads, with the method's defaults filled in."""
 
     num_grads: int
     fisher_block_size: int | None
@@ -91,7 +91,7 @@ class LayerSolution:
 
 @dataclass
 class Stopwatch:
-    """Seconds by stage; CUDA work is waited for."""
+    """Seconds by stage, CUDA work included."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -113,9 +113,9 @@ class Stopwatch:
 
 
 class Method(ABC):
-    """One calibration of one set of layers. Every tensor covers the blocks that this process owns, all of them where it is alone.
+    """One calibration of some layers. Every tensor covers the blocks that this process owns.
 
-    Life: ``add`` every gradient, ``prepare`` once, ``solve`` as often as wanted.
+    Call :meth:`add` with every gradient, :meth:`prepare` once, then :meth:`solve` any number of times.
 
     Args:
         partition: the layers, in the order that breaks ties, and which process owns which of their blocks.
@@ -132,7 +132,7 @@ class Method(ABC):
     competing: ClassVar[bool] = False
     """True where the blocks of all layers compete by losses, which costs can divide."""
     whole_layers: ClassVar[bool] = False
-    """True for methods that cannot share a layer out over processes."""
+    """True for methods that cannot split a layer over processes."""
 
     def __init__(self, partition: Partition, settings: Settings, clock: Stopwatch) -> None:
         self.partition, self.processes = partition, partition.processes
@@ -158,7 +158,7 @@ class Method(ABC):
         return {}
 
     def silent(self) -> list[str]:
-        """Layers of which this process has blocks, and every gradient of these was exactly zero. Ask between ``add`` and ``prepare``."""
+        """Layers of which this process owns blocks, all of whose gradients were exactly zero. Valid between ``add`` and ``prepare``."""
         return []
 
     def load_state_dict(self, name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -170,15 +170,15 @@ class Method(ABC):
         raise ValueError(f"method {self.name!r} keeps no gradients of {name}")
 
     def compile(self, dtype: torch.dtype) -> None:  # noqa: B027
-        """Compile what :meth:`prepare` runs on a CPU, so that what is wrong with the compiler shows before the gradients and not after them."""
+        """Compile what :meth:`prepare` runs on a CPU, so that a broken compiler shows before the gradients are computed."""
 
     @abstractmethod
-    def prepare(self, weights: Mapping[str, Tensor], dead: Mapping[str, Tensor]) -> None:
-        """After the last gradient: ``(n, B)`` float32 weights of each layer, and bool of those that an earlier mask removed."""
+    def prepare(self, weights: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> None:
+        """After the last gradient: ``(n, B)`` float32 weights of each layer, and bool, True = pruned by an earlier mask."""
 
     @abstractmethod
     def solve(self, levels: Sequence[Sequence[Target]]) -> list[dict[str, LayerSolution]]:
-        """Masks and weights of every layer, for each set of targets.
+        """Masks and weights of every layer, for the targets of each level.
 
         Raises:
             ValueError: a target out of reach.
@@ -195,12 +195,12 @@ class RankedMethod(Method):
         self._unit = 1 if settings.pattern.n_m is not None else settings.pattern.group
 
     def _rank(self, name: str, elimination: Elimination, units: Tensor | None = None) -> None:
-        """Keep an order. ``units``: ``(n,)``, what the losses of each block are multiples of; None: 1."""
+        """Store an order. ``units``: ``(n,)``, the unit of the losses of each block; None: 1."""
         # Two bytes per weight instead of eight: the order is kept for every weight of the model.
         small = elimination.order.shape[1] <= torch.iinfo(torch.int16).max
         order = elimination.order.to(torch.int16) if small else elimination.order
         self._eliminations[name] = Elimination(order, elimination.losses)
-        # Groups that leave together compete as one.
+        # Groups that are pruned together compete as one.
         losses = elimination.losses[:, :: self._unit]
         if units is not None:  # in float64: a float32 cannot hold the losses of tiny gradients
             losses = losses * units[:, None].to(losses.device)
@@ -252,7 +252,7 @@ class RankedMethod(Method):
 
 @contextmanager
 def _naming(layer: str) -> Iterator[None]:
-    """The layer's name before the message of a block that will not factor."""
+    """Prefix :class:`NotPositiveDefiniteError` with the layer name."""
     try:
         yield
     except NotPositiveDefiniteError as error:
@@ -260,7 +260,7 @@ def _naming(layer: str) -> Iterator[None]:
 
 
 class SecondOrderMethod(RankedMethod):
-    """Fisher blocks, their inverses, an order from them, and the closed-form OBS update. What differs is the order."""
+    """Fisher blocks, their inverses, an order from them, and the closed-form OBS update. Methods differ in the order."""
 
     competing = True
 
@@ -277,7 +277,7 @@ class SecondOrderMethod(RankedMethod):
                 self._fisher(name, rows).add(rows)
 
     def _fisher(self, name: str, like: Tensor) -> BlockFisher:
-        """The matrix of a layer's own blocks, made where there is none yet."""
+        """The Fisher blocks of a layer that this process owns; created at the first call."""
         if name not in self._fishers:
             blocks, size = self._own_shape(name)
             self._fishers[name] = BlockFisher(
@@ -302,24 +302,24 @@ class SecondOrderMethod(RankedMethod):
     def silent(self) -> list[str]:
         return [name for name, fisher in self._fishers.items() if not fisher.largest]
 
-    def prepare(self, weights: Mapping[str, Tensor], dead: Mapping[str, Tensor]) -> None:
+    def prepare(self, weights: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> None:
         for name, layout in self.layouts.items():
             fisher = self._fishers.pop(name)
             with _naming(name):
                 with self.clock("fisher"):
                     device = torch.device(self.settings.fisher_inv_device or weights[name].device)
                     padding = layout.is_padding(device)[self.partition.own(name)]
-                    gone = dead[name].to(device)
+                    earlier = pruned[name].to(device)
                     if self.settings.shrinkage != 0:
                         self._set_common(name, fisher)
-                    H = fisher.inverse(gone | padding, RUNGS)
+                    H = fisher.inverse(earlier | padding, RUNGS)
                 if self.settings.shrinkage != 0:
                     self.shares[name] = self.processes.sum(float(fisher.shares.sum())) / layout.num_blocks
                 self._count_damped(name, fisher.damped)
                 self._count_drowned(name, fisher.drowned)
                 with self.clock("eliminate"):
                     weight = weights[name].to(H)
-                    self._rank(name, self._order(weight, H, gone, padding), fisher.units)
+                    self._rank(name, self._order(weight, H, earlier, padding), fisher.units)
             self._weights[name], self._inverses[name], self._units[name] = weight, H, fisher.units
 
     def _set_common(self, name: str, fisher: BlockFisher) -> None:
@@ -345,20 +345,20 @@ class SecondOrderMethod(RankedMethod):
         if drowned := self.processes.total(own, "inverting Fisher blocks"):
             self.drowned[name] = drowned
 
-    def solve_masks(self, gone: Mapping[str, Tensor]) -> dict[str, LayerSolution]:
-        """The weights for given masks: ``(n, B)`` bool per layer, True = leaves."""
+    def solve_masks(self, pruned: Mapping[str, Tensor]) -> dict[str, LayerSolution]:
+        """The weights for given masks: ``(n, B)`` bool per layer, True = pruned."""
         solution = {}
         with self.clock("compensate"):
-            for name, leaves in gone.items():
-                leaves = leaves.to(self._weights[name].device)
-                order = leaves.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
-                weights, losses = self._compensate(name, order, leaves.sum(dim=1)[None])
-                solution[name] = LayerSolution(weights[0], ~leaves, float(losses.sum()))
+            for name, zeros in pruned.items():
+                zeros = zeros.to(self._weights[name].device)
+                order = zeros.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+                weights, losses = self._compensate(name, order, zeros.sum(dim=1)[None])
+                solution[name] = LayerSolution(weights[0], ~zeros, float(losses.sum()))
         return solution
 
     @abstractmethod
-    def _order(self, weight: Tensor, fisher_inv: Tensor, dead: Tensor, padding: Tensor) -> Elimination:
-        """The order in which the weights of each block leave."""
+    def _order(self, weight: Tensor, fisher_inv: Tensor, pruned: Tensor, padding: Tensor) -> Elimination:
+        """The order in which the weights of each block are pruned."""
 
     def _compensate(self, name: str, order: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         with _naming(name):

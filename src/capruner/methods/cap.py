@@ -11,7 +11,7 @@ from capruner.patterns import eliminate_groups
 
 
 class CAP(SecondOrderMethod):
-    """Each weight is scored with all cheaper ones of its block already gone, so correlated weights do not leave together."""
+    """Each weight is scored with all cheaper ones of its block already pruned, so correlated weights are not pruned together."""
 
     name = "cap"
     shrinks = True
@@ -20,10 +20,10 @@ class CAP(SecondOrderMethod):
         if self._unit == 1:
             eliminate(torch.ones(1, 1, dtype=dtype), torch.ones(1, 1, 1, dtype=dtype))
 
-    def _order(self, weight: Tensor, fisher_inv: Tensor, dead: Tensor, padding: Tensor) -> Elimination:
+    def _order(self, weight: Tensor, fisher_inv: Tensor, pruned: Tensor, padding: Tensor) -> Elimination:
         pattern, parallel = self.settings.pattern, self.settings.blocks_in_parallel
         if self._unit > 1:
             return eliminate_groups(
-                weight, fisher_inv, pattern.group, dead=dead, frozen=padding, blocks_in_parallel=parallel
+                weight, fisher_inv, pattern.group, dead=pruned, frozen=padding, blocks_in_parallel=parallel
             )
-        return eliminate(weight, fisher_inv, dead=dead, frozen=padding, n_m=pattern.n_m, blocks_in_parallel=parallel)
+        return eliminate(weight, fisher_inv, dead=pruned, frozen=padding, n_m=pattern.n_m, blocks_in_parallel=parallel)

@@ -54,7 +54,7 @@ class FastCAP(Method):
         self._units: dict[str, float] = {}
         self._scales: dict[str, Tensor] = {}  # (n, 1) per layer
         self._weights: Mapping[str, Tensor] = {}
-        self._dead: Mapping[str, Tensor] = {}
+        self._pruned: Mapping[str, Tensor] = {}
 
     def add(self, slab: Mapping[str, Tensor]) -> None:
         with self.clock("fisher"):
@@ -94,8 +94,8 @@ class FastCAP(Method):
     def silent(self) -> list[str]:
         return [name for name, fisher in self._fishers.items() if not fisher.largest]
 
-    def prepare(self, weights: Mapping[str, Tensor], dead: Mapping[str, Tensor]) -> None:
-        self._weights, self._dead = weights, dead
+    def prepare(self, weights: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> None:
+        self._weights, self._pruned = weights, pruned
         with self.clock("fisher"), full_precision():
             for name, fisher in self._fishers.items():
                 try:
@@ -135,7 +135,7 @@ class FastCAP(Method):
                 if name in self._factors:
                     variance = self._by_block(name, lambda U: U.square().sum(dim=0))  # diagonal of H = UᵀU
                     saliency = self._scales[name] * self._weights[name].square() / (2 * variance)
-                ranked = rank_once(saliency, self.settings.pattern, self._dead[name], self._padding(name)).losses
+                ranked = rank_once(saliency, self.settings.pattern, self._pruned[name], self._padding(name)).losses
                 ranked = (
                     ranked * torch.tensor(self._units.get(name, 1.0), dtype=torch.float64, device=ranked.device)[None]
                 )
@@ -160,7 +160,7 @@ class FastCAP(Method):
     @full_precision()
     def _sweep(self, name: str, count: int) -> LayerSolution:
         """Remove exactly ``count`` weights of a layer (or what an N:M pattern says), left to right."""
-        dead, padding = self._dead[name], self._padding(name)
+        dead, padding = self._pruned[name], self._padding(name)
         if name not in self._factors:  # another process's layer: no blocks of it here
             return LayerSolution(self._weights[name].clone(), ~dead, 0.0)
         U, n_m = self._factors[name], self.settings.pattern.n_m
@@ -204,7 +204,7 @@ class FastCAP(Method):
         """``(n, width)`` bool: the ``count`` cheapest weights of a column-block of ``W`` ``(B, n)``, the dead first, padding never."""
         variance = self._by_block(name, Tensor.diagonal)[:, columns].square()
         saliency = self._scales[name] * W[columns].T.square() / variance
-        saliency = saliency.masked_fill(self._dead[name][:, columns], -torch.inf)
+        saliency = saliency.masked_fill(self._pruned[name][:, columns], -torch.inf)
         saliency = saliency.masked_fill(self._padding(name)[:, columns], torch.inf)
         chosen = saliency.flatten().argsort(stable=True)[:count]
         flat = torch.zeros(saliency.numel(), dtype=torch.bool, device=W.device)

@@ -1,4 +1,4 @@
-"""Magnitude pruning: the smallest weights leave, the others stay what they are. What CAP is compared with."""
+"""Magnitude pruning: prune the smallest weights, keep the values of the others; a baseline for CAP."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Magnitude(RankedMethod):
     def add(self, slab: Mapping[str, Tensor]) -> None:
         raise TypeError("magnitude pruning takes no gradients")
 
-    def prepare(self, weights: Mapping[str, Tensor], dead: Mapping[str, Tensor]) -> None:
+    def prepare(self, weights: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> None:
         self._weights = weights
         for name, layout in self.layouts.items():
             saliency = weights[name].abs()
@@ -30,7 +30,7 @@ class Magnitude(RankedMethod):
                 groups = saliency.unflatten(1, (-1, self._unit)).square().sum(dim=2)
                 saliency = groups.repeat_interleave(self._unit, dim=1)
             padding = layout.is_padding(saliency.device)[self.partition.own(name)]
-            self._rank(name, rank_once(saliency, self.settings.pattern, dead[name], padding))
+            self._rank(name, rank_once(saliency, self.settings.pattern, pruned[name], padding))
 
     def _compensate(self, name: str, order: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         gone = torch.stack([~Elimination(order, order).keep_mask(k) for k in counts])
