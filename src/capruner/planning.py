@@ -25,6 +25,7 @@ from capruner.memory import shown
 from capruner.methods import Stopwatch, Target
 from capruner.modes import eval_mode
 from capruner.numerics import working_dtype
+from capruner.text import text_table
 
 SAMPLE = 32
 """Blocks of a size that are timed together: fewer would each take longer than in a calibration."""
@@ -201,10 +202,5 @@ def _same_random_numbers() -> Iterator[None]:
 
 def _table(rows: Sequence[Mapping[str, Any]], last: str) -> list[str]:
     """Lines of ``name, shape, numel`` and one more column."""
-    header = ("name", "shape", "weights", last.replace("_", " "))
-    cells = [
-        header,
-        *((row["name"], "x".join(map(str, row["shape"])), f"{row['numel']:,}", str(row[last])) for row in rows),
-    ]
-    widths = [max(len(row[column]) for row in cells) for column in range(3)]
-    return [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d}" for a, b, c, d in cells]
+    cells = [[row["name"], "x".join(map(str, row["shape"])), f"{row['numel']:,}", str(row[last])] for row in rows]
+    return text_table(["name", "shape", "weights", last.replace("_", " ")], cells, left=(0, 1, 3)).splitlines()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from capruner.bits import pack, unpack
 from capruner.checks import check_model
 from capruner.files import digest, replacing
+from capruner.rows import mask_rows
 from capruner.wrappers import all_parameters, find
 
 FORMAT = "capruner-result"
@@ -151,17 +152,7 @@ class PruningResult:
     def layer_report(self, sparsity: float | None = None) -> list[dict[str, Any]]:
         """One row per layer: ``name, shape, numel, zeros, sparsity, predicted_loss``."""
         level = self.level(sparsity)
-        return [
-            {
-                "name": name,
-                "shape": tuple(mask.shape),
-                "numel": mask.numel(),
-                "zeros": (zeros := int((~mask).sum())),
-                "sparsity": zeros / mask.numel(),
-                "predicted_loss": level.losses[name],
-            }
-            for name, mask in level.masks.items()
-        ]
+        return [row | {"predicted_loss": level.losses[row["name"]]} for row in mask_rows(level.masks)]
 
     def model_sparsity(self, sparsity: float | None = None) -> tuple[float, float]:
         """Share of zeros over the prunable weights, and over all weights of the model."""

@@ -110,7 +110,7 @@ def test_rows_of_unequal_columns(tmp_path):
 
 def test_a_table():
     shown = output.table([{"name": "dense"}, {"name": "CAP", "top1": 97.316}], {"name": "method", "top1": "top-1"})
-    assert shown.splitlines() == ["method  top-1", "------  -----", " dense      -", "   CAP  97.32"]
+    assert shown.splitlines() == ["method  top-1", "------  -----", "dense       -", "CAP     97.32"]
 
 
 def test_labels_do_not_cover_each_other():

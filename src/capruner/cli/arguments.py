@@ -85,6 +85,16 @@ def add_model(parser: argparse._ActionsContainer, required: bool = False, used: 
     )
 
 
+def add_params(parser: argparse._ActionsContainer) -> None:
+    """``--params``, for commands that count what a checkpoint has pruned."""
+    parser.add_argument(
+        "--params",
+        nargs="+",
+        default=["__ALL_PRUNABLE__"],
+        help="what counts as prunable: names, re:PATTERN (default: the weights of all linear layers)",
+    )
+
+
 def add_weights(parser: argparse._ActionsContainer) -> None:
     """Where the weights come from: ``--pretrained``, ``--checkpoint``, or ``--random-weights``."""
     parser.add_argument("--pretrained", action="store_true", help="start from timm's pretrained weights")

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capruner.cli.arguments import UserError, add_model
-from capruner.cli.tables import text_table
 from capruner.files import replacing
+from capruner.text import text_table
 
 if TYPE_CHECKING:
     from capruner.bench import Subject

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from capruner.cli.arguments import UserError, add_model
-from capruner.cli.tables import text_table
 from capruner.recipes.catalog import find, headline, shipped
+from capruner.text import text_table
 
 METHODS = ("cap", "fast_cap", "obs", "magnitude")
 

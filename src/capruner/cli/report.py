@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from capruner.cli.arguments import UserError, add_model
+from capruner.cli.arguments import UserError, add_model, add_params
 
 HELP = """\
 Write report.html about an experiment's folder or a sparse checkpoint: one file, no network.
@@ -29,12 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a folder that a script has written to, or weights (.safetensors, .pth)",
     )
     add_model(parser, used="for a checkpoint")
-    parser.add_argument(
-        "--params",
-        nargs="+",
-        default=["__ALL_PRUNABLE__"],
-        help="what counts as prunable in a checkpoint: names, re:PATTERN (default: the weights of all linear layers)",
-    )
+    add_params(parser)
     parser.add_argument(
         "--html",
         type=Path,

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from capruner.cli.arguments import add_model
-from capruner.cli.tables import text_table
+from capruner.cli.arguments import add_model, add_params
+from capruner.text import text_table
 
 HELP = """\
 Check a pruned checkpoint: its sparsity, masks, N:M pattern, and that plain timm loads it.
@@ -28,12 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="weights, .safetensors or .pth")
     add_model(parser, required=True)
-    parser.add_argument(
-        "--params",
-        nargs="+",
-        default=["__ALL_PRUNABLE__"],
-        help="what counts as prunable: names, re:PATTERN (default: the weights of all linear layers)",
-    )
+    add_params(parser)
     parser.add_argument(
         "--masks",
         type=Path,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import codecs
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PosixPath
 from typing import Any
 
@@ -104,14 +104,3 @@ def _unwrap_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
             name = name.partition(".")[2]
         unwrapped[name] = value
     return unwrapped
-
-
-def layer_rows(weights: Mapping[str, Tensor], names: Iterable[str]) -> list[dict[str, Any]]:
-    """One row per parameter in ``names``: name, shape, numel, zeros, sparsity."""
-    rows = []
-    for name in names:
-        weight = weights[name]
-        zeros = int((weight == 0).sum())
-        row = {"name": name, "shape": tuple(weight.shape), "numel": weight.numel(), "zeros": zeros}
-        rows.append(row | {"sparsity": zeros / weight.numel()})
-    return rows

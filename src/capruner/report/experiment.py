@@ -16,9 +16,10 @@ from safetensors import SafetensorError, safe_open
 from capruner.files import replacing
 from capruner.macs import MultiplyAdds
 from capruner.report.architecture import architecture, architecture_macs
-from capruner.report.checkpoint import layer_rows, read_weights
+from capruner.report.checkpoint import read_weights
 from capruner.report.contents import Contents, Level
 from capruner.report.page import page
+from capruner.rows import weight_rows
 from capruner.selection import select_parameters
 from capruner.text import printable
 
@@ -213,7 +214,7 @@ def checkpoint_contents(
             f"{path} holds no weights of {model}{f' with --model-kwargs {dict(kwargs)}' if kwargs else ''}: "
             f"{', '.join(unfit[:3])} missing or of another shape"
         )
-    rows = layer_rows(weights, select_parameters(module, params, trainable=False))
+    rows = weight_rows(weights, select_parameters(module, params, trainable=False))
     zeros = sum(row["zeros"] for row in rows)
     share = zeros / sum(row["numel"] for row in rows)
     level = Level(percent(share), share, share, zeros / sum(weights[name].numel() for name in shapes), layers=rows)

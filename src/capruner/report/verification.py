@@ -16,8 +16,9 @@ from capruner.cli.arguments import describe
 from capruner.layout import BlockLayout
 from capruner.patterns import Pattern, parse_mask_type, unsupported
 from capruner.report.architecture import architecture
-from capruner.report.checkpoint import layer_rows, read_weights
+from capruner.report.checkpoint import read_weights
 from capruner.result import load_result
+from capruner.rows import weight_rows
 from capruner.selection import select_parameters
 from capruner.weights import LinearWeight, linear_weights
 
@@ -58,7 +59,7 @@ def verify(
         if name in weights and tuple(weights[name].shape) == shape
     }
     names = [name for name in select_parameters(module, params, trainable=False) if name in here]
-    rows = layer_rows(here, names)
+    rows = weight_rows(here, names)
     checks.append(_finite(weights))
     if masks is not None:
         checks.append(_masks(masks, weights))

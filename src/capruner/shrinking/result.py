@@ -13,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from capruner.cli.tables import text_table
 from capruner.files import digest, replacing
 from capruner.shrinking.surgery import Removal
 from capruner.shrinking.units import LeftAlone
+from capruner.text import text_table
 from capruner.wrappers import unwrap
 
 FORMAT = "capruner-shrunk"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from capruner.cli.arguments import UserError, describe
+from capruner.modes import eval_mode
 from capruner.report.architecture import build
 from capruner.report.checkpoint import load_weights
 
@@ -39,24 +40,16 @@ def check_forward(model: nn.Module, input_size: Sequence[int], name: str, traini
         UserError: it does not take images of that size, or its output is not one tensor of class scores.
     """
     some = next(model.parameters())
-    buffers = {key: value.clone() for key, value in model.named_buffers()}
-    modes = {module: module.training for module in model.modules()}
     images = torch.zeros(2, *input_size, device=some.device, dtype=some.dtype)
     devices = [some.device] if some.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices):
+        with eval_mode(model), torch.random.fork_rng(devices):
             output = model.train(training)(images)
     except Exception as error:  # whatever the architecture trips over
         raise UserError(
             f"{name} does not take images of {tuple(input_size)}: {describe(error)}. "
             f"--img-size sets the size of the images, --model-kwargs img_size={input_size[1]} that of a model that is built for one size"
         ) from error
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for key, value in model.named_buffers():
-            if key in buffers and value.shape == buffers[key].shape:
-                value.copy_(buffers[key])
     if not isinstance(output, Tensor):
         raise UserError(
             f"{name} returns a {type(output).__name__} {'in training mode ' * training}where one tensor of class scores is needed; "
@@ -64,11 +57,18 @@ def check_forward(model: nn.Module, input_size: Sequence[int], name: str, traini
         )
 
 
-def seed_everything(seed: int) -> None:
-    """Seed all generators that models, transforms and loaders draw from."""
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 (it is the global generator that others draw from)
-    torch.manual_seed(seed)
+def seed_everything(seed: int, *place: int) -> None:
+    """Seed all generators that models, transforms and loaders draw from.
+
+    Args:
+        seed: of the run.
+        place: where a training stands, its epoch and rank. With the same numbers the generators have the same states, so that a resumed run has no random
+            state to restore, and worker processes, whose seeds come from torch's, agree too.
+    """
+    state = int(np.random.SeedSequence([seed, *place]).generate_state(1)[0]) if place else seed
+    random.seed(state)
+    np.random.seed(state)  # noqa: NPY002 (it is the global generator that others draw from)
+    torch.manual_seed(state)
 
 
 def pick_device(name: str) -> torch.device:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 import capruner
@@ -24,6 +23,7 @@ from capruner.cli.knobs import given
 from capruner.macs import multiply_adds
 from capruner.recipes.text import stored_text
 from capruner.report import write_report
+from capruner.rows import weight_rows
 from capruner.vision import data as images
 from capruner.vision import engines, evaluate, huggingface, modeling, one_shot_arguments, output, plots
 from capruner.vision.wandb_log import WandbLog
@@ -115,14 +115,14 @@ class Run:
     ) -> None:
         """Measure a model, write its checkpoint, and bring the summary up to date. ``predicted``: increase of the loss by layer."""
         weights = dict(model.named_parameters())
-        zeros = {name: int((weights[name] == 0).sum()) for name in self.names}
-        prunable = sum(weights[name].numel() for name in self.names)
-        shares = {name: zeros[name] / weights[name].numel() for name in self.names}
+        layers = weight_rows(weights, self.names)
+        zeros, prunable = (sum(layer[key] for layer in layers) for key in ("zeros", "numel"))
+        shares = {layer["name"]: layer["sparsity"] for layer in layers}
         row: dict[str, Any] = {
             "method": "dense" if requested is None else self.method,
             "requested": requested,
-            "reached_prunable": sum(zeros.values()) / prunable,
-            "reached_all": sum(zeros.values()) / sum(p.numel() for p in weights.values()),
+            "reached_prunable": zeros / prunable,
+            "reached_all": zeros / sum(p.numel() for p in weights.values()),
             **evaluate.evaluate(model, self.val, self.device),
             "seconds": seconds,
             **{f"seconds_{stage}": value for stage, value in stages.items()},
@@ -131,11 +131,10 @@ class Run:
             "macs_left": self.macs.left(shares),
         }
         if requested is not None:
-            self.layers[requested] = [
-                {"name": n, "numel": weights[n].numel(), "zeros": zeros[n], "sparsity": shares[n]}
-                | ({} if predicted is None else {"predicted_loss": predicted.get(n, 0.0)})
-                for n in self.names
-            ]
+            if predicted is not None:
+                for layer in layers:
+                    layer["predicted_loss"] = predicted.get(layer["name"], 0.0)
+            self.layers[requested] = layers
             self.save(model, f"sparsity_{requested:g}")
             if self.args.recalibrate_bn:
                 self.recalibrate(model, row)
@@ -163,13 +162,12 @@ class Run:
 
     def save(self, model: nn.Module, name: str) -> None:
         if self.args.save_model:
-            (self.folder / "checkpoints").mkdir(exist_ok=True)
+            folder = self.folder / "checkpoints"
             if huggingface.is_huggingface(self.args.model):
-                huggingface.save(model, self.folder / "checkpoints" / name)
-                return
-            state = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
-            path = self.folder / "checkpoints" / f"{name}.safetensors"
-            output.write_atomically(path, lambda partial: save_file(state, partial))
+                folder.mkdir(exist_ok=True)
+                huggingface.save(model, folder / name)
+            else:
+                output.save_weights(folder / f"{name}.safetensors", model)
 
     def write(self, finished: bool = False) -> None:
         packages = ["torch", "torchvision", "timm", "numpy"] + ["sparseml"] * (self.recipe.name == "sparseml")

@@ -6,13 +6,17 @@ import csv
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
+from torch import nn
+
 from capruner.cli.arguments import UserError
 from capruner.files import remove_leftovers, replacing
+from capruner.text import text_table
 
 
 def make_folder(output: str, experiment: str) -> Path:
@@ -126,6 +130,13 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         ) from error
 
 
+def save_weights(path: Path, model: nn.Module, header: dict[str, str] | None = None) -> None:
+    """Write a safetensors file that ``timm.create_model(..., checkpoint_path=path)`` loads."""
+    state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, lambda partial: save_file(state, partial, header))
+
+
 def write_json(path: Path, content: Any) -> None:
     """Indented JSON."""
     write_atomically(path, lambda p: p.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8"))
@@ -144,17 +155,12 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     write_atomically(path, write)
 
 
-def table(rows: Sequence[dict[str, Any]], columns: dict[str, str]) -> str:
+def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
     """A text table: ``columns`` maps keys to headings; absent values are a dash."""
-    cells = [list(columns.values())]
-    for row in rows:
-        cells.append([_shown(row.get(key)) for key in columns])
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in cells]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+    return text_table(list(columns.values()), [[_cell(row.get(key)) for key in columns] for row in rows])
 
 
-def _shown(value: Any) -> str:
+def _cell(value: Any) -> str:
     if value is None:
         return "-"
     return f"{value:.2f}" if isinstance(value, float) else str(value)

@@ -23,7 +23,7 @@ from capruner.vision import data as images
 from capruner.vision import modeling, output, training_resume
 from capruner.vision.training_arguments import parse
 from capruner.vision.training_checkpoint import load_training, save_state, save_weights
-from capruner.vision.training_data import GradientSamples, seed_everything, train_loader, validation_loader
+from capruner.vision.training_data import GradientSamples, train_loader, validation_loader
 from capruner.vision.training_log import Log, learning_rate
 from capruner.vision.training_loop import Stepper, measure, precision, train_one_epoch, training_loss
 from capruner.vision.training_processes import Processes, parallel, started
@@ -42,7 +42,7 @@ class Training:
         args.epochs = self.epochs = epochs(self.recipe, args)  # timm's schedulers read it
         if saved:
             training_resume.changed_arguments(saved["arguments"], args)
-        seed_everything(args.seed, 0, 0)  # the same new layers on every process
+        modeling.seed_everything(args.seed, 0, 0)  # the same new layers on every process
         if saved:  # all weights come from there
             self.model = modeling.build_model(args.model, args.model_kwargs, "", pretrained=False)
         else:
@@ -185,7 +185,7 @@ class Training:
 
     def _train(self) -> dict[str, float]:
         args, index = self.args, self.epoch - 1
-        seed_everything(args.seed, self.epoch, self.processes.rank)
+        modeling.seed_everything(args.seed, self.epoch, self.processes.rank)
         if hasattr(self.train.sampler, "set_epoch"):
             self.train.sampler.set_epoch(args.seed * 100_003 + index)
         if args.mixup_off_epoch and index >= args.mixup_off_epoch:

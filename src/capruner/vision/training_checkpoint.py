@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from capruner.cli.arguments import UserError
-from capruner.vision.output import write_atomically
+from capruner.vision import output
 from capruner.vision.training_recipe import check_masks
 
 FORMAT = "capruner-training-2"
@@ -37,11 +36,7 @@ def save_weights(path: Path, model: nn.Module, masks: dict[str, Tensor], metadat
         RuntimeError: a pruned weight is not zero.
     """
     check_masks(model, masks, path.name)
-    state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
-    path.parent.mkdir(exist_ok=True)
-
-    header = {"capruner": json.dumps(metadata)}  # one key: several would come in random order
-    write_atomically(path, lambda partial: save_file(state, partial, header))
+    output.save_weights(path, model, {"capruner": json.dumps(metadata)})  # one key: several would come in random order
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
@@ -53,7 +48,7 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
         except RuntimeError as error:  # what torch makes of a disk that is full
             raise OSError(f"{str(error).splitlines()[0]}; is there room on the disk?") from error
 
-    write_atomically(path, write)
+    output.write_atomically(path, write)
 
 
 def load_state(path: Path) -> dict[str, Any]:

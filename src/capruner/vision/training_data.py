@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import random
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,17 +22,6 @@ from capruner.vision.training_arguments import uses_mixup
 from capruner.vision.training_processes import Processes
 
 Batch = tuple[list[Tensor], dict[str, Any], Tensor]
-
-
-def seed_everything(seed: int, epoch: int, rank: int) -> None:
-    """Set all random states from where training stands.
-
-    Done at the start of each epoch: then there is no random state to save, and worker processes, whose seeds come from torch's, are in step too.
-    """
-    state = int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1)[0])
-    random.seed(state)
-    np.random.seed(state)  # noqa: NPY002 (timm's mixup draws from it)
-    torch.manual_seed(state)
 
 
 def train_loader(

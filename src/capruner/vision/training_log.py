@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from capruner.recipes import read as read_recipe
+from capruner.rows import mask_rows
 from capruner.vision import output
 from capruner.vision.plots import COLOURS, plt
-from capruner.vision.training_recipe import layer_sparsities, sparsity_of
+from capruner.vision.training_recipe import sparsity_of
 from capruner.vision.wandb_log import WandbLog
 
 LINE = {
@@ -56,7 +57,7 @@ class Log:
 
     def update(self, epoch: float, masks: Mapping[str, Tensor]) -> None:
         """A pruning update has happened at ``epoch``."""
-        layers = layer_sparsities(dict(masks))
+        layers = mask_rows(masks)
         self.updates.append({"epoch": epoch, "sparsity": sparsity_of(dict(masks)), "layers": layers})
         output.write_json(self.folder / "layer_sparsity.json", self.updates)
         if self.args.log_sparsity:
@@ -70,7 +71,7 @@ class Log:
         print(f"epoch {row['epoch']:>3}: " + ", ".join(parts) + f", {row['seconds']:.1f} s", flush=True)
         self.write()
         if self._wandb:
-            shown = row | {f"sparsity/{layer['name']}": layer["sparsity"] for layer in layer_sparsities(dict(masks))}
+            shown = row | {f"sparsity/{layer['name']}": layer["sparsity"] for layer in mask_rows(masks)}
             if self.args.log_param_histogram:
                 shown |= self._histograms(model, masks)
             self._wandb.log(shown, step=row["epoch"])

@@ -139,15 +139,6 @@ def sparsity_of(masks: dict[str, Tensor]) -> float:
     return sum(int((~mask).sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
 
 
-def layer_sparsities(masks: dict[str, Tensor]) -> list[dict[str, Any]]:
-    """Rows ``name, numel, zeros, sparsity``."""
-    rows = []
-    for name, mask in masks.items():
-        zeros = int((~mask).sum())
-        rows.append({"name": name, "numel": mask.numel(), "zeros": zeros, "sparsity": zeros / mask.numel()})
-    return rows
-
-
 @torch.no_grad()
 def apply_masks(model: nn.Module, masks: dict[str, Tensor]) -> None:
     """Zero what is pruned, in a model that the recipe does not know (the moving average)."""
