@@ -156,11 +156,12 @@ def test_batchnorm_recalibration_is_reported_beside_the_plain_accuracy(place: Pa
     assert row["loss"] != row["loss_bn"]
 
 
+OTHER = {"model_kwargs": [f"{k}={v}" for k, v in (KWARGS | {"num_classes": 7}).items()]}
 BAD = {
     "no folder": ({"data_dir": "/nowhere"}, "--data-dir /nowhere is not a folder"),
     "unknown model": ({"model": "vit_tinny_patch16_224"}, "timm has no such model; near:.*vit_tiny_patch16_224"),
     "missing checkpoint": ({"checkpoint": "/nowhere.pth"}, "--checkpoint /nowhere.pth: no checkpoint at /nowhere.pth"),
-    "other classes": ({"model_kwargs": [f"{k}={v}" for k, v in (KWARGS | {"num_classes": 7}).items()], "checkpoint": None, "random_weights": True}, "3 classes, the model 7 outputs"),
+    "other classes": (OTHER | {"checkpoint": None, "random_weights": True}, "3 classes, the model 7 outputs"),
     "sparsity in percent": ({"sparsities": [50]}, r"must lie in \[0, 1\); write 0.9 for 90 %"),
     "experiment outside": ({"experiment": "../up"}, "must be a name inside --output"),
     "no recipe": ({"sparseml_recipe": "/nowhere.yaml"}, "no such file, and no shipped recipe"),

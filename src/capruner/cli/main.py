@@ -67,6 +67,8 @@ def _dispatch(argv: Sequence[str] | None) -> int:
         return int(module.run(args))
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
+        if not package:  # one of our own messages, which says what to install
+            raise UserError(str(error)) from error
         if package not in EXTRAS:
             raise
         raise UserError(
