@@ -52,7 +52,7 @@ def test_gradual(name: str, libraries: list[str], tmp_path: Path) -> None:
     output = run((EXAMPLES / f"{name}.py").read_text(encoding="utf-8"), tmp_path)
     sparsity, accuracy = (float(word[:-1]) for word in output.replace(",", " ").split() if word.endswith("%"))
     assert sparsity == 90
-    assert accuracy > 90
+    assert accuracy > 85
 
 
 def test_shrink_and_export(tmp_path: Path) -> None:
