@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import capruner
-from capruner.export import two_of_four
+from capruner.deploy.semi_structured import two_of_four
 from capruner.patterns import Pattern, unsupported
 from capruner.weights import left_dense, linear_weights
 

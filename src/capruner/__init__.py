@@ -13,6 +13,7 @@ from capruner import startup  # noqa: F401 - first: what it does has to happen b
 from capruner.calibrated import CalibratedModel, Sparsest
 from capruner.checkpoint import StateError, remove_state
 from capruner.config import PruneConfig
+from capruner.deploy.sparse_file import load_sparse, save_sparse
 from capruner.macs import MultiplyAdds, multiply_adds
 from capruner.masking import MaskHandle, mask_model
 from capruner.numerics import NotPositiveDefiniteError
@@ -51,11 +52,13 @@ __all__ = [
     "eliminate",
     "load_result",
     "load_shrunk",
+    "load_sparse",
     "mask_model",
     "multiply_adds",
     "plan",
     "prune",
     "recalibrate_bn",
     "remove_state",
+    "save_sparse",
     "shrink",
 ]

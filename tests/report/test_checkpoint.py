@@ -92,6 +92,22 @@ def test_every_command_takes_timms_checkpoint(
     assert torch.equal(model.state_dict()["head.bias"], weights["head.bias"])
 
 
+def test_every_command_takes_a_sparse_file(
+    weights: dict[str, Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "sparse.safetensors"
+    capruner.save_sparse(weights, path)
+    assert all(torch.equal(read_weights(path)[name], value) for name, value in weights.items())
+    assert main(["verify", str(path), *WORDS]) == 0
+    assert "ok    loads: capruner.load_sparse expands it" in capsys.readouterr().out
+    assert main(["report", str(path), *WORDS]) == 0
+    page = path.with_suffix(".report.html").read_text()
+    assert "bit mask" in page
+    assert "capruner-sparse" not in page  # the format's own header
+    assert main(["export", str(path), *WORDS, "--output", str(tmp_path / "plain.safetensors")]) == 0
+    assert torch.equal(read_weights(tmp_path / "plain.safetensors")["head.bias"], weights["head.bias"])
+
+
 class Foreign:
     """Something that unpickling would run."""
 

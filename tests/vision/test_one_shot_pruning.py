@@ -22,6 +22,7 @@ MODEL = "vit_tiny_patch16_224"
 KWARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 3}
 
 sys.path.insert(0, str(ROOT))
+import capruner  # noqa: E402
 from capruner.cli import arguments as cli  # noqa: E402
 from capruner.vision import one_shot_pruning  # noqa: E402
 
@@ -245,6 +246,17 @@ def test_multiply_adds_can_decide(place: Path, tmp_path: Path) -> None:
 def test_multiply_adds_mean_nothing_to_others(recipe: str, place: Path) -> None:
     with pytest.raises(cli.UserError, match=f"--allocate-by macs is not supported by {recipe}"):
         one_shot_pruning.main(arguments(place, recipe, allocate_by="macs"))
+
+
+def test_sparse_checkpoints_are_those_of_the_run(place: Path, tmp_path: Path) -> None:
+    there: dict[str, object] = {"recipe": "GlobalMagnitudePruningModifier", "sparsities": [0.8], "overwrite": None}
+    for kind in ("dense", "sparse"):
+        one_shot_pruning.main(arguments(place, **there, output=tmp_path / kind, save_model=kind))
+    file = Path("trial") / "checkpoints" / "sparsity_0.8.safetensors"
+    dense, sparse = load_file(tmp_path / "dense" / file), capruner.load_sparse(tmp_path / "sparse" / file)
+    assert dense.keys() == sparse.keys()
+    assert all(torch.equal(sparse[name], value) for name, value in dense.items())
+    assert (tmp_path / "sparse" / file).stat().st_size < (tmp_path / "dense" / file).stat().st_size
 
 
 @pytest.mark.promise("Scripts", "The folder of a finished run is replaced with `--overwrite` only, and as a whole")

@@ -1,4 +1,4 @@
-"""``capruner bench``: dense against pruned on this machine."""
+"""``capruner bench``: time dense and pruned models on this machine."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from capruner.files import replacing
 from capruner.text import text_table
 
 if TYPE_CHECKING:
-    from capruner.bench import Subject
+    from capruner.deploy.bench import Subject
 
 HELP = """\
 Time models against each other: latency and throughput by engine, in interleaved rounds.
 
-Takes ONNX files of capruner export, or with --model checkpoints, which it exports itself. The first file is what the others are compared with: give the
-dense model first, or --twin. Every pair of engine and file runs in a process of its own with the same number of threads, and stands still when it is not its
-turn; rounds take turns, so that a machine that slows down slows all. Engines that are not installed are named; nothing is installed for you.
+Takes ONNX files of capruner export, or with --model checkpoints, which it exports itself. The others are compared with the first file: give the dense model
+first, or --twin. Every pair of engine and file has its own process with the same number of threads, stopped between its turns; pairs take turns in each
+round, so that a slow phase of the machine hits all alike. Engines that are not installed are listed; nothing is installed for you.
 
 "times the reference" compares with the first model in the first engine of the table, "times here" with the first model in the same engine.
 """
@@ -37,52 +37,52 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags."""
-    from capruner.bench import ENGINES
+    from capruner.deploy.bench import ENGINES
 
     parser.add_argument("files", metavar="FILE", type=Path, nargs="+", help="ONNX files, or checkpoints")
     parser.add_argument(
         "--twin",
         action="store_true",
-        help="compare with a twin of the first file that has random values for its zeros: speed does not depend on which",
+        help="compare with a dense twin of the first file: random values for its zeros",
     )
     add_model(parser, used="for checkpoints")
     parser.add_argument(
         "--engines",
         nargs="+",
         choices=ENGINES,
-        help="default: all that fit: onnxruntime deepsparse openvino, for checkpoints torch too; on a GPU torch, in half precision semi_structured too",
+        help="default: onnxruntime mnn openvino deepsparse, for checkpoints torch too; on a GPU torch, in half precision semi_structured too",
     )
     parser.add_argument("--batch-size", nargs="+", type=int, default=[1], help="default 1")
-    parser.add_argument("--rounds", type=int, default=7, help="turns that each pair gets (default 7)")
+    parser.add_argument("--rounds", type=int, default=7, help="turns per pair (default 7)")
     parser.add_argument("--seconds", type=float, default=1.0, help="length of a turn (default 1)")
-    parser.add_argument("--threads", type=int, default=2, help="threads of each engine (default 2)")
+    parser.add_argument("--threads", type=int, default=2, help="threads per engine (default 2)")
     parser.add_argument(
         "--python",
         nargs="*",
         default=[],
         metavar="ENGINE=PATH",
-        help="interpreter for an engine that lives in another environment",
+        help="interpreter for an engine that is installed in another environment",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="for torch (default cpu)")
     parser.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="for torch and openvino"
     )
     parser.add_argument("--compile", action="store_true", help="for torch: torch.compile")
-    parser.add_argument("--json", type=Path, help="write the figures to this file too")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.epilog = EXAMPLE
 
 
 def run(args: argparse.Namespace) -> int:
     """Print a table; 1 if no engine ran."""
     pythons = _check(args)
-    from capruner.bench import Settings, measure
+    from capruner.deploy.bench import BenchConfig, measure
 
     asked = {name: getattr(args, name) for name in ("model", "device", "dtype", "compile")}
     with tempfile.TemporaryDirectory(prefix="capruner-bench-") as folder:
         subjects, shape = _checkpoints(args, Path(folder)) if args.model else _graphs(args, Path(folder))
         asked["kwargs"] = args.model_kwargs
-        settings = Settings(shape, args.threads, args.rounds, args.seconds, pythons, asked)
-        found = measure(subjects, args.engines, args.batch_size, settings)
+        config = BenchConfig(shape, args.threads, args.rounds, args.seconds, pythons, asked)
+        found = measure(subjects, args.engines, args.batch_size, config)
     found |= {"rounds": args.rounds, "seconds": args.seconds, "threads": args.threads, "machine": _machine()}
     print(_text(found))
     if args.json:
@@ -92,8 +92,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> dict[str, str]:
-    """The interpreters of ``--python``."""
-    from capruner.bench import ENGINES, TORCH_ENGINES
+    """Validate the arguments; the interpreters of ``--python``."""
+    from capruner.deploy.bench import ENGINES, TORCH_ENGINES
 
     for file in args.files:
         if not file.is_file():
@@ -101,19 +101,19 @@ def _check(args: argparse.Namespace) -> dict[str, str]:
         if args.model and file.suffix == ".onnx":
             raise UserError(f"{file} is ONNX: leave --model out, or give checkpoints")
         if not args.model and file.suffix != ".onnx":
-            raise UserError(f"{file} is a checkpoint: say of which timm model, --model NAME")
+            raise UserError(f"{file} is a checkpoint: name its timm model, --model NAME")
     if args.engines is None:
         args.engines = _fitting(args)
     for engine in args.engines:
         if engine in TORCH_ENGINES and not args.model:
-            raise UserError(f"--engines {engine} runs checkpoints, with --model NAME; ONNX files are for the others")
+            raise UserError(f"--engines {engine} reads checkpoints, with --model NAME; ONNX files are for the others")
     if "semi_structured" in args.engines and (args.device != "cuda" or args.dtype == "float32"):
         raise UserError("--engines semi_structured: 2:4 kernels are for GPUs, --device cuda --dtype bfloat16")
     pythons = dict(item.partition("=")[::2] for item in args.python)
     for engine, path in pythons.items():
         if engine not in ENGINES or not shutil.which(path):
             raise UserError(
-                f"--python {engine}={path}: wants ENGINE=PATH with an engine of {', '.join(ENGINES)} and an interpreter that exists"
+                f"--python {engine}={path}: expected ENGINE=PATH with an engine of {', '.join(ENGINES)} and an existing interpreter"
             )
     if args.json and not args.json.parent.is_dir():
         raise UserError(f"--json {args.json}: there is no folder {args.json.parent}")
@@ -123,28 +123,28 @@ def _check(args: argparse.Namespace) -> dict[str, str]:
 
 
 def _fitting(args: argparse.Namespace) -> list[str]:
-    """The engines that take such files on such a device; the first that is installed is the reference."""
+    """The engines for such files and device; the first installed one is the reference."""
     if args.device == "cuda":
         return ["torch"] if args.dtype == "float32" else ["torch", "semi_structured"]
-    return ["onnxruntime", "deepsparse", "openvino", *(["torch"] if args.model else [])]
+    return ["onnxruntime", "mnn", "openvino", "deepsparse", *(["torch"] if args.model else [])]
 
 
 def _graphs(args: argparse.Namespace, folder: Path) -> tuple[list[Subject], tuple[int, ...]]:
-    """What to measure and the shape of an image."""
-    from capruner import bench
+    """What to measure, and the shape of an image."""
+    from capruner.deploy import bench, graphs
 
-    subjects = [bench.Subject(name, f, sparsity=bench.sparsity_of(f)) for name, f in zip(_names(args), args.files)]
+    subjects = [bench.Subject(name, f, sparsity=graphs.sparsity_of(f)) for name, f in zip(_names(args), args.files)]
     if args.twin:
         twin = folder / "twin.onnx"
-        bench.fill_zeros(args.files[0], twin)
-        subjects.insert(0, bench.Subject("dense twin", twin, sparsity=bench.sparsity_of(twin)))
-    return subjects, bench.image_shape(args.files[0])
+        graphs.fill_zeros(args.files[0], twin)
+        subjects.insert(0, bench.Subject("dense twin", twin, sparsity=graphs.sparsity_of(twin)))
+    return subjects, graphs.image_shape(args.files[0])
 
 
 def _checkpoints(args: argparse.Namespace, folder: Path) -> tuple[list[Subject], tuple[int, ...]]:
     from safetensors.torch import save_file
 
-    from capruner import bench, export
+    from capruner.deploy import bench, export
 
     files = dict(zip(_names(args), args.files))
     if args.twin:
@@ -166,7 +166,7 @@ def _checkpoints(args: argparse.Namespace, folder: Path) -> tuple[list[Subject],
 
 
 def _names(args: argparse.Namespace) -> list[str]:
-    """File names, with their folders where two are the same."""
+    """File names, with their folders where two are equal."""
     names = [file.stem for file in args.files]
     return names if len(set(names)) == len(names) else [str(file.with_suffix("")) for file in args.files]
 

@@ -16,6 +16,7 @@ EXTRAS = {
     **dict.fromkeys(("timm", "torchvision", "PIL", "matplotlib"), "vision"),
     **dict.fromkeys(("onnx", "onnxruntime"), "export"),
     "torch_pruning": "shrink",
+    "MNN": "mnn",
     "wandb": "wandb",
 }
 """``{package: extra of ours that installs it}``."""

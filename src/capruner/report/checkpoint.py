@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 import codecs
-import json
 from collections.abc import Mapping
 from pathlib import Path, PosixPath
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from capruner.deploy.sparse_file import is_sparse, load_sparse, read_header
 from capruner.result import FORMAT as RESULT_FORMAT
 
 _HOLDERS = ("state_dict_ema", "model_ema", "state_dict", "model")
@@ -36,7 +36,7 @@ _HARMLESS: list[Any] = [
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """``{name: tensor}`` of a safetensors file, or of a ``torch.save`` file: a state dict, or a training checkpoint that holds one as timm's do.
+    """``{name: tensor}`` of a checkpoint: safetensors, :func:`capruner.save_sparse`, or ``torch.save`` of a state dict or of a training checkpoint like timm's.
 
     Raises:
         FileNotFoundError: no such file.
@@ -52,6 +52,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             f"{path} is a pruning result, not a checkpoint: it holds masks and weights of several sparsities. "
             "capruner.load_result(path).apply(model, sparsity) puts one into a model; --save-model writes checkpoints"
         )
+    if is_sparse(path):
+        return load_sparse(path)
     if path.suffix.lower() in (".npz", ".npy"):
         raise ValueError(f"{path}: numpy checkpoints are not read; load it with timm and save model.state_dict()")
     try:
@@ -88,13 +90,8 @@ def load_weights(model: nn.Module, path: str | Path, name: str = "the model") ->
 
 
 def is_result(path: Path) -> bool:
-    """Whether a file is what :meth:`capruner.PruningResult.save` writes."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("capruner", "{}"))
-    except (SafetensorError, OSError, ValueError):
-        return False
-    return isinstance(header, dict) and header.get("format") == RESULT_FORMAT
+    """Whether a file was written by :meth:`capruner.PruningResult.save`."""
+    return read_header(path).get("format") == RESULT_FORMAT
 
 
 def _unwrap_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
+from capruner.deploy.sparse_file import FORMAT as SPARSE_FORMAT
+from capruner.deploy.sparse_file import read_header, sparse_bytes
 from capruner.files import replacing
 from capruner.macs import MultiplyAdds
 from capruner.report.architecture import architecture, architecture_macs
@@ -218,7 +220,7 @@ def checkpoint_contents(
     zeros = sum(row["zeros"] for row in rows)
     share = zeros / sum(row["numel"] for row in rows)
     level = Level(percent(share), share, share, zeros / sum(weights[name].numel() for name in shapes), layers=rows)
-    facts = checkpoint_facts(path)
+    facts = checkpoint_facts(path) | {"size": _sizes(weights)}
     level.top1 = facts.get("top1")
     level.checkpoints = [(path.name, link(Path(os.path.relpath(path.resolve(), page_folder.resolve()))))]
     prunable = "the weights of all linear layers" if list(params) == ["__ALL_PRUNABLE__"] else ", ".join(params)
@@ -229,14 +231,19 @@ def checkpoint_contents(
     return contents
 
 
+def _sizes(weights: Mapping[str, Tensor]) -> str:
+    """Bytes of the weights, dense and as :func:`capruner.save_sparse` stores them."""
+    dense = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+    sizes = [dense, sparse_bytes(weights), sparse_bytes(weights, half=True)]
+    return "{:.2f} MiB dense, {:.2f} MiB as bit mask and values, {:.2f} MiB with values in float16".format(
+        *(size / 2**20 for size in sizes)
+    )
+
+
 def checkpoint_facts(path: Path) -> dict[str, Any]:
-    """What our scripts write into a safetensors header; empty for other files."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = json.loads((file.metadata() or {}).get("capruner", "{}"))
-    except (SafetensorError, json.JSONDecodeError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    """Facts that capruner wrote into the header of a safetensors file; empty for other files."""
+    header = read_header(path)
+    return header["facts"] if header.get("format") == SPARSE_FORMAT else header
 
 
 def _count_macs(contents: Contents, kwargs: Mapping[str, Any], img_size: int | None) -> None:

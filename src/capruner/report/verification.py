@@ -13,10 +13,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from capruner.cli.arguments import describe
+from capruner.deploy.sparse_file import is_sparse
 from capruner.layout import BlockLayout
 from capruner.patterns import Pattern, parse_mask_type, unsupported
-from capruner.report.architecture import architecture
-from capruner.report.checkpoint import read_weights
+from capruner.report.architecture import architecture, build
+from capruner.report.checkpoint import load_weights, read_weights
 from capruner.result import load_result
 from capruner.rows import weight_rows
 from capruner.selection import select_parameters
@@ -205,9 +206,19 @@ def _pattern(
 def _loads(path: Path, model: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     import timm
 
+    if is_sparse(path):
+        return _loads_sparse(path, model, kwargs)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             timm.create_model(model, checkpoint_path=str(path), **kwargs)
     except Exception as error:
         return _check("loads in timm", False, describe(error))
     return _check("loads in timm", True, f"timm.create_model({model!r}, checkpoint_path=...) takes it, nothing missing")
+
+
+def _loads_sparse(path: Path, model: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        load_weights(build(model, kwargs), path, model)
+    except ValueError as error:
+        return _check("loads", False, describe(error))
+    return _check("loads", True, "capruner.load_sparse expands it, and the model takes all of it, nothing missing")

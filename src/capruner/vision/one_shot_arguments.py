@@ -90,7 +90,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     out.add_argument("--output", "--output-dir", default="output", help="parent folder (default ./output)")
     out.add_argument("--experiment", default="", help="name of the folder in it (default: model and recipe)")
     out.add_argument("--overwrite", action="store_true", help="replace the finished run in that folder")
-    out.add_argument("--save-model", action="store_true", help="write a checkpoint per sparsity")
+    out.add_argument(
+        "--save-model",
+        nargs="?",
+        const="dense",
+        choices=("dense", "sparse"),
+        help="write a checkpoint per sparsity; sparse: with one bit per zero, for capruner.load_sparse and all capruner commands",
+    )
     out.add_argument(
         "--log-wandb", action="store_true", help="log to Weights & Biases too (WANDB_MODE=offline needs no account)"
     )

@@ -161,13 +161,16 @@ class Run:
             self.save(model, f"sparsity_{row['requested']:g}_bn")
 
     def save(self, model: nn.Module, name: str) -> None:
-        if self.args.save_model:
-            folder = self.folder / "checkpoints"
-            if huggingface.is_huggingface(self.args.model):
-                folder.mkdir(exist_ok=True)
-                huggingface.save(model, folder / name)
-            else:
-                output.save_weights(folder / f"{name}.safetensors", model)
+        folder = self.folder / "checkpoints"
+        if not self.args.save_model:
+            return
+        folder.mkdir(exist_ok=True)
+        if self.args.save_model == "sparse":
+            capruner.save_sparse(model, folder / f"{name}.safetensors")
+        elif huggingface.is_huggingface(self.args.model):
+            huggingface.save(model, folder / name)
+        else:
+            output.save_weights(folder / f"{name}.safetensors", model)
 
     def write(self, finished: bool = False) -> None:
         packages = ["torch", "torchvision", "timm", "numpy"] + ["sparseml"] * (self.recipe.name == "sparseml")

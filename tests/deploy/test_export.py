@@ -17,8 +17,8 @@ timm = pytest.importorskip("timm")
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 import capruner  # noqa: E402
-from capruner import export  # noqa: E402
 from capruner.cli.main import main  # noqa: E402
+from capruner.deploy import export, semi_structured  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_other_families(name: str, tmp_path: Path) -> None:
     size = {"img_size": 56} if "swin" in name else {}
     model = timm.create_model(name, num_classes=3, **size)
     found = export.to_onnx(model, tmp_path / "m.onnx", (3, 56, 56))
-    assert found["difference"] < 1e-4
+    assert found.difference < 1e-4
 
 
 def test_a_difference_is_an_error_and_leaves_no_file(tmp_path: Path) -> None:
@@ -76,17 +76,30 @@ def test_safetensors(checkpoint: Path, tmp_path: Path) -> None:
     timm.create_model(MODEL, **KWARGS, checkpoint_path=tmp_path / "w.safetensors")
 
 
+def test_sparse(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["export", str(checkpoint), *WORDS, "--format", "sparse", "--output", str(tmp_path / "w.safetensors")]
+    assert main(line) == 0
+    assert "times smaller than dense" in capsys.readouterr().out
+    weights, loaded = load_file(checkpoint), capruner.load_sparse(tmp_path / "w.safetensors")
+    assert weights.keys() == loaded.keys()
+    assert all(torch.equal(loaded[name], value) for name, value in weights.items())
+    exact = (tmp_path / "w.safetensors").stat().st_size
+    assert main([*line, "--half"]) == 0
+    assert (tmp_path / "w.safetensors").stat().st_size < exact < checkpoint.stat().st_size
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
         (["missing.pth", *WORDS, "--output", "x.onnx"], "no checkpoint at missing.pth"),
         (["CHECKPOINT", "--model", "vit_tinny", "--output", "x.onnx"], "timm has no such model"),
         (["CHECKPOINT", "--model", "resnet18", "--output", "x.onnx"], "does not fit resnet18"),
-        (["CHECKPOINT", *WORDS, "--output", "x.tflite"], "the ending says no format"),
+        (["CHECKPOINT", *WORDS, "--output", "x.tflite"], "unknown ending"),
         (["CHECKPOINT", *WORDS, "--output", "nowhere/x.onnx"], "there is no folder nowhere"),
-        (["CHECKPOINT", *WORDS, "--output", "x.pt", "--format", "semi_structured"], "ends in .safetensors"),
-        (["CHECKPOINT", *WORDS, "--output", "x.safetensors", "--format", "semi_structured"], "no multiple of 32×64"),
-        (["CHECKPOINT", *WORDS, "--output", "x.onnx", "--img-size", "17"], "does not take images of (3, 17, 17)"),
+        (["CHECKPOINT", *WORDS, "--output", "x.pt", "--format", "semi_structured"], "end in .safetensors"),
+        (["CHECKPOINT", *WORDS, "--output", "x.safetensors", "--format", "semi_structured"], "not a multiple of 32×64"),
+        (["CHECKPOINT", *WORDS, "--output", "x.onnx", "--half"], "--half is for --format sparse, not onnx"),
+        (["CHECKPOINT", *WORDS, "--output", "x.onnx", "--img-size", "17"], "does not accept images of (3, 17, 17)"),
     ],
 )
 def test_mistakes(words: list[str], told: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,7 +126,7 @@ def test_without_a_gpu_the_semi_structured_form_is_refused(capsys: pytest.Captur
     words = ["--model", name, "--model-kwargs", *(f"{key}={value}" for key, value in sizes.items())]
     line = ["export", str(tmp_path / "w.safetensors"), *words, "--format", "semi_structured"]
     assert main([*line, "--output", str(tmp_path / "x.safetensors")]) == 2
-    assert "torch sees none here; 1 layers are 2:4" in capsys.readouterr().err
+    assert "torch finds none here; 1 layers are 2:4" in capsys.readouterr().err
     assert not (tmp_path / "x.safetensors").exists()
 
 
@@ -134,15 +147,15 @@ def test_what_sparse_tensor_cores_take() -> None:
             "dense": nn.Linear(64, 64),
         }
     )
-    fit, unfit = export.two_of_four(layers)
+    fit, unfit = semi_structured.two_of_four(layers)
     assert fit == ["fits"]
     assert set(unfit) == {"torn", "narrow", "classes", "conv"}
     assert unfit["torn"] == "1 of 1,024 groups of four keep more than two weights"
-    assert unfit["classes"] == "10×64 is no multiple of 32×64"
+    assert unfit["classes"] == "10×64 is not a multiple of 32×64"
     with pytest.raises(ValueError, match="no Linear layer of this model has 2:4 weights \\(there are no zeros\\)"):
-        export.to_semi_structured(nn.Linear(8, 8))
+        semi_structured.to_semi_structured(nn.Linear(8, 8))
     with pytest.raises(RuntimeError, match="fits is on cpu"):
-        export.to_semi_structured(layers)
+        semi_structured.to_semi_structured(layers)
 
 
 @pytest.mark.gpu
@@ -151,7 +164,7 @@ def test_semi_structured_on_a_gpu() -> None:
     model = nn.Sequential(wide(), wide(64, 10)).half().cuda()
     x = torch.randn(8, 64, device="cuda").half()
     expected = model(x)
-    assert export.to_semi_structured(model) == ["0"]
+    assert semi_structured.to_semi_structured(model) == ["0"]
     torch.testing.assert_close(model(x), expected, rtol=1e-2, atol=1e-2)
 
 
@@ -160,7 +173,7 @@ def test_equal_weights_are_stored_once_and_lose_nothing(tmp_path: Path) -> None:
     with torch.no_grad():
         model[1].weight.zero_()
         model[2].weight.zero_()
-    assert export.to_onnx(model, tmp_path / "m.onnx", (3, 2, 2), tolerance=1)["zeros"] == 288
+    assert export.to_onnx(model, tmp_path / "m.onnx", (3, 2, 2), tolerance=1).zeros == 288
 
 
 def test_a_zero_that_the_file_has_not_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +188,7 @@ def test_a_zero_that_the_file_has_not_is_found(tmp_path: Path, monkeypatch: pyte
             exported[1].weight[0, 1] = 0
 
     monkeypatch.setattr(torch.onnx, "export", careless)
-    with pytest.raises(RuntimeError, match=r"zeros of 1\.weight got lost"):
+    with pytest.raises(RuntimeError, match=r"lost zeros of 1\.weight"):
         export.to_onnx(model, tmp_path / "m.onnx", (3, 2, 2))
     assert list(tmp_path.iterdir()) == []
 
@@ -192,13 +205,13 @@ class Normed(nn.Module):
 
 
 def test_rms_norms_are_exported(tmp_path: Path) -> None:
-    assert export.to_onnx(Normed(), tmp_path / "m.onnx", (3, 4))["difference"] < 1e-5
+    assert export.to_onnx(Normed(), tmp_path / "m.onnx", (3, 4)).difference < 1e-5
 
 
 def test_timms_rms_norms_are_exported(tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
     model = timm.create_model("convnext_zepto_rms", num_classes=5, depths=(1, 1, 1, 1), dims=(8, 8, 16, 16))
-    assert export.to_onnx(model, tmp_path / "m.onnx", (3, 32, 32))["difference"] < 1e-4
+    assert export.to_onnx(model, tmp_path / "m.onnx", (3, 32, 32)).difference < 1e-4
 
 
 def test_an_operator_that_onnx_has_not_is_one_line(tmp_path: Path) -> None:
@@ -225,4 +238,4 @@ def test_transposed_convolutions_attention_and_recurrent_layers_keep_their_zeros
 
     model = Mixed().eval()
     capruner.prune(model, None, method="magnitude").apply(model)
-    assert export.to_onnx(model, tmp_path / "m.onnx", (3, 2, 2))["zeros"] > 300
+    assert export.to_onnx(model, tmp_path / "m.onnx", (3, 2, 2)).zeros > 300

@@ -19,9 +19,9 @@ timm = pytest.importorskip("timm")
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 import capruner  # noqa: E402
-from capruner import bench, export  # noqa: E402
 from capruner.cli import bench as command  # noqa: E402
 from capruner.cli.main import main  # noqa: E402
+from capruner.deploy import bench, export, graphs  # noqa: E402
 
 WORDS = ["--model", MODEL, "--model-kwargs", *(f"{key}={value}" for key, value in KWARGS.items())]
 QUICK = ["--rounds", "2", "--seconds", "0.02", "--threads", "1"]
@@ -83,8 +83,8 @@ def test_a_checkpoint_and_its_twin(folder: Path, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("words", "engines"),
     [
-        (["a.onnx"], ["onnxruntime", "deepsparse", "openvino"]),
-        (["a.pth", "--model", "x"], ["onnxruntime", "deepsparse", "openvino", "torch"]),
+        (["a.onnx"], ["onnxruntime", "mnn", "openvino", "deepsparse"]),
+        (["a.pth", "--model", "x"], ["onnxruntime", "mnn", "openvino", "deepsparse", "torch"]),
         (["a.pth", "--model", "x", "--device", "cuda"], ["torch"]),
         (["a.pth", "--model", "x", "--device", "cuda", "--dtype", "bfloat16"], ["torch", "semi_structured"]),
     ],
@@ -102,10 +102,10 @@ def test_all_engines_that_fit_are_tried(
 
 
 def test_twins_have_no_zeros_and_else_the_same_values(folder: Path, tmp_path: Path) -> None:
-    assert bench.sparsity_of(folder / "pruned.onnx") == pytest.approx(0.75, abs=1e-3)
-    bench.fill_zeros(folder / "pruned.onnx", tmp_path / "twin.onnx")
-    assert bench.sparsity_of(tmp_path / "twin.onnx") == 0
-    assert bench.image_shape(tmp_path / "twin.onnx") == (3, 16, 16)
+    assert graphs.sparsity_of(folder / "pruned.onnx") == pytest.approx(0.75, abs=1e-3)
+    graphs.fill_zeros(folder / "pruned.onnx", tmp_path / "twin.onnx")
+    assert graphs.sparsity_of(tmp_path / "twin.onnx") == 0
+    assert graphs.image_shape(tmp_path / "twin.onnx") == (3, 16, 16)
     layer = nn.Sequential(nn.Linear(40, 50))
     with torch.no_grad():
         layer[0].weight[:, ::2] = 0
@@ -142,7 +142,7 @@ def test_an_engine_that_fails_is_named_and_no_process_is_left(tmp_path: Path) ->
     torn = bench.Subject("torn", tmp_path / "torn.onnx")
     assert torn.onnx is not None
     torn.onnx.write_bytes(b"no onnx")
-    found = bench.measure([torn], ["onnxruntime", "torch"], [1], bench.Settings((3, 4, 4), 1, 1, 0.01))
+    found = bench.measure([torn], ["onnxruntime", "torch"], [1], bench.BenchConfig((3, 4, 4), 1, 1, 0.01))
     assert found["rows"] == []
     assert "INVALID_PROTOBUF" in found["not_measured"]["onnxruntime"].upper()
     assert "needs checkpoints" in found["not_measured"]["torch"]
@@ -152,13 +152,13 @@ def test_an_engine_that_fails_is_named_and_no_process_is_left(tmp_path: Path) ->
     ("words", "told"),
     [
         (["missing.onnx"], "no such file: missing.onnx"),
-        (["torn.onnx"], "torn.onnx is no ONNX file, or damaged"),
-        (["torn.onnx", "--python", "tvm=/bin/true"], "wants ENGINE=PATH"),
+        (["torn.onnx"], "torn.onnx is not an ONNX file, or is damaged"),
+        (["torn.onnx", "--python", "tvm=/bin/true"], "expected ENGINE=PATH"),
         (["torn.onnx", "--rounds", "0"], "must be positive"),
-        (["torn.onnx", "--engines", "torch"], "runs checkpoints, with --model"),
+        (["torn.onnx", "--engines", "torch"], "reads checkpoints, with --model"),
         (["torn.onnx", *WORDS], "leave --model out"),
         (["torn.onnx", "--json", "nowhere/figures.json"], "there is no folder nowhere"),
-        (["torn.pth"], "say of which timm model"),
+        (["torn.pth"], "name its timm model"),
         (["torn.pth", *WORDS, "--engines", "semi_structured"], "--device cuda"),
         (["torn.pth", *WORDS], "torn.pth is damaged"),
     ],

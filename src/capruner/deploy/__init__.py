@@ -1,0 +1,1 @@
+"""Pruned models for runtimes: export to their formats, small files, and benchmarks."""
