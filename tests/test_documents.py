@@ -149,10 +149,7 @@ BANNED = {
 
 PROSE = ("COMMENT", "STRING", "FSTRING_MIDDLE")
 NOT_YET = {
-    "bench.py",
-    "deploy/bench.py",
     "cli/arguments.py",
-    "cli/export.py",
     "recipes/one_shot.py",
     "refine/distill.py",
     "sparseml/base.py",

@@ -120,7 +120,7 @@ def test_it_distills() -> None:
 def test_it_exports_to_onnx(small: Shrunk, tmp_path: Path) -> None:
     pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
-    from capruner.export import to_onnx
+    from capruner.deploy.export import to_onnx
 
     to_onnx(copy.deepcopy(small.model), tmp_path / "small.onnx", (3, 32, 32))  # compares the outputs
 
