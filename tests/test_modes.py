@@ -124,3 +124,23 @@ def test_an_exception_restores_too() -> None:
         fail()
     assert model.cache.tolist() == [1, 2]
     assert model.training
+
+
+def test_training_mode_with_normalization_and_dropout_of_eval_mode() -> None:
+    class DropPath(nn.Dropout):
+        """Known by its name, as timm's and torchvision's are."""
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), DropPath(0.5), nn.Linear(4, 2))
+    x = torch.randn(8, 4)
+    model[2].eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with eval_mode(model):
+        expected = model(x)
+    with eval_mode(model, "train"):
+        assert [module.training for module in model] == [True, False, False, False, True]
+        assert torch.equal(model(x), expected)
+    assert [module.training for module in model] == [True, True, False, True, True]
+    with eval_mode(model, "as_is"):
+        assert [module.training for module in model] == [True, True, False, True, True]
+        assert not torch.equal(model(x), expected)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from capruner.training import schedules
@@ -56,3 +58,33 @@ def test_a_sparsity_of_zero_needs_no_update() -> None:
 def test_what_is_not_a_schedule(wrong: object) -> None:
     with pytest.raises(ValueError, match="sparsity"):
         schedules.check_schedule(wrong)
+
+
+def test_updates_of_a_recipe_s_modifier() -> None:
+    assert schedules.update_epochs(0.0, 80.0, 20.0) == [0, 20, 40, 60, 80]
+    assert schedules.update_epochs(-1.0, 1.0, 0.4) == pytest.approx([0, 0.4, 0.8, 1])
+    assert schedules.update_epochs(2.0, 5.0, -1.0) == [2, 5]
+    with pytest.raises(ValueError, match="more than 10,000 updates"):
+        schedules.update_epochs(0.0, 10.0, 1e-5)
+
+
+def test_sparsity_between_the_updates_of_a_recipe_s_modifier() -> None:
+    def at(epoch: float, interpolation: Any = "linear", first: float = 1.0) -> float:
+        return schedules.sparsity_at(epoch, 0.4, 0.8, first, 5.0, interpolation)
+
+    assert [at(epoch) for epoch in (0, 1, 3, 5, 9)] == pytest.approx([0.4, 0.4, 0.6, 0.8, 0.8])
+    assert at(5 - 1e-9) == 0.8
+    assert at(3, "cubic") == pytest.approx(0.75)
+    assert at(4.5, "inverse_cubic") == pytest.approx(0.6)
+    assert at(2.5, first=-1) == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("interpolation", ["linear", "cubic", "inverse_cubic"])
+def test_interpolations_are_sparseml_s_to_the_last_bit(interpolation: Any) -> None:
+    pytest.importorskip("capruner.sparseml", exc_type=ImportError)
+    from sparseml.utils import interpolate
+
+    for start, end in ((0.05, 0.9), (0.4, 0.75)):
+        for step in range(97):
+            theirs = interpolate(step / 7, 0.0, 97 / 7, start, end, interpolation)
+            assert schedules.sparsity_at(step / 7, start, end, 0.0, 97 / 7, interpolation) == theirs

@@ -21,6 +21,8 @@ _OTHER_SCOPE = {
 }
 _PLACES = ("fisher_inv_device", "blocks_in_parallel", "traces_backup_dir")
 """Parameters that say where or how work is done, without influence on the result."""
+_IDLE = {"recomputation_inter_func": "linear"}
+"""Values that are what a modifier without the parameter does."""
 _NEAREST = {
     "GWProdPruningModifier": "CAPruningModifier is the nearest method",
     "MFACPruningModifier": "OBSPruningModifier with fisher_block_size up to 192 scores weights with the same matrix",
@@ -69,14 +71,9 @@ def _converted(modifier: Modifier, note: Notes) -> Modifier:
     for key in list(values):
         if key in KINDS[name].parameters:
             continue
-        used = METHOD_KNOBS.get(key)
-        if key in _PLACES or name in _OTHER_SCOPE or (used is not None and values[key] == used):
+        if key in _PLACES or name in _OTHER_SCOPE or _IDLE.get(key, ...) == values[key]:
             note(f"{key}: {values.pop(key)} left out; it changes nothing")
     return Modifier(name, values)
-
-
-METHOD_KNOBS = {"recomputation_inter_func": "linear"}
-"""Values that are what a modifier without the parameter does."""
 
 
 def _params(entries: Any, note: Notes) -> Any:
