@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ MODEL = "vit_tiny_patch16_224"
 KWARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 3}
 PRUNABLE = 2 * 12 * 16 * 16  # attention and MLP of both blocks
 Line = Callable[..., list[str]]
-SPARSEML = importlib.util.find_spec("sparseml") is not None
+SPARSEML = any(found.name == "sparseml" for found in metadata.distributions())
 
 PRUNE = """
       params: ['re:.*blocks.[0-9]+.attn.(qkv|proj).weight$', 're:.*blocks.[0-9]+.mlp.(fc1|fc2).weight$']

@@ -92,7 +92,7 @@ def test_excluded_layers_stay_dense(tmp_path: Path, model: nn.Module) -> None:
 
 
 BAD = {
-    "no such parameter": ("CAPruningModifier", "colour: red", "has no parameter colour; it has .*mask_type, memory_budget, n, num_grads"),
+    "no such parameter": ("CAPruningModifier", "colour: red", "has no parameter colour; it has .*mask_type, memory_budget, mode, n, num_grads"),
     "a parameter of another": ("MagnitudePruningModifier", "num_grads: 3", "has no parameter num_grads"),
     "global, said twice": ("MagnitudePruningModifier", "global_sparsity: True", "has no parameter global_sparsity"),
     "half a gradient": ("OBSPruningModifier", "num_grads: 0.5", "num_grads 0.5 is invalid: expected a whole number"),
