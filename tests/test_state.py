@@ -60,6 +60,7 @@ CASES: dict[str, dict[str, Any]] = {
     "groups of their own targets": {"sparsity": 0.8, "memory_budget": BUDGET, "global_sparsity": False},
     "fast_cap": {"sparsity": 0.8, "method": "fast_cap", "num_grads": 20},
     "obs": {"sparsity": 0.8, "method": "obs"},
+    "as many gradients as it takes": {"sparsity": [0.5, 0.8], "num_grads": "auto", "fisher_block_size": 20},
     "labels of the model": {"sparsity": 0.8, "labels": "model"},
     "2:4": {"sparsity": 0.5, "mask_type": "2:4", "params": ["0.weight", "4.weight"]},
 }
@@ -116,6 +117,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(case: str, tmp_path: 
     ("case", "at"),
     [
         ("distillation", 1),
+        ("as many gradients as it takes", 1),
         *((case, at) for case in ("recomputations", "distillation, recomputed") for at in (1, 2)),
     ],
 )

@@ -128,17 +128,22 @@ class Batches:
             if self.once:
                 break
 
+    @property
+    def length(self) -> int | None:
+        """Number of batches, if it is known."""
+        try:
+            return len(self.source)  # type: ignore[arg-type]
+        except (TypeError, NotImplementedError):  # also of a DataLoader over an IterableDataset
+            return None
+
     def check_length(self, needed: int) -> None:
         """Compare the number of batches, if it is known, with the number needed.
 
         Raises:
             ValueError: an iterator has too few.
         """
-        try:
-            length = len(self.source)  # type: ignore[arg-type]
-        except (TypeError, NotImplementedError):  # unknown; also of a DataLoader over an IterableDataset
-            return
-        if 0 < length < needed:
+        length = self.length
+        if length is not None and 0 < length < needed:
             if self.once:
                 raise ValueError(
                     f"the calibration data is an iterator of {length} batches, and num_grads is {needed}: pass a DataLoader or a list, which can be "

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypedDict, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 import torch
 
@@ -90,10 +90,12 @@ class PruneConfig:
     global_sparsity: bool = _knob(
         True, kinds.FLAG, "Apply the target to all layers together; False: to each layer separately."
     )
-    num_grads: int = _knob(
-        4096,
-        kinds.COUNT,
-        'Gradients that the Fisher matrix is estimated from: batches, or samples with gradients="sample".',
+    num_grads: int | Literal["auto"] = _knob(
+        "auto",
+        kinds.or_auto(kinds.COUNT),
+        'Gradients that the Fisher matrix is estimated from: batches, or samples with gradients="sample". "auto": 64, 128, ... up to 4,096, until a sample of '
+        "Fisher blocks holds little noise, but no more batches than the loader has; see capruner.calibration.enough. "
+        'result.settings["num_grads"] has the number.',
         SECOND_ORDER,
     )
     fisher_block_size: int | None = _knob(
@@ -246,7 +248,8 @@ class PruneConfig:
             damp=self.kind.default_damp if self.damp is None else float(self.damp),
             relative_damp=self.relative_damp or self.damp is None,
             shrinkage=0.0 if self.shrinkage is None and not estimated else self.shrinkage,
-            solver=self.solver,
+            # Woodbury would have to know the number.
+            solver="accumulate" if self.num_grads == "auto" and self.solver == "auto" else self.solver,
             score=self.score,
             blocks_in_parallel=self.blocks_in_parallel,
             fisher_inv_device=self.fisher_inv_device,
@@ -278,7 +281,7 @@ class Knobs(TypedDict, total=False):
     exclude: str | Sequence[str]
     mask_type: str | int
     global_sparsity: bool
-    num_grads: int
+    num_grads: int | Literal["auto"]
     fisher_block_size: int | None
     damp: float | None
     shrinkage: float | None
@@ -303,6 +306,10 @@ class Knobs(TypedDict, total=False):
 def _check_together(config: PruneConfig) -> None:
     """Raise ``ValueError`` for values that exclude each other."""
     pattern = config.pattern
+    if config.num_grads == "auto" and config.solver == "woodbury":
+        raise ValueError(
+            "num_grads='auto' needs solver='accumulate' or 'auto': woodbury has to know the number before the first gradient"
+        )
     if config.shrinkage is not None and not config.kind.competing:
         raise ValueError(f"shrinkage is for the Fisher blocks of method cap or obs, got method={config.method!r}")
     for name in ("fisher_block_size", "block_size"):

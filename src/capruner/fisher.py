@@ -43,7 +43,7 @@ class BlockFisher:
     Args:
         num_blocks: ``n``.
         block_size: ``B``.
-        num_grads: number of gradients ``m`` that will be added; known beforehand because Woodbury needs it.
+        num_grads: number of gradients ``m`` that will be added, which Woodbury needs; None: as many as are added, for ``accumulate``.
         damp: ``λ > 0``, absolute, in units of a squared gradient.
         relative_damp: ``λ`` is instead this fraction of the mean diagonal of each block (needs the ``accumulate`` solver).
         solver: see the module's docstring.
@@ -67,7 +67,7 @@ class BlockFisher:
         self,
         num_blocks: int,
         block_size: int,
-        num_grads: int,
+        num_grads: int | None,
         damp: float,
         *,
         relative_damp: bool = False,
@@ -79,7 +79,7 @@ class BlockFisher:
     ) -> None:
         if not damp > 0 or damp == float("inf"):
             raise ValueError(f"damp must be a positive number, got {damp}; 1e-8 to 1e-4 are usual")
-        if num_grads < 1:
+        if num_grads is not None and num_grads < 1:
             raise ValueError(f"num_grads must be at least 1, got {num_grads}")
         if solver not in get_args(Solver):
             raise ValueError(f"solver must be one of {get_args(Solver)}, got {solver!r}")
@@ -93,7 +93,9 @@ class BlockFisher:
             raise ValueError("shrinkage needs the Fisher matrix before the inverse: use solver='accumulate'")
         if solver == "auto":
             exact = not relative_damp and shrinkage == 0
-            solver = "woodbury" if num_grads < block_size and exact else "accumulate"
+            solver = "woodbury" if num_grads is not None and num_grads < block_size and exact else "accumulate"
+        if num_grads is None and solver == "woodbury":
+            raise ValueError("woodbury needs to know num_grads: use solver='accumulate'")
         self.solver = solver
         self.triangular = triangular
         self.num_grads = num_grads
@@ -126,7 +128,7 @@ class BlockFisher:
         if self._blocks is None:
             raise ValueError("the Fisher matrix is inverted already; make a new BlockFisher for new gradients")
         self.count += len(gradients)
-        if self.count > self.num_grads:
+        if self.num_grads is not None and self.count > self.num_grads:
             raise ValueError(f"more gradients ({self.count}) than num_grads ({self.num_grads})")
         gradients = gradients.to(self._blocks)
         self._rescale(largest(gradients))
@@ -138,6 +140,7 @@ class BlockFisher:
 
         def work(part: slice) -> None:
             assert self._blocks is not None
+            assert self.num_grads is not None
             H, G = self._blocks[part], slabs[part]
             GH = G @ H
             inner = GH @ G.mT
@@ -199,7 +202,7 @@ class BlockFisher:
         """
         blocks, peak, count = tensors["blocks"], tensors["peak"], int(tensors["count"])
         same = self._blocks is not None and blocks.shape == self._blocks.shape and peak.shape == self._peak.shape
-        if not same or not 0 <= count <= self.num_grads:
+        if not same or not 0 <= count <= (count if self.num_grads is None else self.num_grads):
             raise ValueError(
                 f"{count} gradients in blocks of shape {tuple(blocks.shape)} are not of this Fisher matrix"
             )
@@ -259,7 +262,7 @@ class BlockFisher:
         """
         if self._blocks is None:
             raise ValueError("the inverse was taken before")
-        if self.count != self.num_grads:
+        if self.count != (self.num_grads or max(self.count, 1)):
             raise ValueError(f"{self.count} gradients were added, num_grads says {self.num_grads}")
         blocks, self._blocks = self._blocks, None
         if self._sums is not None:
@@ -283,7 +286,7 @@ class BlockFisher:
     def _invert(self, F: Tensor, gone: Tensor | None, first_block: int, rungs: int) -> tuple[int, int]:
         """Replace ``F`` by its inverse; how many blocks needed more damping, and in how many ``damp`` drowned in rounding."""
         part = slice(first_block, first_block + len(F))
-        A = self._doubled(part).div_(self.num_grads)
+        A = self._doubled(part).div_(self.count)
         diagonal = A.diagonal(dim1=1, dim2=2)
         trace = diagonal.sum(dim=1)
         if gone is not None:
@@ -291,8 +294,8 @@ class BlockFisher:
         if self._common is not None:
             common, phase_of = self._common
             assert self._sums is not None
-            fourth = self._sums.fourth[part] / self.num_grads
-            self.shares[part] = shrink(A, common, phase_of[part], gone, self.shrinkage, fourth, trace, self.num_grads)
+            fourth = self._sums.fourth[part] / self.count
+            self.shares[part] = shrink(A, common, phase_of[part], gone, self.shrinkage, fourth, trace, self.count)
         damp, size = torch.full_like(diagonal[:, 0], self.damp), _mean_diagonal(A, gone)
         if self.relative_damp:
             damp = damp * size

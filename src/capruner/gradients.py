@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -55,11 +55,12 @@ def gradient_slabs(
     parameters: Mapping[str, nn.Parameter],
     num_grads: int,
     *,
+    stops: Sequence[int] = (),
     mode: GradientMode = "batch",
     slab: int = 16,
     on_bad_batch: OnBadBatch = "raise",
     progress: bool = True,
-) -> Iterator[dict[str, Tensor]]:
+) -> Generator[dict[str, Tensor], None, None]:
     """Yield ``{name: (k, *shape)}`` slabs, ``k ≤ slab``, ``num_grads`` gradients in all; float32 (float64 for float64 parameters).
 
     The tensors of a slab are valid until the next one is requested. Use inside :func:`capruner.modes.eval_mode`.
@@ -70,6 +71,7 @@ def gradient_slabs(
         loss_fn: ``loss_fn(outputs, targets)``, a scalar: the mean over the batch. For a batch that is a mapping, ``loss_fn(outputs, batch)``.
         parameters: what to differentiate with respect to.
         num_grads: batches (``mode="batch"``) or samples (``mode="sample"``) to draw.
+        stops: ascending numbers of gradients after which a slab ends.
         on_bad_batch: ``"raise"``, or ``"skip"``: leave out a batch (``mode="sample"``: the sample) with NaN or Inf and draw another one.
 
     Raises:
@@ -93,7 +95,9 @@ def gradient_slabs(
         disable=None if progress else True,
         leave=False,
     ) as bar:
-        for slab_gradients in source(model, first, stream, loss_fn, parameters, num_grads, slab, on_bad_batch):
+        for slab_gradients in source(
+            model, first, stream, loss_fn, parameters, (*stops, num_grads), slab, on_bad_batch
+        ):
             bar.update(stream.taken - bar.n)
             yield slab_gradients
     if stream.taken < num_grads:
@@ -121,9 +125,14 @@ class _Source:
     stream: CalibrationStream
     loss_fn: LossFunction
     parameters: Mapping[str, nn.Parameter]
-    num_grads: int
+    stops: Sequence[int]
     slab: int
     on_bad_batch: OnBadBatch
+
+    def room(self) -> int:
+        """Gradients that fit the next slab; 0 when all are drawn."""
+        taken = self.stream.taken
+        return min(self.slab, next((stop for stop in self.stops if stop > taken), taken) - taken)
 
     def bad(self, index: int, error: BadBatchError) -> None:
         """Note that a batch is skipped, or raise."""
@@ -140,14 +149,14 @@ class _Source:
 
 class _BatchGradients(_Source):
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        stream, slab = self.stream, min(self.slab, self.num_grads)
+        stream = self.stream
         rows = {
-            name: torch.empty(slab, *p.shape, dtype=working_dtype(p), device=p.device)
+            name: torch.empty(min(self.slab, self.stops[-1]), *p.shape, dtype=working_dtype(p), device=p.device)
             for name, p in self.parameters.items()
         }
         filled: list[int] = []  # the batch of each row
         averaged = 0
-        while stream.taken + len(filled) < self.num_grads:
+        while self.room():
             item = next(stream, None)
             if item is None:
                 break
@@ -164,10 +173,10 @@ class _BatchGradients(_Source):
                 row[len(filled)].copy_(gradient)
             filled.append(item[0])
             averaged += next((len(leaf) for leaf in tree_leaves(item[1]) if is_batched(leaf)), 1)
-            if len(filled) == slab:
-                stream.taken += slab
+            if len(filled) == self.room():
+                stream.taken += len(filled)
                 stream.averaged += averaged
-                yield checked(rows, filled)
+                yield checked({name: row[: len(filled)] for name, row in rows.items()}, filled)
                 filled, averaged = [], 0
         if filled:
             stream.taken += len(filled)
@@ -230,7 +239,7 @@ class _SampleGradients(_Source):
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         stream, parameters = self.stream, self.parameters
         tried = False
-        while stream.taken < self.num_grads:
+        while self.room():
             item = next(stream, None)
             if item is None:
                 return
@@ -247,8 +256,8 @@ class _SampleGradients(_Source):
                 except BadBatchError:  # raised again below
                     pass
             start = stream.used  # not 0 in the batch at which an interrupted run stopped
-            while start < size and stream.taken < self.num_grads:
-                stop = min(start + self.slab, size, start + self.num_grads - stream.taken)
+            while start < size and self.room():
+                stop = min(start + self.room(), size)
                 part = _rows(slice(start, stop), inputs, targets)
                 try:
                     gradients, losses = self._per_sample(index, *part)

@@ -50,6 +50,14 @@ def optional(kind: Kind) -> Kind:
     return Kind(lambda name, value: None if value is None else kind.check(name, value), none_or(kind.convert))
 
 
+def or_auto(kind: Kind) -> Kind:
+    """``kind``, or the word "auto"."""
+    return Kind(
+        lambda name, value: None if value == "auto" else kind.check(name, value),
+        lambda value: value if value == "auto" else kind.convert(value),
+    )
+
+
 def at_least(least: float) -> Kind:
     """A finite number, at least ``least``."""
     return Kind(lambda name, value: check_number(name, value, least), number)

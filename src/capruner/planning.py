@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from capruner.batches import BatchFunction, default_loss
 from capruner.calibration.driver import Calibration
+from capruner.calibration.enough import EXPECTED
 from capruner.calibration.memory_plan import estimate_memory, split_into_groups
 from capruner.config import Knobs, PruneConfig, resolve
 from capruner.distributed import Partition, agreeing, processes
@@ -73,9 +74,8 @@ class Plan:
     def _time(self) -> str:
         assert self.seconds is not None
         minutes = f" ({self.seconds / 60:.0f} minutes)" if self.seconds >= 120 else ""
-        return (
-            f"about {self.seconds:.2g} s{minutes}, estimated from one gradient and up to {SAMPLE} blocks of each size"
-        )
+        count = f" and {EXPECTED} gradients" if self.config.num_grads == "auto" else ""
+        return f"about {self.seconds:.2g} s{minutes}, estimated from one gradient and up to {SAMPLE} blocks of each size{count}"
 
 
 @agreeing
@@ -126,7 +126,7 @@ def _seconds(job: Job, calibration: Calibration, groups: int) -> float:
     seconds = 0.0
     with _same_random_numbers():
         if job.config.kind.uses_gradients:
-            seconds += job.settings.num_grads * _seconds_of_gradient(calibration) / processes().world_size
+            seconds += calibration.expected_gradients() * _seconds_of_gradient(calibration) / processes().world_size
         sizes: dict[tuple[int, torch.dtype], list[int]] = {}
         for name, p in job.parameters.items():
             layout = calibration.layouts[name]
@@ -170,7 +170,8 @@ def _seconds_of_blocks(calibration: Calibration, job: Job, size: int, dtype: tor
     """Fisher matrix, inverse, elimination and compensation of ``some`` blocks of random gradients and weights; the mean over processes."""
     layout = BlockLayout((some, size), size)
     name, device = "a block", next(iter(job.parameters.values())).device
-    method, settings = job.config.kind, replace(job.settings, costs=None, damp=0.5, relative_damp=True)
+    method, num_grads = job.config.kind, calibration.expected_gradients()
+    settings = replace(job.settings, num_grads=num_grads, costs=None, damp=0.5, relative_damp=True)
     partition = Partition({name: layout}, method.whole_layers)
     weights = torch.randn(partition.count(name), size, dtype=dtype, device=device)
     pattern = job.config.pattern
@@ -179,8 +180,8 @@ def _seconds_of_blocks(calibration: Calibration, job: Job, size: int, dtype: tor
     for _ in range(2):  # the first one compiles and warms up
         pruner, clock = method(partition, settings, Stopwatch()), Stopwatch()
         with clock("blocks"):
-            for start in range(0, settings.num_grads if method.uses_gradients else 0, calibration.slab):
-                rows = min(calibration.slab, settings.num_grads - start)
+            for start in range(0, num_grads if method.uses_gradients else 0, calibration.slab):
+                rows = min(calibration.slab, num_grads - start)
                 pruner.add({name: weights.new_empty(rows, *weights.shape).normal_()})
             pruner.prepare({name: weights.clone()}, {name: torch.zeros_like(weights, dtype=torch.bool)})
             pruner.solve([[target]])

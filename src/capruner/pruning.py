@@ -166,7 +166,7 @@ def compensate_masks(
     loss_fn: LossFunction,
     masks: Mapping[str, Tensor],
     *,
-    num_grads: int = PruneConfig.num_grads,
+    num_grads: int | Literal["auto"] = PruneConfig.num_grads,
     fisher_block_size: int | None = None,
     damp: float | None = None,
     shrinkage: float | None = None,

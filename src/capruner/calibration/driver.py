@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from capruner.batches import Batches
+from capruner.calibration.enough import EXPECTED, MOST, NOISE, NoiseSample, milestones
 from capruner.calibration.notes import Notes
 from capruner.calibration.stream import CalibrationStream
 from capruner.checkpoint import Checkpoint, NoCheckpoint
-from capruner.distributed import Partition
+from capruner.distributed import Partition, processes
 from capruner.finite import check_heard
 from capruner.gradients import GradientMode, LossFunction, OnBadBatch, gradient_slabs
 from capruner.labels import Labels, draw_uniform
@@ -108,40 +109,84 @@ class Calibration:
 
     def _draw(self, pruner: Method, stream: CalibrationStream) -> None:
         """Fold this rank's share of the gradients into ``pruner``."""
-        partition, share = pruner.partition, pruner.processes.share(self.settings.num_grads)
-        dtypes = {name: working_dtype(p) for name, p in self.parameters.items()}
-        self._resume(pruner, stream, share)
-        if share and stream.taken == share:
-            stream.skip()  # so that the next calibration has the next pass
+        group, counts = pruner.processes, milestones(self._most_gradients())
+        noise = None if self._decided else NoiseSample(pruner.partition, stream.device)
+        shares = [group.share(count) for count in counts]
+        self._resume(pruner, stream, noise, shares[-1])
+        resumed = stream.taken
         with eval_mode(self.model, self.mode):
             slabs = gradient_slabs(
                 self.model,
                 stream,
                 self.loss_fn,
                 self.parameters,
-                share,
+                shares[-1],
+                stops=shares,
                 mode=self.gradients,
                 slab=max(1, self.slab // pruner.processes.world_size),
                 on_bad_batch=self.on_bad_batch,
-                progress=self.progress and pruner.processes.rank == 0,
+                progress=self.progress and group.rank == 0,
             )
-            while True:
-                with self.clock("gradients"):
-                    gradients = next(slabs, None) if share else None
-                with self.clock("exchange"):
-                    rows = partition.exchange(None if gradients is None else self._in_blocks(gradients), dtypes)
-                if rows is None:
+            for count, share in zip(counts, shares):
+                if group.any(stream.taken > share):
+                    continue  # resumed after it
+                self._draw_until(share, slabs, pruner, stream, noise)
+                if noise is not None and count < counts[-1] and noise.noise(count) <= NOISE:
                     break
-                pruner.add(rows)
-                if self.checkpoint.due():
-                    self._save(pruner, stream)
-        self._save(pruner, stream)
+            slabs.close()
+        if resumed and stream.taken == resumed:
+            stream.skip()  # so that the next calibration has the next pass
+        self.notes.num_grads = int(group.sum(stream.taken))
+        self._save(pruner, stream, noise)
         if skipped := stream.skipped:
             numbers = ", ".join(map(str, skipped[:8])) + (", ..." if len(skipped) > 8 else "")
             _LOGGER.warning(
                 "skipped %d of %d calibration batches for NaN or Inf: %s", len(skipped), stream.drawn, numbers
             )
         self.notes.skipped_batches += int(pruner.processes.sum(len(skipped)))
+
+    def _draw_until(
+        self,
+        share: int,
+        slabs: Iterator[Mapping[str, Tensor]],
+        pruner: Method,
+        stream: CalibrationStream,
+        noise: NoiseSample | None,
+    ) -> None:
+        """Fold in gradients until every rank has drawn its share."""
+        dtypes = {name: working_dtype(p) for name, p in self.parameters.items()}
+        while True:
+            with self.clock("gradients"):
+                gradients = next(slabs) if stream.taken < share else None
+            with self.clock("exchange"):
+                rows = pruner.partition.exchange(None if gradients is None else self._in_blocks(gradients), dtypes)
+            if rows is None:
+                return
+            pruner.add(rows)
+            if noise is not None:
+                with self.clock("fisher"):
+                    noise.add(rows)
+            if self.checkpoint.due():
+                self._save(pruner, stream, noise)
+
+    @property
+    def _decided(self) -> bool:
+        """Whether the number of gradients is known."""
+        return self.settings.num_grads != "auto" or self.notes.num_grads > 0
+
+    def expected_gradients(self) -> int:
+        """The number of gradients, or a guess."""
+        return self._most_gradients() if self._decided else min(EXPECTED, self._most_gradients())
+
+    def _most_gradients(self) -> int:
+        """The number of gradients, or the most that may be drawn."""
+        if self.settings.num_grads != "auto":
+            return self.settings.num_grads
+        if self.notes.num_grads:
+            return self.notes.num_grads
+        length = self.batches.length if self.gradients == "batch" else None
+        group = processes()
+        return min(MOST, group.min(MOST if length is None else max(length, 1)) * group.world_size)
 
     def _in_blocks(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: self.layouts[name].to_blocks(rows, rows.dtype) for name, rows in gradients.items()}
@@ -151,19 +196,23 @@ class Calibration:
             return 1.0
         return pruner.processes.sum(stream.averaged) / pruner.processes.sum(stream.taken)
 
-    def _save(self, pruner: Method, stream: CalibrationStream) -> None:
+    def _save(self, pruner: Method, stream: CalibrationStream, noise: NoiseSample | None) -> None:
         layers = pruner.state_dict()
-        self.checkpoint.save(list(layers.values()), {"layers": list(layers), "stream": stream.state_dict()})
+        parts = [*layers.values(), *([] if noise is None else [noise.state_dict()])]
+        self.checkpoint.save(parts, {"layers": list(layers), "stream": stream.state_dict()})
 
-    def _resume(self, pruner: Method, stream: CalibrationStream, share: int) -> None:
+    def _resume(self, pruner: Method, stream: CalibrationStream, noise: NoiseSample | None, share: int) -> None:
         """Bring ``pruner`` and ``stream`` to where an interrupted run left them."""
         partition = pruner.partition
         blocks = {name: partition.count(name) for name in self.layouts}
 
         def load(layers: Sequence[Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
-            for name, tensors in zip(state["layers"], layers, strict=True):
+            names = state["layers"]
+            for name, tensors in zip(names, layers[: len(names)], strict=True):
                 pruner.load_state_dict(name, tensors)
-            if absent := [name for name in blocks if blocks[name] and name not in state["layers"]]:
+            if noise is not None:
+                noise.load_state_dict(layers[len(names)])
+            if absent := [name for name in blocks if blocks[name] and name not in names]:
                 raise ValueError(f"{absent[0]} is absent")
             stream.load_state_dict(state["stream"])
             if stream.taken > share:

@@ -25,6 +25,9 @@ LEAST, MOST = 64, 4096
 NOISE = 0.3
 """Share of noise at which drawing stops; see docs/studies/gradients.md."""
 
+EXPECTED = 128
+"""Gradients that small networks on CIFAR-10 take, for estimates of time."""
+
 LAYERS, BLOCKS = 16, 4
 """Size of the sample: layers, and blocks of each."""
 

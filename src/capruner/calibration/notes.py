@@ -13,6 +13,7 @@ class Notes:
     """Report of all calibrations of a run; part of ``result.settings``.
 
     Attributes:
+        num_grads: gradients of each calibration, once that is decided; 0 before.
         skipped_batches: batches left out, in whole or in part, for NaN or Inf.
         layers_without_gradient: layers all of whose gradients were zero in a calibration.
         damped_blocks: by layer, the most Fisher blocks of one calibration that needed more damping.
@@ -20,6 +21,7 @@ class Notes:
         distill: by level, its sparsity and what :class:`capruner.Distillation` reports.
     """
 
+    num_grads: int = 0
     skipped_batches: int = 0
     layers_without_gradient: list[str] = field(default_factory=list)
     damped_blocks: dict[str, int] = field(default_factory=dict)
@@ -40,7 +42,7 @@ class Notes:
         for note in fields(self):
             if type(saved[note.name]) is not type(getattr(self, note.name)):
                 raise TypeError(f"{note.name} is {saved[note.name]!r}")
-        counts = [saved["skipped_batches"], *saved["damped_blocks"].values()]
+        counts = [saved["num_grads"], saved["skipped_batches"], *saved["damped_blocks"].values()]
         if not all(map(is_count, counts)) or not all(isinstance(level, dict) for level in saved["distill"]):
             raise TypeError(f"{saved} has values of other types")
         if not all(isinstance(name, str) for name in saved["layers_without_gradient"]):

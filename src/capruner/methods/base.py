@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ MOST_DAMPED = 0.05
 class Settings:
     """The knobs of :class:`capruner.PruneConfig` that a method reads, with the method's defaults filled in."""
 
-    num_grads: int
+    num_grads: int | Literal["auto"]
     fisher_block_size: int | None
     damp: float
     relative_damp: bool
@@ -283,7 +283,7 @@ class SecondOrderMethod(RankedMethod):
             self._fishers[name] = BlockFisher(
                 blocks,
                 size,
-                self.settings.num_grads,
+                None if self.settings.num_grads == "auto" else self.settings.num_grads,
                 self.settings.damp,
                 relative_damp=self.settings.relative_damp,
                 solver=self.settings.solver,

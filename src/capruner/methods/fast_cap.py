@@ -72,7 +72,7 @@ class FastCAP(Method):
             self._fishers[name] = BlockFisher(
                 1,
                 size,
-                self.settings.num_grads * blocks,
+                None if self.settings.num_grads == "auto" else self.settings.num_grads * blocks,
                 self.settings.damp,
                 relative_damp=True,
                 triangular=True,
