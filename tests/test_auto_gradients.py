@@ -12,7 +12,7 @@ from test_distributed import run
 from torch import Tensor, nn
 
 import capruner
-from capruner.calibration import enough
+from capruner.calibration import driver, enough
 from capruner.calibration.memory_plan import WORKING_SET
 
 ARGUMENTS: dict[str, Any] = {"sparsity": [0.5, 0.8], "fisher_block_size": 40, "progress": False}
@@ -43,8 +43,9 @@ def equal(a: capruner.PruningResult, b: capruner.PruningResult) -> bool:
 
 @pytest.fixture
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Look from 8 gradients on, so that there is something to decide in a small test."""
+    """Thresholds at which a small test has something to decide."""
     monkeypatch.setattr(enough, "LEAST", 8)
+    monkeypatch.setattr(driver, "NOISE", 0.9)
 
 
 @pytest.mark.usefixtures("quickly")
@@ -76,8 +77,8 @@ def test_bit_identical_to_the_number_that_it_chose(more: dict[str, Any]) -> None
 @pytest.mark.usefixtures("quickly")
 def test_more_noise_takes_more_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     data, counts = batches(1000), []
-    for noise in (0.9, 0.4, 0.1):
-        monkeypatch.setattr("capruner.calibration.driver.NOISE", noise)
+    for noise in (0.95, 0.8, 0.7):
+        monkeypatch.setattr(driver, "NOISE", noise)
         counts.append(prune(data).settings["num_grads"])
     assert counts == sorted(set(counts))
 
@@ -101,23 +102,25 @@ class Unknown:
 def test_a_loader_without_a_length_is_started_again(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("capruner.calibration.driver.NOISE", 0.0)
-    monkeypatch.setattr("capruner.calibration.driver.MOST", 32)
+    monkeypatch.setattr(driver, "NOISE", 0.0)
+    monkeypatch.setattr(driver, "MOST", 32)
     assert prune(Unknown()).settings["num_grads"] == 32
     assert "ends after 9 batches" in caplog.text
 
 
 def choose(rank: int, size: int) -> dict[str, Any]:
-    enough.LEAST = 8
     data = batches(300)[rank::size]
-    chosen = prune(data)
-    again = prune(data, num_grads=chosen.settings["num_grads"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(enough, "LEAST", 8)
+        patch.setattr(driver, "NOISE", 0.9)
+        chosen = prune(data)
+        again = prune(data, num_grads=chosen.settings["num_grads"])
     return {"count": torch.tensor(chosen.settings["num_grads"]), "same": torch.tensor(equal(chosen, again))}
 
 
 def test_several_processes_choose_the_same(tmp_path: Path) -> None:
     alone = choose(0, 1)
-    for found in run(3, tmp_path, choose):
+    for found in run(3, tmp_path / "ranks", choose):
         assert found["count"] == alone["count"]
         assert found["same"]
 

@@ -122,7 +122,7 @@ def test_the_reference_table_has_a_row_for_every_knob() -> None:
     head, rule, *rows = reference_table().splitlines()
     assert head.count("|") == rule.count("|") == 5
     assert [row.split("`")[1] for row in rows] == list(knobs())
-    assert "| `num_grads` | `4096` | cap, fast_cap, obs | Gradients that" in reference_table()
+    assert "| `num_grads` | `'auto'` | cap, fast_cap, obs | Gradients that" in reference_table()
 
 
 @pytest.mark.parametrize("name", sorted(knobs().keys() - {"costs"}))

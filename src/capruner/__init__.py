@@ -22,6 +22,7 @@ from capruner.planning import Plan, plan
 from capruner.pruning import calibrate, compensate_masks, prune
 from capruner.refine.batchnorm import recalibrate_bn
 from capruner.refine.distill import distill
+from capruner.refine.divergence import measure_divergence
 from capruner.refine.training import Distillation
 from capruner.result import PruningResult, load_result
 from capruner.shrinking.result import Shrunk, load_shrunk
@@ -54,6 +55,7 @@ __all__ = [
     "load_shrunk",
     "load_sparse",
     "mask_model",
+    "measure_divergence",
     "multiply_adds",
     "plan",
     "prune",

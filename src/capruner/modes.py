@@ -103,3 +103,11 @@ class _State:
             elif not buffer.is_meta and not torch.equal(buffer, value):
                 buffer.copy_(value)
         self.module.training = self.training
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Restore the states of torch's random generators afterwards."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        yield

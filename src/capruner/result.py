@@ -34,6 +34,7 @@ class Level:
         masks: ``{name: bool tensor}``, True = keep.
         losses: ``{name: predicted increase of the loss}``.
         others: parameters beside the pruned ones that refinement has changed.
+        divergence: from the dense network's outputs, once :func:`capruner.measure_divergence` has measured it.
     """
 
     sparsity: float
@@ -41,6 +42,11 @@ class Level:
     masks: Mapping[str, Tensor]
     losses: Mapping[str, float]
     others: Mapping[str, Tensor] = field(default_factory=dict)
+    divergence: float | None = None
+
+    def measured(self, divergence: float) -> Level:
+        """A copy with that divergence."""
+        return replace(self, divergence=divergence)
 
     def to(self, parameters: Mapping[str, Tensor]) -> Level:
         """A copy on the devices of these parameters, in their order.
@@ -64,7 +70,8 @@ class Level:
         for level in levels:
             for whole, part in zip(parts, (level.weights, level.masks, level.losses)):
                 whole |= part
-        return cls(levels[0].sparsity, *parts)
+        weights, masks, losses = parts
+        return cls(levels[0].sparsity, weights, masks, losses)
 
 
 @dataclass(repr=False)
@@ -258,7 +265,11 @@ def pack_levels(levels: Sequence[Level]) -> tuple[dict[str, Tensor], list[dict[s
             tensors[f"{index}/mask/{name}"] = pack(level.masks[name])
         for name, value in level.others.items():
             tensors[f"{index}/other/{name}"] = value.detach().cpu().contiguous()
-    return tensors, [{"sparsity": x.sparsity, "losses": dict(x.losses), "others": list(x.others)} for x in levels]
+    return tensors, [
+        {"sparsity": x.sparsity, "losses": dict(x.losses), "others": list(x.others)}
+        | ({} if x.divergence is None else {"divergence": x.divergence})
+        for x in levels
+    ]
 
 
 def unpack_levels(tensor: Callable[[str], Tensor], entries: Sequence[Mapping[str, Any]]) -> list[Level]:
@@ -272,7 +283,7 @@ def unpack_levels(tensor: Callable[[str], Tensor], entries: Sequence[Mapping[str
     """
     levels = []
     for index, entry in enumerate(entries):
-        numbers = [entry["sparsity"], *entry["losses"].values()]
+        numbers = [entry["sparsity"], *entry["losses"].values(), entry.get("divergence", 0.0)]
         if not entry["losses"] or not all(type(number) in (int, float) for number in numbers):
             raise TypeError("a level without layers, or whose sparsity or losses are not numbers")
         if not 0 <= entry["sparsity"] <= 1:
@@ -282,5 +293,5 @@ def unpack_levels(tensor: Callable[[str], Tensor], entries: Sequence[Mapping[str
             raise TypeError(wrong[0])
         masks = {name: unpack(tensor(f"{index}/mask/{name}"), w.shape, name) for name, w in weights.items()}
         others = {name: tensor(f"{index}/other/{name}") for name in entry.get("others", [])}  # version 1 has none
-        levels.append(Level(entry["sparsity"], weights, masks, entry["losses"], others))
+        levels.append(Level(entry["sparsity"], weights, masks, entry["losses"], others, entry.get("divergence")))
     return levels

@@ -85,6 +85,7 @@ def test_a_run_from_flags_writes_recipe_report_and_what_it_measured(place: Path,
         "load model and data",
         "evaluate dense",
         "calibrate and prune",
+        "measure divergence",
         "evaluate at 50 %",
         "evaluate at 75 %",
     ]
@@ -100,6 +101,8 @@ def test_a_run_from_flags_writes_recipe_report_and_what_it_measured(place: Path,
     assert dense["macs_left"] - quarter["macs_left"] == mlp * 3 / 4
     assert dense["predicted_loss"] is None
     assert 0 < half["predicted_loss"] < quarter["predicted_loss"]
+    assert dense["divergence"] is None
+    assert 0 < half["divergence"] < quarter["divergence"]
     by_layer = sum(row["predicted_loss"] for row in summary["layers"][0]["layers"])
     assert by_layer == pytest.approx(half["predicted_loss"])
 

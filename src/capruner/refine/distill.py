@@ -10,7 +10,6 @@ The model is in eval mode meanwhile, so BatchNorm statistics are those of the de
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from capruner.batches import BatchFunction, as_batch, failing
 from capruner.checks import check_count, check_masks, check_model, check_number
 from capruner.distributed import Processes, processes
 from capruner.gradients import LossFunction
-from capruner.modes import eval_mode, weights_restored
+from capruner.modes import eval_mode, random_state_kept, weights_restored
 from capruner.refine.training import (
     Distillation,
     Lesson,
@@ -85,7 +84,7 @@ def distill(
     trained = trainable(model)
     masks = zeros_of(trained) if masks is None else _of(trained, by_first_name(model, masks, "masks"))
     everybody = processes()
-    with everybody.together("distilling"), _random_state_kept(), torch.inference_mode(False), weights_restored(model):
+    with everybody.together("distilling"), random_state_kept(), torch.inference_mode(False), weights_restored(model):
         lessons = collect(dense, inputs_of(batches, batch_fn), everybody, samples)
         said = train(model, lessons, masks, passes=passes, lr=lr, processes=everybody, progress=progress)
         found = [p.detach().clone() for p in trained.values()]
@@ -166,10 +165,3 @@ def _of(parameters: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[s
                 f"the mask of {name} has shape {tuple(mask.shape)}, the parameter {tuple(parameters[name].shape)}"
             )
     return {name: mask != 0 for name, mask in masks.items()}
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices):
-        yield

@@ -17,6 +17,7 @@ class Level:
         top1, top5: accuracy in %, None where it was not measured; ``top1_bn`` after BatchNorm recalibration.
         loss: on the validation images.
         predicted: increase of the calibration loss that the quadratic model predicts.
+        divergence: of the calibration images' class probabilities from those of the dense network.
         macs: multiply-adds for one input that are left.
         layers: rows with name, numel, zeros, sparsity; perhaps predicted_loss.
         checkpoints: ``(text, link)``, links relative to the page.
@@ -31,6 +32,7 @@ class Level:
     top5: float | None = None
     loss: float | None = None
     predicted: float | None = None
+    divergence: float | None = None
     macs: int | None = None
     layers: list[dict[str, Any]] = field(default_factory=list)
     checkpoints: list[tuple[str, str]] = field(default_factory=list)

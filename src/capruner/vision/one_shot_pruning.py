@@ -112,8 +112,14 @@ class Run:
         seconds: float,
         stages: dict[str, float],
         predicted: dict[str, float] | None = None,
+        divergence: float | None = None,
     ) -> None:
-        """Measure a model, write its checkpoint, and bring the summary up to date. ``predicted``: increase of the loss by layer."""
+        """Measure a model, write its checkpoint, and bring the summary up to date.
+
+        Args:
+            predicted: increase of the loss by layer.
+            divergence: from the dense network's outputs, on calibration images.
+        """
         weights = dict(model.named_parameters())
         layers = weight_rows(weights, self.names)
         zeros, prunable = (sum(layer[key] for layer in layers) for key in ("zeros", "numel"))
@@ -128,6 +134,7 @@ class Run:
             **{f"seconds_{stage}": value for stage, value in stages.items()},
             "peak_memory_gib": peak_memory(self.device),
             "predicted_loss": None if predicted is None else sum(predicted.values()),
+            "divergence": divergence,
             "macs_left": self.macs.left(shares),
         }
         if requested is not None:
@@ -231,13 +238,15 @@ def prune_by_one_calibration(run: Run) -> None:
     costs = run.macs.per_weight(run.model) if run.args.allocate_by == "macs" else None
     result = run.recipe.prune(run.model, run.args.sparsities, run.calibration_batches(), costs=costs)
     seconds = time.perf_counter() - start
-    output.write_atomically(run.folder / "result.safetensors", result.save)
     run.stage_done("calibrate and prune", result.timings)
+    capruner.measure_divergence(result, run.model, images.PlainBatches(run.calibration_batches(), {}))
+    output.write_atomically(run.folder / "result.safetensors", result.save)
+    run.stage_done("measure divergence")
     for sparsity in result.sparsities:
         model = copy.deepcopy(run.model)
         result.apply(model, sparsity)
-        predicted = dict(result.level(sparsity).losses)
-        run.record(model, sparsity, seconds, result.timings, predicted)
+        level = result.level(sparsity)
+        run.record(model, sparsity, seconds, result.timings, dict(level.losses), level.divergence)
         asked, found = (
             sum(r["zeros"] for r in result.layer_report(sparsity)),
             sum(r["zeros"] for r in run.layers[sparsity]),
