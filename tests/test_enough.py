@@ -4,7 +4,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from capruner.calibration.enough import BLOCKS, LAYERS, LEAST, MOST, NOISE, NoiseSample, milestones, sample_blocks
+from capruner.calibration.enough import (
+    BLOCKS,
+    LAYERS,
+    LEAST,
+    MOST,
+    NOISE,
+    SAMPLE_BYTES,
+    NoiseSample,
+    milestones,
+    sample_blocks,
+)
 from capruner.distributed import Partition
 from capruner.layout import BlockLayout
 
@@ -107,4 +117,6 @@ def test_the_sample_is_small_whole_and_of_one_phase() -> None:
         assert {block % 3 for block in blocks} == {0}
         assert max(blocks) < layouts[name].numel // layouts[name].block_size
     assert sample_blocks({"alone": layouts["alone"], "pair": layouts["pair"]}) == {"pair": [0, 1]}
+    large = {f"layer{i}": BlockLayout((4, 1024), 1024) for i in range(16)}
+    assert len(sample_blocks(large)) == SAMPLE_BYTES // (4 * 1024**2 * 8) == 2
     assert sample_blocks({"padded": layouts["padded"]}) == {"padded": [0, 1, 2, 3]}

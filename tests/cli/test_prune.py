@@ -84,13 +84,14 @@ def test_a_run_from_flags_writes_recipe_report_and_what_it_measured(place: Path,
     assert stages == [
         "load model and data",
         "evaluate dense",
+        "plan",
         "calibrate and prune",
         "measure divergence",
         "evaluate at 50 %",
         "evaluate at 75 %",
     ]
     assert all(row["seconds"] >= 0 and row["peak_memory_gib"] > 0 for row in summary["stages"])
-    assert summary["stages"][2]["parts"].keys() >= {"gradients", "fisher", "eliminate"}
+    assert summary["stages"][3]["parts"].keys() >= {"gradients", "fisher", "eliminate"}
 
     fixed = summary["macs"]["activations"]
     weights = summary["macs"]["weights"]
@@ -207,6 +208,10 @@ BAD = {
     "no match": ({"params": ["blocks.7"]}, "no parameter or module is called 'blocks.7'"),
     "no steps": ({"num_recomputations": 0}, "num_recomputations must be a whole number, at least 1, got 0"),
     "passes back": ({"distill_passes": -1}, "distill_passes must be a number, at least 0, got -1"),
+    "two choices": ({"max_drop": 1}, "--max-drop chooses the sparsity; leave --sparsities out"),
+    "a rise": ({"max_drop": -1, "sparsities": None}, "--max-drop -1: points of top-1 accuracy"),
+    "all held out": ({"max_drop": 1, "sparsities": None, "held_out": 18}, "--held-out 18: the training split has 18 images"),
+    "a state": ({"max_drop": 1, "sparsities": None, "held_out": 6, "state_dir": "state"}, "leave --state-dir (traces_backup_dir) out"),
     "pattern and sparsity": ({"mask_type": "2:4", "sparsities": [0.9]}, "a sparsity of 0.5; got"),
 }  # fmt: skip
 
@@ -250,3 +255,18 @@ def test_every_method_s_recipe_is_one_that_sparseml_reads(tmp_path: Path) -> Non
         assert modifier.final_sparsity == 0.5
         if hasattr(modifier, "mask_type") and method != "obs":
             assert str(modifier.mask_type) == mask_type
+
+
+def test_the_largest_sparsity_within_a_drop(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words(place, sparsities=None, max_drop=10, held_out=6, experiment="drop", num_grads=3)) == 0
+    folder = place / "output" / "drop"
+    summary = json.loads((folder / "summary.json").read_text())
+    search, (dense, chosen) = summary["search"], summary["rows"]
+    assert search["images"] == 6
+    assert dense["images"] == chosen["images"] == 9  # the validation images
+    curve = dict(map(tuple, search["curve"]))
+    assert curve[search["sparsity"]] == search["top1"] >= search["dense"] - 10
+    assert all(top1 < search["dense"] - 10 for sparsity, top1 in curve.items() if sparsity > search["sparsity"])
+    assert chosen["requested"] == search["sparsity"]
+    assert "Choice of the sparsity" in (folder / "report.html").read_text()
+    assert "at the peak" in capsys.readouterr().out  # the plan

@@ -31,6 +31,9 @@ EXPECTED = 128
 LAYERS, BLOCKS = 16, 4
 """Size of the sample: layers, and blocks of each."""
 
+SAMPLE_BYTES = 64 * 2**20
+"""Most memory of the sample: half of the working set that elimination takes later."""
+
 
 def milestones(num_grads: int) -> list[int]:
     """Powers of two from :data:`LEAST` up to below ``num_grads``, then ``num_grads``.
@@ -55,7 +58,11 @@ def sample_blocks(layouts: Mapping[str, BlockLayout]) -> dict[str, list[int]]:
             count = min(BLOCKS, len(alike))
             usable[name] = [alike[i * (len(alike) - 1) // (count - 1)] for i in range(count)]
     names = list(usable)
-    return {names[i]: usable[names[i]] for i in sorted({k * len(names) // LAYERS for k in range(LAYERS)}) if names}
+    if not names:
+        return {}
+    most = SAMPLE_BYTES // (8 * BLOCKS * max(layouts[name].block_size for name in names) ** 2)
+    layers = max(1, min(LAYERS, most))
+    return {names[i]: usable[names[i]] for i in sorted({k * len(names) // layers for k in range(layers)})}
 
 
 class NoiseSample:

@@ -138,8 +138,12 @@ class OneShot:
         **more: Any,
     ) -> PruningResult:
         """:func:`capruner.prune` with what the recipe says; ``sparsities`` stand above its own, and ``more`` above its other arguments."""
-        said = {"method": self.method, "params": self.params, "global_sparsity": self.global_sparsity}
-        return prune(model, batches, loss_fn, sparsities or self.final_sparsity, **(said | self.knobs | more))
+        return prune(model, batches, loss_fn, sparsities or self.final_sparsity, **(self.keywords | more))
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """Keywords of :func:`capruner.prune`, :func:`capruner.calibrate` and :func:`capruner.plan`."""
+        return {"method": self.method, "params": self.params, "global_sparsity": self.global_sparsity, **self.knobs}
 
 
 def read_modifiers(path: str | Path) -> list[Modifier]:

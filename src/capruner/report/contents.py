@@ -49,6 +49,7 @@ class Contents:
         macs_dense: multiply-adds of the dense model for one input; None: not counted, and a note says why.
         macs_input: size of that input.
         macs_fixed: those among them that no sparsity of weights saves.
+        search: how the sparsity was chosen, if it was: ``max_drop, images, dense, sparsity, top1, curve`` (pairs of sparsity and top-1).
         stages: rows with stage, seconds, perhaps peak_memory_gib, perhaps parts ``{name: seconds}``.
         epochs: rows with epoch, sparsity, top1, perhaps ema_top1, train_loss, lr (training only).
         facts: what was run, ``{name: value}``.
@@ -64,6 +65,7 @@ class Contents:
     macs_dense: int | None = None
     macs_input: tuple[int, ...] = ()
     macs_fixed: int = 0
+    search: dict[str, Any] | None = None
     stages: list[dict[str, Any]] = field(default_factory=list)
     epochs: list[dict[str, Any]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)

@@ -24,6 +24,7 @@ def page(contents: Contents) -> str:
         ("accuracy", "Accuracy and sparsity", _accuracy(contents)),
         ("size", "What is left", _left(contents)),
         ("layers", "Sparsity by layer and depth", _layers(contents)),
+        ("search", "Choice of the sparsity", _search(contents)),
         ("loss", "Predicted and measured loss", _loss(contents)),
         ("epochs", "Training", _epochs(contents)),
         ("stages", "Time and memory", _stages(contents)),
@@ -217,6 +218,27 @@ def _layers(contents: Contents) -> str:
         + "".join(figures)
         + f"<details><summary>All layers, all sparsities</summary>{layer_table(levels)}</details>"
     )
+
+
+def _search(contents: Contents) -> str:
+    search = contents.search
+    if search is None:
+        return ""
+    bound = search["dense"] - search["max_drop"]
+    rows = [
+        [
+            f"{100 * sparsity:.2f} %",
+            f"{top1:.2f}",
+            "yes" if top1 >= bound else "no",
+            "chosen" if sparsity == search["sparsity"] else "",
+        ]
+        for sparsity, top1 in search["curve"]
+    ]
+    text = (
+        f"<p>The largest sparsity within {search['max_drop']:g} points of the dense network, by bisection over one calibration, on {search['images']:,} "
+        f"training images that the calibration has not seen (dense: {search['dense']:.2f} %). The validation images had no part in it.</p>"
+    )
+    return text + _table("Sparsities tried", ["removed", "top-1 on held-out images (%)", "within the bound", ""], rows)
 
 
 def _loss(contents: Contents) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -153,6 +154,43 @@ def _per_channel(values: Sequence[float], channels: int, flag: str) -> tuple[flo
     if len(values) != channels:
         raise UserError(f"{flag} has {len(values)} values, the model's input {channels} channels")
     return tuple(values)
+
+
+class Part(Dataset[Any]):
+    """Some of the images of a data set, with their own transform."""
+
+    def __init__(self, data: Dataset[Any], chosen: Sequence[int]) -> None:
+        self._data, self._chosen = copy.copy(data), chosen
+
+    @property
+    def transform(self) -> Any:
+        """Of each image."""
+        return self._data.transform  # type: ignore[attr-defined]
+
+    @transform.setter
+    def transform(self, transform: Any) -> None:
+        self._data.transform = transform  # type: ignore[attr-defined]
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._data[self._chosen[index]]
+
+
+def hold_out(data: Dataset[Any], count: int, seed: int) -> tuple[Part, Part]:
+    """All images but ``count`` random ones, and these.
+
+    Raises:
+        UserError: that leaves no images.
+    """
+    total = len(data)  # type: ignore[arg-type]
+    if not count < total:
+        raise UserError(
+            f"--held-out {count}: the training split has {total} images, and some must be left to calibrate on"
+        )
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
+    return Part(data, order[count:]), Part(data, order[:count])
 
 
 class CalibrationBatches:

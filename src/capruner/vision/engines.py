@@ -14,10 +14,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from capruner import recipes
+from capruner.calibrated import CalibratedModel
 from capruner.checkpoint import remove_state
 from capruner.cli.arguments import UserError
 from capruner.cli.knobs import flag
 from capruner.config import SECOND_ORDER, knobs
+from capruner.planning import Plan, plan
+from capruner.pruning import calibrate
 from capruner.recipes.one_shot import OURS, OneShot
 from capruner.recipes.text import modifier_names
 from capruner.result import PruningResult
@@ -76,6 +79,28 @@ class Native:
         """One calibration for the whole list; ``model`` is not changed."""
         data = PlainBatches(batches, self._recipe.grad_sampler_kwargs)
         return self._recipe.prune(model, data, cross_entropy, sparsities, state_dir=self._state_dir, costs=costs)
+
+    def plan(self, model: nn.Module, batches: CalibrationBatches) -> Plan:
+        """What :meth:`prune` would do. Draws two of ``batches``."""
+        data = PlainBatches(batches, self._recipe.grad_sampler_kwargs)
+        return plan(model, data, cross_entropy, **self._recipe.keywords)
+
+    def calibrate(self, model: nn.Module, batches: CalibrationBatches, costs: Any = None) -> CalibratedModel:
+        """One calibration for any sparsity.
+
+        Raises:
+            UserError: there is a state folder, or one sparsity per layer.
+        """
+        if self._state_dir is not None:
+            raise UserError(
+                "--max-drop searches within one calibration, which is not saved; leave --state-dir (traces_backup_dir) out"
+            )
+        if isinstance(self.final_sparsity, dict):
+            raise UserError(
+                f"{self._path}: final_sparsity is a dict, one sparsity per layer, so there is nothing for --max-drop to choose"
+            )
+        data = PlainBatches(batches, self._recipe.grad_sampler_kwargs)
+        return calibrate(model, data, cross_entropy, **self._recipe.keywords, costs=costs)
 
     def remove_state(self) -> None:
         """Delete what a killed calibration would go on from: the result is safe."""

@@ -45,6 +45,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="fractions of weights to prune, for example 0.5 0.9 (default: the recipe's; without one 0.5, or that of the mask type)",
     )
     how.add_argument(
+        "--max-drop",
+        type=float,
+        metavar="POINTS",
+        help="instead of --sparsities: find the largest sparsity at which top-1 falls by at most POINTS, by bisection over one calibration. Decided on "
+        "training images that the calibration does not see (--held-out); the validation images are looked at once, for the sparsity found",
+    )
+    how.add_argument(
+        "--held-out",
+        type=int,
+        default=2000,
+        metavar="N",
+        help="with --max-drop: training images to decide on (default 2000)",
+    )
+    how.add_argument(
         "--recalibrate-bn",
         type=int,
         default=0,
@@ -112,6 +126,15 @@ def checked(args: argparse.Namespace) -> argparse.Namespace:
     wrong = [s for s in args.sparsities if not 0 <= s < 1]
     if wrong:
         raise cli.UserError(f"--sparsities {' '.join(map(str, wrong))}: must lie in [0, 1); write 0.9 for 90 %")
+    if args.max_drop is not None:
+        if args.sparsities:
+            raise cli.UserError("--max-drop chooses the sparsity; leave --sparsities out")
+        if not 0 <= args.max_drop < 100:
+            raise cli.UserError(f"--max-drop {args.max_drop:g}: points of top-1 accuracy, from 0 to 100")
+        if args.held_out < 1:
+            raise cli.UserError(f"--held-out {args.held_out}: must be at least 1")
+        if args.engine == "sparseml":
+            raise cli.UserError("--max-drop is not supported by --engine sparseml; leave one of them out")
     if args.val_limit is not None and args.val_limit < 1:
         raise cli.UserError(f"--val-limit {args.val_limit}: must be at least 1")
     cli.check_weights(args)

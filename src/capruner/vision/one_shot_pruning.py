@@ -18,7 +18,7 @@ from torch import nn
 
 import capruner
 from capruner import recipes
-from capruner.cli.arguments import Parser
+from capruner.cli.arguments import Parser, UserError
 from capruner.cli.knobs import given
 from capruner.macs import multiply_adds
 from capruner.recipes.text import stored_text
@@ -69,11 +69,16 @@ class Run:
         self.model.to(self.device)
         self.names = self.recipe.names(self.model)
         self.train, val = images.open_splits(args.data_dir, args.dataset, self.model)
+        if args.max_drop is not None:
+            if not self.recipe.once:
+                raise UserError(f"--max-drop is not supported by {self.recipe.modifier}; leave it out")
+            self.train, self.held_out = images.hold_out(self.train, args.held_out, args.seed)
         self.config = images.preprocessing(args, self.model)
         self.val = images.loader(val, self.config, args.val_batch_size, args.workers, limit=args.val_limit)
         self.recipe.check_sparsities(self.model, args.sparsities)
         modeling.check_forward(self.model, self.config["input_size"], args.model)
         self.rows: list[dict[str, Any]] = []
+        self.search: dict[str, Any] | None = None
         self.layers: dict[float, list[dict[str, Any]]] = {}
         self.wandb = (
             WandbLog(name=args.experiment, dir=str(folder), config=vars(args) | {"recipe": text})
@@ -193,6 +198,7 @@ class Run:
             "macs": asdict(self.macs),
             "stages": self.stages,
             "rows": self.rows,
+            "search": self.search,
             "layers": [{"requested": s, "layers": rows} for s, rows in self.layers.items()],
         }
         output.write_json(self.folder / "summary.json", summary)
@@ -237,7 +243,37 @@ def prune_by_one_calibration(run: Run) -> None:
     start = time.perf_counter()
     costs = run.macs.per_weight(run.model) if run.args.allocate_by == "macs" else None
     result = run.recipe.prune(run.model, run.args.sparsities, run.calibration_batches(), costs=costs)
-    seconds = time.perf_counter() - start
+    record_levels(run, result, time.perf_counter() - start)
+
+
+def prune_within_a_drop(run: Run) -> None:
+    """Find the largest sparsity within ``--max-drop`` on held-out training images, and measure it."""
+    args, start = run.args, time.perf_counter()
+    costs = run.macs.per_weight(run.model) if args.allocate_by == "macs" else None
+    calibration = run.recipe.calibrate(run.model, run.calibration_batches(), costs=costs)
+    held_out = images.loader(run.held_out, run.config, args.val_batch_size, args.workers)
+
+    def top1(model: nn.Module) -> float:
+        return evaluate.evaluate(model, held_out, run.device, "held-out images")["top1"]
+
+    best = calibration.sparsest(top1, within=args.max_drop)
+    run.search = {
+        "max_drop": args.max_drop,
+        "images": len(run.held_out),
+        "dense": best.dense,
+        "sparsity": best.sparsity,
+        "top1": best.value,
+        "curve": best.curve,
+    }
+    print(
+        f"within {args.max_drop:g} points on {len(run.held_out)} held-out training images: {100 * best.sparsity:.1f} %, "
+        f"top-1 {best.value:.2f} % (dense {best.dense:.2f} %)"
+    )
+    record_levels(run, best.result, time.perf_counter() - start)
+
+
+def record_levels(run: Run, result: capruner.PruningResult, seconds: float) -> None:
+    """Measure all levels of a result that took ``seconds``."""
     run.stage_done("calibrate and prune", result.timings)
     capruner.measure_divergence(result, run.model, images.PlainBatches(run.calibration_batches(), {}))
     output.write_atomically(run.folder / "result.safetensors", result.save)
@@ -274,7 +310,12 @@ def prune(args: argparse.Namespace) -> None:
     run.record(run.model, None, 0.0, {})
     dense = run.rows[0]
     print(f"dense: top-1 {dense['top1']:.2f} % of {dense['images']} images; {len(run.names)} layers to prune")
-    (prune_by_one_calibration if run.recipe.once else prune_anew_at_each)(run)
+    if run.recipe.once:
+        print(f"\n{run.recipe.plan(run.model, run.calibration_batches())}\n")
+        run.stage_done("plan")
+        (prune_by_one_calibration if args.max_drop is None else prune_within_a_drop)(run)
+    else:
+        prune_anew_at_each(run)
     run.finish()
     if run.recipe.once:
         run.recipe.remove_state()
