@@ -195,7 +195,7 @@ class BlockFisher:
         return sums | {"peak": self._peak, "count": torch.tensor(self.count)}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from what :meth:`tensors` gave.
+        """Resume from what :meth:`tensors` returned.
 
         Raises:
             ValueError: it is of another matrix.

@@ -1,7 +1,7 @@
 """Sums of outer products, ``Σ g gᵀ`` for each block of ``B`` weights, in ``B²`` numbers a block.
 
 :class:`FullSums` adds whole matrices with torch, on any device. :class:`HalfSums`, for CPUs with numba, keeps the lower triangle alone; the other half of the
-memory holds the gradients that are not added yet. So many are added at a time that the triangle is read and written a few times instead of once for each slab,
+memory holds the gradients that are not added yet. Adding many at a time reads and writes the triangle a few times instead of once for each slab,
 and the result does not depend on how the gradients were cut into slabs.
 """
 
