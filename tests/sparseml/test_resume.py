@@ -217,7 +217,7 @@ def test_a_state_of_another_model_is_refused_and_the_masks_stay() -> None:
     (key, modifier) = next((k, v) for k, v in state.items() if any(n.endswith(".sparsity_mask") for n in v))
     name = next(n for n in modifier if n.endswith(".sparsity_mask"))
     missing = {**state, key: {n: v for n, v in modifier.items() if n != name}}
-    with pytest.raises(ValueError, match=f"is of another model: {name}"):
+    with pytest.raises(ValueError, match=f"was saved for a different model: {name}"):
         load_manager_state(other.manager, missing)
     with pytest.raises(ValueError, match=rf"{name} has shape \(2, 2\) in the state"):
         load_manager_state(other.manager, {**state, key: {**modifier, name: torch.ones(2, 2)}})

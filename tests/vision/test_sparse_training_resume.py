@@ -146,7 +146,7 @@ def test_resuming_a_finished_run_changes_nothing(line: Line, tmp_path: Path) -> 
 
 def test_an_earlier_run_is_not_overwritten(line: Line) -> None:
     sparse_training.main(line("oneshot", epochs=1))
-    with pytest.raises(cli.UserError, match=r"is of an earlier run; go on with it by --resume"):
+    with pytest.raises(cli.UserError, match=r"belongs to an earlier run; continue it with --resume"):
         sparse_training.main(line("oneshot", epochs=1))
 
 

@@ -161,7 +161,7 @@ def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] 
                 raise
             what, status = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
             print(
-                f"{what}; what was saved before is whole, and the same command goes on from there where it can",
+                f"{what}; what was saved before is whole, and the same command resumes from it if it can",
                 file=sys.stderr,
             )
             return status

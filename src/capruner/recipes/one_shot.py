@@ -178,7 +178,7 @@ def load(path: str | Path) -> OneShot:
     """The pruning modifier of a recipe file.
 
     Raises:
-        UserError: it is no recipe, has another modifier, or a parameter that cannot be.
+        UserError: it is no recipe, has another modifier, or an invalid parameter.
     """
     found = read_modifiers(path)
     refuse_others(path, found)
@@ -197,7 +197,7 @@ def one_shot(modifier: Modifier) -> OneShot:
     """A modifier of :data:`KINDS` with its parameters read.
 
     Raises:
-        ValueError: a parameter is missing, is not one of the modifier's, or has a value that cannot be.
+        ValueError: a parameter is missing, is not one of the modifier's, or has an invalid value.
     """
     kind, who, given = KINDS[modifier.name], modifier.name, dict(modifier.values)
     unknown = [name for name in given if name not in kind.parameters]

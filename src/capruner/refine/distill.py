@@ -59,7 +59,7 @@ def distill(
         batches, batch_fn: as for :func:`capruner.prune`; targets are not looked at.
         passes: passes over the samples, also a fraction of one.
         lr: the learning rate of AdamW at the start; a cosine takes it to 0. None: chosen by a few trials of 32 steps.
-        samples: the first so many samples of ``batches``, of all processes together, are held in memory and trained on.
+        samples: number of samples, the first of ``batches``, of all processes together, are held in memory and trained on.
         masks: ``{parameter name: tensor}``, True or non-zero = keep. None: every weight of a parameter with two or more dimensions that is exactly 0 stays 0.
         progress: show a progress bar.
 

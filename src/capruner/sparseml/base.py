@@ -159,7 +159,7 @@ class CorrelationAwareModifier(BaseGradualPruningModifier):
         super().initialize(module, epoch, loggers, **kwargs)
 
     def initialize_extras(self, module: nn.Module) -> None:
-        """A mask that another modifier has put on a parameter is taken over, so that a ladder of modifiers climbs on and does not start anew."""
+        """A mask that another modifier has put on a parameter is taken over, so that a ladder of modifiers continues instead of starting again."""
         super().initialize_extras(module)
         if self._init_sparsity_orig == FROM_PARAM_TOKEN:
             self._init_sparsity = [zero_share(p) for p in self._module_masks.params_data]
@@ -215,7 +215,7 @@ class CorrelationAwareModifier(BaseGradualPruningModifier):
         super().finalize(module, reset_loggers, **kwargs)
 
     def remove_state(self) -> None:
-        """Delete what a killed calibration would go on from, when its result is safe. Without ``traces_backup_dir`` there is none."""
+        """Delete the state of a killed calibration, when its result is safe. Without ``traces_backup_dir`` there is none."""
         self._state_served = False
         if self._traces_backup_dir:
             remove_state(self._traces_backup_dir)
@@ -229,7 +229,7 @@ class CorrelationAwareModifier(BaseGradualPruningModifier):
 
         Raises:
             RuntimeError: not initialized.
-            ValueError: the state is of another model.
+            ValueError: the state was saved for a different model.
         """
         if not self.initialized:
             raise RuntimeError("load_state_dict needs an initialized modifier: call the manager's modify() first")
@@ -248,7 +248,7 @@ class CorrelationAwareModifier(BaseGradualPruningModifier):
     ) -> PruningResult:
         """One calibration, with this recipe's parameters, for a whole list of sparsities. ``module`` is not changed; the modifier stays as it is.
 
-        With ``traces_backup_dir`` a calibration that was killed goes on; call :meth:`remove_state` when its result is safe.
+        With ``traces_backup_dir`` a calibration that was killed resumes; call :meth:`remove_state` when its result is safe.
 
         Args:
             sparsities: in [0, 1); the recipe's own ``final_sparsity`` is not looked at unless the list is empty.

@@ -230,7 +230,7 @@ class BySparseML:
             capruner.distill(model, dense, GradSamplerBatches(sampler), passes=self.distill_passes)
 
     def remove_state(self) -> None:
-        """Delete what a killed calibration would go on from: the result is safe."""
+        """Delete the state of a killed calibration: the result is safe."""
         self._modifier.remove_state()
 
 

@@ -63,7 +63,9 @@ def load_modifier_state(modifier: Any, state: dict[str, Any]) -> None:
     saved: dict[str, Tensor] = {name: value for name, value in state.items() if name.endswith(".sparsity_mask")}
     if set(names) != set(saved):
         odd = sorted(set(names) ^ set(saved))
-        raise ValueError(f"the state of {type(modifier).__name__} is of another model: {', '.join(odd[:4])}")
+        raise ValueError(
+            f"the state of {type(modifier).__name__} was saved for a different model: {', '.join(odd[:4])}"
+        )
     for index, name in enumerate(names):
         mask = masks.param_masks[index]
         if saved[name].shape != mask.shape:

@@ -103,7 +103,7 @@ class Native:
         return calibrate(model, data, cross_entropy, **self._recipe.keywords, costs=costs)
 
     def remove_state(self) -> None:
-        """Delete what a killed calibration would go on from: the result is safe."""
+        """Delete the state of a killed calibration: the result is safe."""
         if self._state_dir is not None:
             remove_state(self._state_dir)
 

@@ -109,7 +109,7 @@ def folder_inside(folder: Path, named: str) -> Path:
     place = (folder / named).resolve()
     if Path(named).is_absolute() or folder.resolve() not in place.parents:
         raise UserError(
-            f"traces_backup_dir: {named} leads out of the experiment's folder; a recipe names a folder inside it (state, say); the one-shot script's "
+            f"traces_backup_dir: {named} leads out of the experiment's folder; a recipe names a folder inside it (for example state); the one-shot script's "
             "--state-dir may lie anywhere"
         )
     return place

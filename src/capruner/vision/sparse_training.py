@@ -124,7 +124,7 @@ class Training:
                 raise cli.UserError(f"{self.folder} holds a run of one-shot pruning; choose another --experiment")
             if last.exists():
                 raise cli.UserError(
-                    f"{last} is of an earlier run; go on with it by --resume, or choose another --experiment, or delete that folder"
+                    f"{last} belongs to an earlier run; continue it with --resume, or choose another --experiment, or delete that folder"
                 )
             return None
         if resume == "last":

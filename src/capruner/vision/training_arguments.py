@@ -69,7 +69,7 @@ def _data(parser: argparse.ArgumentParser) -> None:
         "-b", "--batch-size", type=int, default=128, help="training images per process and step (default 128)"
     )
     group.add_argument("-vb", "--val-batch-size", "--validation-batch-size", type=int, help="default: as --batch-size")
-    group.add_argument("--val-limit", type=int, help="evaluate on so many images only, the same each time")
+    group.add_argument("--val-limit", type=int, help="evaluate on this many images only, the same each time")
     group.add_argument("-j", "--workers", type=int, default=4, help="loader processes per process (default 4)")
     group.add_argument(
         "--pin-mem", action="store_true", help="pinned memory: faster copies to the GPU without the prefetcher"
@@ -230,7 +230,7 @@ def _output(parser: argparse.ArgumentParser) -> None:
         "--resume",
         nargs="?",
         const="last",
-        help="go on where a run was stopped: 'last' (the experiment's own last.pt; a fresh start where there is none yet) or a file",
+        help="continue a stopped run: 'last' (the experiment's own last.pt; a fresh start where there is none yet) or a file",
     )
     group.add_argument(
         "--checkpoint-freq",
@@ -260,7 +260,7 @@ def parse_with(parser: cli.Parser, argv: Sequence[str] | None) -> argparse.Names
     """The arguments, with the values of ``--config`` below those of the command line.
 
     Raises:
-        UserError: a missing flag, an unknown key of the configuration, a value that cannot be.
+        UserError: a missing flag, an unknown key of the configuration, an invalid value.
     """
     first = parser.parse_args(argv)
     args = first

@@ -1,4 +1,4 @@
-"""Checkpoints: weights for others to load, and all that a stopped run needs to go on.
+"""Checkpoints: weights for others to load, and all that a stopped run needs to resume.
 
 ``last.pt`` is a file of ``torch.save`` that holds tensors and plain values only; it is read with ``weights_only=True``, so that a foreign file can run no
 code. Files are written beside their place and moved there when they are whole and on disk: after a kill or a power cut the old one is there, or the new one.
@@ -106,6 +106,6 @@ def load_training(path: Path) -> dict[str, Any]:
     if wrong:
         raise UserError(
             f"--resume {path}: {', '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} missing or of another kind, so it was not written by this "
-            "version of sparse_training.py; resume with the version that wrote it, or start anew"
+            "version of sparse_training.py; resume with the version that wrote it, or start again"
         )
     return state

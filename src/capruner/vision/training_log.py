@@ -27,12 +27,12 @@ LINE = {
 
 
 class Log:
-    """Rows of all epochs so far, restored on resuming: every file is written anew from them, so that nothing is doubled or lost.
+    """Rows of all epochs so far, restored on resuming: every file is written from them, so that nothing is doubled or lost.
 
     Attributes:
         rows: one per epoch; row 0 is the model before training.
         updates: one per pruning update, with its layers.
-        wandb_id: the run to go on with in Weights & Biases.
+        wandb_id: the run to continue in Weights & Biases.
     """
 
     def __init__(self, folder: Path, args: argparse.Namespace, title: str) -> None:
@@ -43,7 +43,7 @@ class Log:
         self._wandb: WandbLog | None = None
 
     def open_wandb(self) -> None:
-        """Start, or go on with, a run in Weights & Biases, if asked for."""
+        """Start or continue a run in Weights & Biases, if asked for."""
         if not self.args.log_wandb:
             return
         self._wandb = WandbLog(
@@ -84,7 +84,7 @@ class Log:
         return {f"weights/{name}": wandb.Histogram(values) for name, values in remaining.items() if len(values)}
 
     def write(self) -> None:
-        """All files anew."""
+        """Write all files."""
         output.write_csv(self.folder / "summary.csv", self.rows)
         output.write_json(self.folder / "layer_sparsity.json", self.updates)
         if len(self.rows) > 1:
