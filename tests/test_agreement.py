@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_distributed import ARGUMENTS, batches, net, run
+from processes import ARGUMENTS, batches, net, run
 from torch import nn
 
 import capruner

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_state import net
+from interruptions import net
 from torch import Tensor, nn
 from untouched import same, snapshot
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from test_memory_budget import TWO_GROUPS
-from test_memory_budget import net as three_layers
+from memory_case import TWO_GROUPS
+from memory_case import net as three_layers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset

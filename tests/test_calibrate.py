@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_pruning import Counted, conv_net, images
+from pruning_case import Counted, conv_net, images
 from torch import nn
 from torch.nn import functional as F
 from untouched import same, snapshot

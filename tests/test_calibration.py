@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_distributed import run
-from test_memory_budget import TWO_GROUPS
-from test_memory_budget import net as three_layers
+from memory_case import TWO_GROUPS
+from memory_case import net as three_layers
+from processes import run
 from torch import Tensor, nn
 from torch.nn import functional as F
 

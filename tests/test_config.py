@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_pruning import conv_net, images
+from pruning_case import conv_net, images
 from torch.nn import functional as F
 
 import capruner

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_pruning import conv_net, gradients, images, mlp, prune, vectors, weights
+from pruning_case import conv_net, gradients, images, mlp, prune, vectors, weights
 from textbook import fisher_blocks
 
 import capruner

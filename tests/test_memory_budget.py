@@ -4,16 +4,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor, nn
+from memory_case import TWO_GROUPS, net
+from torch import Tensor
 
 import capruner
-from capruner.calibration.memory_plan import WORKING_SET
 from capruner.memory import parse_bytes
-
-
-def net() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(40, 60), nn.Tanh(), nn.Linear(60, 60), nn.Tanh(), nn.Linear(60, 5))
 
 
 def data() -> list[tuple[Tensor, Tensor]]:
@@ -33,7 +28,6 @@ class Counted:
 
 
 ARGUMENTS = {"num_grads": 24, "fisher_block_size": 60, "damp": 1e-3, "progress": False}
-TWO_GROUPS = WORKING_SET + 60 * 60 * (60 + 6 + 8) * 4 + 1000  # the middle layer alone, or the two others together
 
 
 @pytest.mark.promise("Memory", "A memory budget does not change the result")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_state import Data, net
+from interruptions import Data, net
 from torch import Tensor
 
 import capruner

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_pruning import METHODS, conv_net, images
+from pruning_case import METHODS, conv_net, images
 from torch import nn
 from torch.nn import functional as F
 from untouched import same, snapshot

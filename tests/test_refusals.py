@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from pruning_case import conv_net, images, mlp, prune, vectors
 from safetensors.torch import save_file
-from test_pruning import conv_net, images, mlp, prune, vectors
 from torch import nn
 
 import capruner

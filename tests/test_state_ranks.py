@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from test_distributed import ARGUMENTS, batches, net, run
+from processes import ARGUMENTS, batches, net, run
 from torch import Tensor, nn
 
 import capruner

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_state import ARGUMENTS, Data, Killed, net
+from interruptions import ARGUMENTS, Data, Killed, net
 from torch import Tensor, nn
 from untouched import same, snapshot
 

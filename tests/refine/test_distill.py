@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_distributed import run
+from processes import run
 from torch import Tensor, nn
 from untouched import same, snapshot
 
