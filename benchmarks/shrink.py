@@ -5,14 +5,21 @@
 
 All methods remove the same kinds of units and get the same gradients, one of each batch of 8 calibration images. Torch-Pruning ranks globally with its
 defaults, and its ratio is bisected until its multiply-adds are at most ours. Needs ``pip install torch-pruning``.
+
+``--speed`` times ours in torch and onnxruntime instead, one thread: CPU time of the fastest of calls in turns with the dense network's.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
+import tempfile
+import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch_pruning
@@ -108,6 +115,34 @@ def torch_pruning_at(
     return model
 
 
+def engines(model: nn.Module, input_size: tuple[int, ...]) -> dict[str, Callable[[torch.Tensor], Any]]:
+    """A network in torch and in onnxruntime, one thread each."""
+    from onnxruntime import InferenceSession, SessionOptions
+
+    from capruner.export import to_onnx
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.onnx"
+        to_onnx(model, file, input_size)
+        options = SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        session = InferenceSession(file.read_bytes(), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return {"torch": torch.inference_mode()(model), "onnxruntime": lambda x: session.run(None, {name: x.numpy()})}
+
+
+def speed_up(calls: list[Callable[[torch.Tensor], Any]], x: torch.Tensor, count: int = 40) -> str:
+    """CPU time of the dense and the small network in one engine, the fastest of calls in turns."""
+    times: list[list[float]] = [[], []]
+    for _ in range(count):
+        for taken, call in zip(times, calls):
+            start = time.process_time()
+            call(x)
+            taken.append(time.process_time() - start)
+    dense, small = map(min, times)
+    return f"{1e3 * dense:.2f} -> {1e3 * small:.2f} ms, {dense / small:.2f}x"
+
+
 def compare(args: argparse.Namespace) -> None:
     train, val = (load_images(args.data, split, args.cache) for split in ("train", "val"))
     images, labels = (t[: args.limit] for t in val)
@@ -134,6 +169,13 @@ def compare(args: argparse.Namespace) -> None:
                 num_grads=args.images // 8,
                 progress=False,
             ).model
+            if args.speed:
+                print(f"macs {share:.0%}, top-1 {accuracy(small, images, labels, args.model):.2f}", flush=True)
+                made = [engines(model.eval(), tuple(x.shape[1:])) for model in (dense, small)]
+                for batch, engine in itertools.product((1, 8), made[0]):
+                    batch_images = normalise(images[:batch], args.model)
+                    print(f"  batch {batch}, {engine}: {speed_up([m[engine] for m in made], batch_images)}", flush=True)
+                continue
             goal = capruner.multiply_adds(small, x.shape[1:]).dense
             for method in ("capruner", *METHODS):
                 model = small
@@ -162,6 +204,7 @@ def main() -> None:
         "--bn-batches", type=int, default=0, help="also re-estimate BatchNorm statistics from N batches of 256"
     )
     parser.add_argument("--distill", type=float, default=0, help="passes of distillation afterwards, reported apart")
+    parser.add_argument("--speed", action="store_true", help="time ours instead of comparing accuracies")
     parser.add_argument("--cache", type=Path, default=Path("output/cache"), help="where decoded images are kept")
     parser.add_argument("--vit-weights", type=Path, help="weights of the ViT when they are not in benchmarks/models")
     compare(parser.parse_args())

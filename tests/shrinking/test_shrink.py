@@ -173,6 +173,11 @@ def test_mistakes(changes: dict[str, Any], message: str) -> None:
         shrink(vit(), **changes)
 
 
+def test_batches_are_needed() -> None:
+    with pytest.raises(ValueError, match="batches must be an iterable"):
+        capruner.shrink(vit(), None, macs=0.5, example_inputs=IMAGES)
+
+
 def test_a_loss_without_gradient_is_refused() -> None:
     with pytest.raises(ValueError, match="every gradient of the calibration is exactly 0"):
         capruner.shrink(

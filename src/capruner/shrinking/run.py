@@ -78,7 +78,7 @@ def shrink(
         ModuleNotFoundError: torch-pruning is needed and not installed.
     """
     kinds = [units] if isinstance(units, str) else list(units)
-    _check(model, loss_fn, macs, latency, kinds, exclude, num_grads, damp, progress)
+    _check(model, batches, loss_fn, macs, latency, kinds, exclude, num_grads, damp, progress)
     model = unwrap(model)
     check_finite(model)
     device = next(model.parameters()).device
@@ -111,6 +111,7 @@ def shrink(
 
 def _check(
     model: Any,
+    batches: Any,
     loss_fn: Any,
     macs: Any,
     latency: Any,
@@ -121,6 +122,10 @@ def _check(
     progress: Any,
 ) -> None:
     check_model(model)
+    if not isinstance(batches, Iterable) or isinstance(batches, type | str):
+        raise ValueError(
+            f"batches must be an iterable of (inputs, targets), a DataLoader for example, got {show(batches)}"
+        )
     if not callable(loss_fn):
         raise ValueError(f"loss_fn must be a function of outputs and targets, got {show(loss_fn)}")
     if (macs is None) == (latency is None):
@@ -138,7 +143,7 @@ def _check(
     check_flag("progress", progress)
     if processes().world_size > 1:
         raise ValueError(
-            "shrink works in one process; call it before torch.distributed is initialised, or on one rank alone"
+            f"shrink works in one process, and torch.distributed has {processes().world_size}: call it before that is initialised"
         )
 
 
