@@ -123,6 +123,14 @@ def test_commands_exist(line: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert flag in known, f"{command} has no {flag}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=identify)
+def test_paths_exist(page: Path) -> None:
+    paths = re.findall(
+        r"(?<![\w/.])((?:src|tests|benchmarks|qa|docs|examples|research)/[\w/.+-]*\w)", page.read_text("utf-8")
+    )
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
 def test_readme_is_short_and_its_links_are_absolute() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 110
