@@ -110,7 +110,8 @@ class Calibration:
     def _draw(self, pruner: Method, stream: CalibrationStream) -> None:
         """Fold this rank's share of the gradients into ``pruner``."""
         group, counts = pruner.processes, milestones(self._most_gradients())
-        noise = None if self._decided else NoiseSample(pruner.partition, stream.device)
+        where = torch.device(self.settings.fisher_inv_device or stream.device)
+        noise = None if self._decided else NoiseSample(pruner.partition, where)
         shares = [group.share(count) for count in counts]
         self._resume(pruner, stream, noise, shares[-1])
         resumed = stream.taken

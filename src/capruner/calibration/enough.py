@@ -70,7 +70,7 @@ class NoiseSample:
 
     Args:
         partition: the layers, and who owns which of their blocks.
-        device: of the gradients.
+        device: where the sums are kept.
     """
 
     def __init__(self, partition: Partition, device: torch.device) -> None:
