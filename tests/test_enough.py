@@ -6,17 +6,19 @@ from torch import Tensor
 
 from capruner.calibration.enough import (
     BLOCKS,
+    DAMP,
     LAYERS,
     LEAST,
     MOST,
-    NOISE,
     SAMPLE_BYTES,
-    NoiseSample,
+    Sample,
+    held_out_error,
     milestones,
     sample_blocks,
 )
 from capruner.distributed import Partition
 from capruner.layout import BlockLayout
+from capruner.shrinkage import estimated_share
 
 ROWS, B = 40, 24
 
@@ -28,80 +30,74 @@ def rows(m: int, directions: int, seed: int = 0) -> dict[str, Tensor]:
     return {"layer": torch.einsum("mnd,ndb->mnb", torch.randn(m, ROWS, directions, generator=g).double(), basis)}
 
 
-def sample() -> NoiseSample:
-    return NoiseSample(Partition({"layer": BlockLayout((ROWS, B), B)}), torch.device("cpu"))
+def sample() -> Sample:
+    return Sample(Partition({"layer": BlockLayout((ROWS, B), B)}), torch.device("cpu"))
 
 
-def noise(m: int, directions: int) -> float:
-    one = sample()
-    for part in rows(m, directions)["layer"].split(16):
-        one.add({"layer": part})
-    return one.noise(m)
+def error(m: int, directions: int) -> float:
+    one, gradients = sample(), rows(m, directions)["layer"]
+    one.add({"layer": gradients[: m // 2]})
+    one.error(m // 2)
+    one.add({"layer": gradients[m // 2 :]})
+    return one.error(m)
 
 
-def test_noise_falls_as_gradients_come_in() -> None:
-    few, more, many = (noise(m, 4) for m in (16, 64, 1024))
-    assert 1 >= few > more > many > 0
-    assert few / more == pytest.approx(4, rel=0.5)
+def test_the_error_falls_towards_one() -> None:
+    few, more, many = (error(m, 20) for m in (16, 64, 2048))
+    assert few > more > many
+    assert many == pytest.approx(1, abs=0.1)
 
 
 def test_gradients_in_more_directions_need_more_of_them() -> None:
-    assert noise(64, 2) < NOISE < noise(64, 20)
-    assert noise(2048, 20) < NOISE
+    assert error(64, 2) < error(64, 20)
 
 
-def test_the_share_is_the_expected_squared_error_over_the_squared_distance() -> None:
-    """Against the mean over fresh draws of the squared error of the blocks themselves."""
-    m, draws = 128, 40
-    blocks = sample_blocks({"layer": BlockLayout((ROWS, B), B)})["layer"]
-    basis = torch.randn(BLOCKS, 3, B, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    exact = basis.mT @ basis
-    errors, distances, shares = [], [], []
-    for draw in range(draws):
-        coefficients = torch.randn(m, BLOCKS, 3, generator=torch.Generator().manual_seed(draw)).double()
-        full = torch.zeros(m, ROWS, B, dtype=torch.float64)
-        full[:, blocks] = torch.einsum("mnd,ndb->mnb", coefficients, basis)
-        one = sample()
-        one.add({"layer": full})
-        F = one.sums["layer"].blocks / m
-        common = F.sum(dim=0)
-        target = common * (F.diagonal(dim1=1, dim2=2).sum(dim=1) / common.trace())[:, None, None]
-        errors.append((F - exact).square().sum())
-        distances.append((F - target).square().sum())
-        shares.append(one.noise(m))
-    expected = float(torch.stack(errors).mean() / torch.stack(distances).mean())
-    assert sum(shares) / draws == pytest.approx(expected, rel=0.2)
+def test_it_is_the_mean_of_the_quadratic_form_over_unseen_gradients() -> None:
+    g = torch.Generator().manual_seed(0)
+    seen, unseen = (torch.randn(30, 2, 6, generator=g, dtype=torch.float64) for _ in range(2))
+    A, other = (torch.einsum("mni,mnj->nij", x, x) / 30 for x in (seen, unseen))
+    alike = A.mean(dim=0)
+    fourth = (seen.square().sum(dim=2) ** 2).mean(dim=0)
+    found = held_out_error(A, other, alike, fourth, 30)
+    for block in range(2):
+        trace = A[block].trace()
+        target = alike * trace / alike.trace()
+        share = estimated_share(A[block][None], target[None], fourth[block][None], 30)
+        damp = DAMP * trace / 6 * torch.eye(6, dtype=torch.float64)
+        H = torch.linalg.inv((1 - share) * A[block] + share * target + damp)
+        form = sum(float(x[block] @ H @ x[block]) for x in unseen) / 30 + float((H @ damp).trace())
+        assert float(found[block]) == pytest.approx(form / 6)
 
 
 def test_blocks_without_gradients_do_not_count() -> None:
-    one, other = sample(), sample()
-    gradients = rows(64, 4)["layer"]
-    one.add({"layer": gradients})
-    silent = gradients.clone()
+    gradients = rows(64, 20)["layer"]
     first = sample_blocks({"layer": BlockLayout((ROWS, B), B)})["layer"][0]
-    silent[:, first] = 0
-    other.add({"layer": silent})
-    assert 0 < other.noise(64) < 1
-    nothing = sample()
-    nothing.add({"layer": torch.zeros(8, ROWS, B)})
-    assert nothing.noise(8) == 1
+    gradients[:, first] = 0
+    one, nothing = sample(), sample()
+    for part in (gradients[:32], gradients[32:]):
+        one.add({"layer": part})
+        nothing.add({"layer": torch.zeros_like(part)})
+        found = one.error(64), nothing.error(64)
+    assert 0 < found[0] < float("inf") == found[1]
 
 
 def test_resumed() -> None:
-    gradients = rows(40, 4)["layer"]
+    gradients = rows(64, 4)["layer"]
     whole, first, second = sample(), sample(), sample()
-    for part in (gradients[:24], gradients[24:]):
-        whole.add({"layer": part})
-    first.add({"layer": gradients[:24]})
+    for one in (whole, first):
+        one.add({"layer": gradients[:32]})
+        one.error(32)
+        one.add({"layer": gradients[32:40]})
     second.load_state_dict({key: tensor.clone() for key, tensor in first.state_dict().items()})
-    second.add({"layer": gradients[24:]})
-    assert second.noise(40) == whole.noise(40)
+    for one in (whole, second):
+        one.add({"layer": gradients[40:]})
+    assert second.error(64) == whole.error(64)
 
 
 def test_milestones() -> None:
-    assert milestones(10) == [10]
-    assert milestones(LEAST) == [LEAST]
-    assert milestones(300) == [64, 128, 256, 300]
+    assert milestones(20) == [20]
+    assert milestones(LEAST) == [LEAST // 2, LEAST]
+    assert milestones(300) == [32, 64, 128, 256, 300]
     assert milestones(MOST)[-2:] == [2048, 4096]
 
 
@@ -118,5 +114,5 @@ def test_the_sample_is_small_whole_and_of_one_phase() -> None:
         assert max(blocks) < layouts[name].numel // layouts[name].block_size
     assert sample_blocks({"alone": layouts["alone"], "pair": layouts["pair"]}) == {"pair": [0, 1]}
     large = {f"layer{i}": BlockLayout((4, 1024), 1024) for i in range(16)}
-    assert len(sample_blocks(large)) == SAMPLE_BYTES // (4 * 1024**2 * 8) == 2
+    assert len(sample_blocks(large)) == SAMPLE_BYTES // (4 * 1024**2 * 8) == 1
     assert sample_blocks({"padded": layouts["padded"]}) == {"padded": [0, 1, 2, 3]}

@@ -94,7 +94,7 @@ class PruneConfig:
         "auto",
         kinds.or_auto(kinds.COUNT),
         'Gradients that the Fisher matrix is estimated from: batches, or samples with gradients="sample". "auto": 64, 128, ... up to 4,096, until a sample of '
-        "Fisher blocks holds little noise, but no more batches than the loader has; see capruner.calibration.enough. "
+        "Fisher blocks predicts gradients that it has not seen, but no more batches than the loader has; see capruner.calibration.enough. "
         'result.settings["num_grads"] has the number.',
         SECOND_ORDER,
     )

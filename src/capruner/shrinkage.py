@@ -85,15 +85,3 @@ def estimated_share(F: Tensor, target: Tensor, fourth: Tensor, num_grads: int) -
     variance = (fourth / unit**2 - 1).clamp(min=0) / (num_grads - 1)
     distance = (torch.linalg.matrix_norm(F - target) / unit) ** 2
     return TRUST * torch.where(distance > 0, variance / distance.where(distance > 0, 1), 0).clamp(max=1)
-
-
-def noise_share(F: Tensor, common: Tensor, fourth: Tensor, num_grads: int) -> Tensor:
-    """``α`` of Ledoit and Wolf for blocks that all have the ``(B, B)`` matrix ``common``, of any scale, in common: the share of noise in what tells them apart.
-
-    Args:
-        F: ``(n, B, B)`` float64, none of them 0.
-        fourth: ``(n,)`` mean of ``‖g‖⁴``.
-        num_grads: ``m``.
-    """
-    scales = F.diagonal(dim1=1, dim2=2).sum(dim=1) / common.trace()
-    return estimated_share(F, common * scales[:, None, None], fourth, num_grads) / TRUST

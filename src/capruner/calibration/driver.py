@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from capruner.batches import Batches
-from capruner.calibration.enough import EXPECTED, MOST, NOISE, NoiseSample, milestones
+from capruner.calibration.enough import ENOUGH, EXPECTED, LEAST, MOST, Sample, milestones
 from capruner.calibration.notes import Notes
 from capruner.calibration.stream import CalibrationStream
 from capruner.checkpoint import Checkpoint, NoCheckpoint
@@ -111,9 +111,9 @@ class Calibration:
         """Fold this rank's share of the gradients into ``pruner``."""
         group, counts = pruner.processes, milestones(self._most_gradients())
         where = torch.device(self.settings.fisher_inv_device or stream.device)
-        noise = None if self._decided else NoiseSample(pruner.partition, where)
+        sample = None if self._decided else Sample(pruner.partition, where)
         shares = [group.share(count) for count in counts]
-        self._resume(pruner, stream, noise, shares[-1])
+        self._resume(pruner, stream, sample, shares[-1])
         resumed = stream.taken
         with eval_mode(self.model, self.mode):
             slabs = gradient_slabs(
@@ -131,14 +131,16 @@ class Calibration:
             for count, share in zip(counts, shares):
                 if group.any(stream.taken > share):
                     continue  # resumed after it
-                self._draw_until(share, slabs, pruner, stream, noise)
-                if noise is not None and count < counts[-1] and noise.noise(count) <= NOISE:
-                    break
+                self._draw_until(share, slabs, pruner, stream, sample)
+                if sample is not None and count < counts[-1]:
+                    error = sample.error(count)
+                    if count >= LEAST and error <= ENOUGH:
+                        break
             slabs.close()
         if resumed and stream.taken == resumed:
             stream.skip()  # so that the next calibration has the next pass
         self.notes.num_grads = int(group.sum(stream.taken))
-        self._save(pruner, stream, noise)
+        self._save(pruner, stream, sample)
         if skipped := stream.skipped:
             numbers = ", ".join(map(str, skipped[:8])) + (", ..." if len(skipped) > 8 else "")
             _LOGGER.warning(
@@ -152,7 +154,7 @@ class Calibration:
         slabs: Iterator[Mapping[str, Tensor]],
         pruner: Method,
         stream: CalibrationStream,
-        noise: NoiseSample | None,
+        sample: Sample | None,
     ) -> None:
         """Fold in gradients until every rank has drawn its share."""
         dtypes = {name: working_dtype(p) for name, p in self.parameters.items()}
@@ -164,11 +166,11 @@ class Calibration:
             if rows is None:
                 return
             pruner.add(rows)
-            if noise is not None:
+            if sample is not None:
                 with self.clock("fisher"):
-                    noise.add(rows)
+                    sample.add(rows)
             if self.checkpoint.due():
-                self._save(pruner, stream, noise)
+                self._save(pruner, stream, sample)
 
     @property
     def _decided(self) -> bool:
@@ -197,12 +199,12 @@ class Calibration:
             return 1.0
         return pruner.processes.sum(stream.averaged) / pruner.processes.sum(stream.taken)
 
-    def _save(self, pruner: Method, stream: CalibrationStream, noise: NoiseSample | None) -> None:
+    def _save(self, pruner: Method, stream: CalibrationStream, sample: Sample | None) -> None:
         layers = pruner.state_dict()
-        parts = [*layers.values(), *([] if noise is None else [noise.state_dict()])]
+        parts = [*layers.values(), *([] if sample is None else [sample.state_dict()])]
         self.checkpoint.save(parts, {"layers": list(layers), "stream": stream.state_dict()})
 
-    def _resume(self, pruner: Method, stream: CalibrationStream, noise: NoiseSample | None, share: int) -> None:
+    def _resume(self, pruner: Method, stream: CalibrationStream, sample: Sample | None, share: int) -> None:
         """Bring ``pruner`` and ``stream`` to where an interrupted run left them."""
         partition = pruner.partition
         blocks = {name: partition.count(name) for name in self.layouts}
@@ -211,8 +213,8 @@ class Calibration:
             names = state["layers"]
             for name, tensors in zip(names, layers[: len(names)], strict=True):
                 pruner.load_state_dict(name, tensors)
-            if noise is not None:
-                noise.load_state_dict(layers[len(names)])
+            if sample is not None:
+                sample.load_state_dict(layers[len(names)])
             if absent := [name for name in blocks if blocks[name] and name not in names]:
                 raise ValueError(f"{absent[0]} is absent")
             stream.load_state_dict(state["stream"])
