@@ -35,7 +35,7 @@ from torch.nn import functional as F
 
 import capruner
 from capruner.files import digest, replacing
-from capruner.selection import select_parameters
+from capruner.models.selection import select_parameters
 
 OURS = ("cap", "fast_cap", "obs", "magnitude")
 DEFAULTS: dict[str, Any] = {

@@ -19,7 +19,7 @@ from memory import peak_bytes
 from torch.nn import functional as F
 
 import capruner
-from capruner.selection import select_parameters
+from capruner.models.selection import select_parameters
 
 PARAMS = ["re:blocks.[0-9]+.(attn|mlp).*weight$"]
 

@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import capruner
-from capruner.selection import select_parameters
+from capruner.models.selection import select_parameters
 
 SPARSITIES = [0.5, 0.6, 0.7, 0.8, 0.9, 0.95]
 PARAMS = ["re:blocks.[0-9]+.(attn|mlp).*weight$"]

@@ -22,11 +22,11 @@ from torch.nn import functional as F
 
 import capruner
 from capruner.batches import Batches
+from capruner.calibration.gradients import gradient_slabs
 from capruner.calibration.stream import CalibrationStream
-from capruner.gradients import gradient_slabs
-from capruner.layout import BlockLayout
-from capruner.modes import eval_mode
-from capruner.selection import select_parameters
+from capruner.core.blocks import BlockLayout
+from capruner.models.modes import eval_mode
+from capruner.models.selection import select_parameters
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from research.demo.digits import MODEL, MODEL_KWARGS, WEIGHTS, write_folders

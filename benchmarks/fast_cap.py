@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import capruner
-from capruner.selection import select_parameters
+from capruner.models.selection import select_parameters
 
 METHODS = ("cap", "fast_cap", "magnitude")
 STAGES = ("fisher", "eliminate", "allocate", "compensate")

@@ -15,8 +15,8 @@ import time
 import torch
 from torch import Tensor
 
-from capruner.fisher import BlockFisher
-from capruner.products import FullSums
+from capruner.core.fisher import BlockFisher
+from capruner.core.products import FullSums
 
 
 def stage(gradients: Tensor, num_grads: int, whole: bool) -> tuple[float, float]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from capruner.selection import select_parameters
+from capruner.models.selection import select_parameters
 
 MODIFIERS = {
     "sparseml_obs": "OBSPruningModifier",

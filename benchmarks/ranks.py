@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import capruner
+from capruner.core.blocks import BlockLayout
 from capruner.files import digest
-from capruner.layout import BlockLayout
-from capruner.selection import select_parameters
+from capruner.models.selection import select_parameters
 
 PARAMS = ["re:blocks.[0-9]+.(attn|mlp).*weight$"]
 

@@ -29,7 +29,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import capruner
-from capruner.modes import eval_mode
+from capruner.models.modes import eval_mode
 
 METHODS = ("magnitude", "taylor", "obd")
 

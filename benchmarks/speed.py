@@ -20,7 +20,7 @@ from textbook import eliminate_with_traces, rank_one_update
 from torch import Tensor, nn
 
 import capruner
-from capruner.fisher import BlockFisher
+from capruner.core.fisher import BlockFisher
 
 
 def timed(function: Callable[[], Any], device: torch.device) -> float:

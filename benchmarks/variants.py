@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import capruner
-from capruner.selection import select_parameters
+from capruner.models.selection import select_parameters
 
 
 class Transposed(nn.Module):

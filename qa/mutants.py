@@ -1,7 +1,7 @@
 """Do the tests notice? One small change at a time in a module of the method, and the tests that belong to it.
 
-    python qa/mutants.py                                  # obs, allocation and fisher
-    python qa/mutants.py obs --share 0.2 --seed 1         # a random fifth of the mutants
+    python qa/mutants.py                                  # elimination, allocation and fisher
+    python qa/mutants.py elimination --share 0.2 --seed 1         # a random fifth of the mutants
     python qa/mutants.py fisher --lines 100 140
 
 Changed are comparisons, arithmetic, ``not``, ``and``/``or``, signs, numbers (by one), booleans, and statements (left out); not messages, annotations and
@@ -32,9 +32,15 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = {
-    "obs": ["test_kernels", "test_obs", "test_chunks", "test_patterns", "test_pruning"],
-    "allocation": ["test_allocation", "test_pruning"],
-    "fisher": ["test_fisher", "test_damping", "test_chunks", "test_pruning"],
+    "elimination": [
+        "core/test_kernels",
+        "core/test_elimination",
+        "core/test_parallel",
+        "core/test_patterns",
+        "test_pruning",
+    ],
+    "allocation": ["core/test_allocation", "test_pruning"],
+    "fisher": ["core/test_fisher", "core/test_damping", "core/test_parallel", "test_pruning"],
 }
 """In the order in which they are asked; the next file only when the one before saw nothing."""
 SWAPPED: dict[type, type] = {
@@ -117,7 +123,7 @@ def survives(module: str, tree: ast.Module, seconds: int) -> bool:
         signal.alarm(seconds)  # kills: an endless loop has been noticed
         for stream in (1, 2):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-        loader = Changed(f"capruner.{module}", str(ROOT / "src" / "capruner" / f"{module}.py"))
+        loader = Changed(f"capruner.core.{module}", str(ROOT / "src" / "capruner" / "core" / f"{module}.py"))
         loader.tree = tree
         sys.meta_path.insert(0, loader)  # type: ignore[arg-type]
         flags = ["-x", "-q", "-W", "ignore", "-p", "no:cacheprovider", "-p", "no:randomly", "--hypothesis-seed=0"]
@@ -141,7 +147,7 @@ def main() -> None:
     os.chdir(ROOT)
     torch.set_num_threads(1)
     for module in args.modules:
-        source = (ROOT / "src" / "capruner" / f"{module}.py").read_text()
+        source = (ROOT / "src" / "capruner" / "core" / f"{module}.py").read_text()
         began = time.monotonic()
         if not survives(module, ast.parse(source), 600):
             raise SystemExit(f"the tests of {module} fail without any change")

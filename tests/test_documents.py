@@ -24,7 +24,7 @@ ELSEWHERE = {
     "import lightning": "tests/test_examples.py",
     "from transformers": "tests/test_examples.py",
     "import capruner.sparseml": "tests/sparseml",
-    "init_process_group": "tests/test_distributed.py",
+    "init_process_group": "tests/distributed/test_distributed.py",
     "accelerator": "tests/training/test_gradual.py",
     "load_training": "tests/recipes/test_training.py",
     'mode="train"': "tests/test_any_model.py",

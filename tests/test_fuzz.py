@@ -187,7 +187,7 @@ def test_recipes_that_mean_harm(case: str, tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.promise("Hostile input", "A pattern that takes longer than 10 s to match is refused")
 @pytest.mark.parametrize("pattern", ["re:(.*)*x$", r"re:(\w|\w\w)+!$", "re:" + ".*" * 12 + "!$", "re:(.{0,50}){50}!$"])
 def test_patterns_that_take_for_ever(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from capruner import selection
+    from capruner.models import selection
 
     monkeypatch.setattr(selection, "PATIENCE", 1.0)
     model = nn.ModuleDict({"a_layer_with_a_name_that_is_as_long_as_some_are": nn.Linear(2, 2)})
@@ -196,7 +196,7 @@ def test_patterns_that_take_for_ever(pattern: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_repeated_groups_that_are_quick_are_matched() -> None:
-    from capruner.selection import select_parameters
+    from capruner.models.selection import select_parameters
 
     model = nn.ModuleDict({"a": nn.ModuleDict({"b": nn.Linear(2, 2)})})
     assert list(select_parameters(model, r"re:(\w+\.)+weight$")) == ["a.b.weight"]

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 import capruner
-from capruner.fisher import BlockFisher
-from capruner.numerics import NotPositiveDefiniteError
-from capruner.patterns import Pattern, eliminate_groups, parse_mask_type
+from capruner.core.fisher import BlockFisher
+from capruner.core.numerics import NotPositiveDefiniteError
+from capruner.core.patterns import Pattern, eliminate_groups, parse_mask_type
 from capruner.report import write_report
 from capruner.report.architecture import architecture, architecture_macs
 from capruner.report.contents import Contents, Level

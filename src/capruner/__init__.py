@@ -13,11 +13,11 @@ from capruner import startup  # noqa: F401 - first: what it does has to happen b
 from capruner.calibrated import CalibratedModel, Sparsest
 from capruner.checkpoint import StateError, remove_state
 from capruner.config import PruneConfig
+from capruner.core.elimination import Elimination, compensate, eliminate
+from capruner.core.numerics import NotPositiveDefiniteError
 from capruner.deploy.sparse_file import load_sparse, save_sparse
-from capruner.macs import MultiplyAdds, multiply_adds
-from capruner.masking import MaskHandle, mask_model
-from capruner.numerics import NotPositiveDefiniteError
-from capruner.obs import Elimination, compensate, eliminate
+from capruner.models.macs import MultiplyAdds, multiply_adds
+from capruner.models.masking import MaskHandle, mask_model
 from capruner.planning import Plan, plan
 from capruner.pruning import calibrate, compensate_masks, prune
 from capruner.refine.batchnorm import recalibrate_bn

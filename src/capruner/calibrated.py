@@ -16,10 +16,10 @@ from capruner.checks import check_number, check_sparsity, show
 from capruner.config import check_competition
 from capruner.distributed import agreeing
 from capruner.job import Job
-from capruner.modes import eval_mode, weights_restored
+from capruner.models.modes import eval_mode, weights_restored
+from capruner.models.wrappers import first_names
 from capruner.result import PruningResult
 from capruner.targets import Sparsity, pruned_share, selected
-from capruner.wrappers import first_names
 
 Metric = Callable[[nn.Module], Any]
 

@@ -17,16 +17,16 @@ from typing import Any, Literal, TypedDict, get_args
 import torch
 
 from capruner import kinds
-from capruner.allocation import Score
+from capruner.calibration.gradients import GradientMode, OnBadBatch
+from capruner.calibration.labels import Labels
 from capruner.checks import refuse_unknown, show
-from capruner.fisher import Solver
-from capruner.gradients import GradientMode, OnBadBatch
+from capruner.core.allocation import Score
+from capruner.core.fisher import Solver
+from capruner.core.memory import parse_bytes
+from capruner.core.patterns import Pattern, parse_mask_type
 from capruner.kinds import Kind, one_of, optional
-from capruner.labels import Labels
-from capruner.memory import parse_bytes
 from capruner.methods import METHODS, Method, MethodName, Settings
-from capruner.modes import Mode
-from capruner.patterns import Pattern, parse_mask_type
+from capruner.models.modes import Mode
 from capruner.recomputation import INTERPOLATIONS, Interpolation
 
 ALL: tuple[MethodName, ...] = get_args(MethodName)
@@ -85,7 +85,7 @@ class PruneConfig:
     mask_type: str | int = _knob(
         "unstructured",
         kinds.MASK_TYPE,
-        '"unstructured", "2:4" (2 of 4 remain) or any other N:M, "block4"; see capruner.patterns.',
+        '"unstructured", "2:4" (2 of 4 remain) or any other N:M, "block4"; see capruner.core.patterns.',
     )
     global_sparsity: bool = _knob(
         True, kinds.FLAG, "Apply the target to all layers together; False: to each layer separately."
@@ -102,7 +102,7 @@ class PruneConfig:
         None,
         optional(kinds.BLOCK_SIZE),
         "Weights per Fisher block B; memory is weights x B x 4 bytes. None: in each layer the largest size that cuts its rows evenly, up to 192, or up to "
-        "512 as long as 4 GiB hold all blocks; see capruner.layout.fitting.",
+        "512 as long as 4 GiB hold all blocks; see capruner.core.blocks.fitting.",
         SECOND_ORDER,
     )
     damp: float | None = _knob(
@@ -145,14 +145,14 @@ class PruneConfig:
     labels: Labels = _knob(
         "data",
         one_of(get_args(Labels)),
-        '"data": the targets of the batches. "model": the model\'s own softmax, see capruner.labels; the data then needs no labels, and few images say more. '
-        "For losses of logits and int64 labels.",
+        '"data": the targets of the batches. "model": the model\'s own softmax, see capruner.calibration.labels; the data then needs no labels, and few '
+        "images say more. For losses of logits and int64 labels.",
         SECOND_ORDER,
     )
     score: Score = _knob(
         "marginal",
         one_of(get_args(Score)),
-        '"marginal" or "cumulative" losses compete; see capruner.allocation.',
+        '"marginal" or "cumulative" losses compete; see capruner.core.allocation.',
         COMPETING,
     )
     costs: Mapping[str, float] | None = _knob(
@@ -238,7 +238,7 @@ class PruneConfig:
         """What the method itself reads, with the method's defaults filled in.
 
         Args:
-            costs: relative costs, as :func:`capruner.allocation.checked_costs` returns them.
+            costs: relative costs, as :func:`capruner.core.allocation.checked_costs` returns them.
             shrinks: estimate the shrinkage when it and ``damp`` are None; None: as the method does.
         """
         estimated = (self.kind.shrinks if shrinks is None else shrinks) and self.damp is None

@@ -9,26 +9,26 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from capruner.allocation import checked_costs
 from capruner.batches import Batches, BatchFunction
 from capruner.calibration.driver import Calibration
+from capruner.calibration.gradients import LossFunction
+from capruner.calibration.labels import loss_of_model_labels
 from capruner.calibration.memory_plan import log_groups, split_into_groups
 from capruner.checkpoint import RunCheckpoint
 from capruner.checks import check_arguments, check_finite
 from capruner.config import PruneConfig, check_competition, resolve
+from capruner.core.allocation import checked_costs
 from capruner.distributed import agree
 from capruner.files import digest
-from capruner.gradients import LossFunction
 from capruner.identity import loss_digest, model_digest
-from capruner.labels import loss_of_model_labels
 from capruner.methods import Settings, SparsityLevel
-from capruner.patterns import supporting
+from capruner.models.mask_types import supporting
+from capruner.models.weights import left_dense, linear_weights, log_selection
+from capruner.models.wrappers import by_first_name, unwrap
 from capruner.refine.distill import of_logits
 from capruner.refine.levels import Replay
 from capruner.result import Level, PruningResult
 from capruner.targets import Sparsity, check_not_below, initial_masks, selected, sparsity_levels
-from capruner.weights import left_dense, linear_weights, log_selection
-from capruner.wrappers import by_first_name, unwrap
 
 
 @dataclass(frozen=True)

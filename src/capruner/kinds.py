@@ -11,9 +11,9 @@ import torch
 
 from capruner.checks import check_count, check_flag, check_names, check_number, show
 from capruner.convert import Convert, blocks, flag, names, none_or, number, whole
-from capruner.layout import check_block_size
-from capruner.memory import parse_bytes
-from capruner.patterns import parse_mask_type
+from capruner.core.blocks import check_block_size
+from capruner.core.memory import parse_bytes
+from capruner.core.patterns import parse_mask_type
 
 Check = Callable[[str, Any], object]
 """Takes a knob's name and value; raises ``ValueError`` for an invalid value."""

@@ -15,17 +15,17 @@ from torch import Tensor, nn
 from capruner.batches import BatchFunction, default_loss
 from capruner.calibration.driver import Calibration
 from capruner.calibration.enough import EXPECTED
+from capruner.calibration.gradients import LossFunction, gradient_slabs
 from capruner.calibration.memory_plan import estimate_memory, split_into_groups
 from capruner.config import Knobs, PruneConfig, resolve
+from capruner.core.blocks import BlockLayout
+from capruner.core.memory import shown
+from capruner.core.numerics import working_dtype
 from capruner.distributed import Partition, agreeing, processes
-from capruner.gradients import LossFunction, gradient_slabs
 from capruner.job import Job
 from capruner.keywords import takes_knobs
-from capruner.layout import BlockLayout
-from capruner.memory import shown
 from capruner.methods import Stopwatch, Target
-from capruner.modes import eval_mode
-from capruner.numerics import working_dtype
+from capruner.models.modes import eval_mode
 from capruner.text import text_table
 
 SAMPLE = 32

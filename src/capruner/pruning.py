@@ -13,22 +13,22 @@ from torch import Tensor, nn
 from capruner.batches import Batches, BatchFunction, default_loss
 from capruner.calibrated import CalibratedModel
 from capruner.calibration.driver import Calibration
+from capruner.calibration.gradients import GradientMode, LossFunction
 from capruner.calibration.levels import calibrate_levels
 from capruner.calibration.memory_plan import split_into_groups
 from capruner.checks import check_arguments, check_masks, check_sparsity
 from capruner.config import Knobs, PruneConfig, resolve
+from capruner.core.fisher import Solver
 from capruner.distributed import agree, agreeing
-from capruner.fisher import Solver
-from capruner.gradients import GradientMode, LossFunction
 from capruner.job import Job, deciding
 from capruner.keywords import takes_knobs
 from capruner.methods import OBS, SparsityLevel
+from capruner.models.selection import select_parameters
+from capruner.models.wrappers import unwrap
 from capruner.recomputation import recompute_levels
 from capruner.refine.levels import refine_levels
 from capruner.result import Level, PruningResult
-from capruner.selection import select_parameters
 from capruner.targets import Sparsity, initial_masks, pruned_share
-from capruner.wrappers import unwrap
 
 
 @agreeing
@@ -61,7 +61,7 @@ def prune(
         sparsity: fraction of the selected weights to prune, in [0, 1); a list of them; or SparseML's dict ``{sparsity: [params]}``, which sets per-layer
             targets and overrides ``params``; the first matching entry wins.
         params: parameter or module names, ``re:`` patterns, ``__ALL__``, ``__ALL_PRUNABLE__``: the weights of all Linear, convolution, attention and
-            recurrent layers, see :func:`capruner.selection.select`. If gradients are needed, frozen parameters are left out with a warning.
+            recurrent layers, see :func:`capruner.models.selection.select`. If gradients are needed, frozen parameters are left out with a warning.
         masks: masks of earlier pruning, ``{name: bool, True = keep}``, or ``"zeros"``: every weight that is exactly 0 is pruned already. Pruned weights remain
             pruned.
         state_dir: a folder for checkpoints. After an interruption the same call with the same data in the same order resumes: it computes no gradient

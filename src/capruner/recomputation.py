@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from capruner.methods import SparsityLevel
-from capruner.modes import weights_restored
+from capruner.models.modes import weights_restored
 from capruner.result import Level
 from capruner.targets import pruned_share
 

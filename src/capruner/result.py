@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from capruner.bits import pack, unpack
 from capruner.checks import check_model
 from capruner.files import digest, replacing
+from capruner.models.wrappers import all_parameters, find
 from capruner.rows import mask_rows
-from capruner.wrappers import all_parameters, find
 
 FORMAT = "capruner-result"
 VERSION = 2

@@ -8,11 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from capruner.allocation import refuse_below
+from capruner.core.allocation import refuse_below
+from capruner.core.patterns import Pattern
 from capruner.methods import SparsityLevel, Target
-from capruner.patterns import Pattern
-from capruner.selection import Selection, select
-from capruner.wrappers import by_first_name
+from capruner.models.selection import Selection, select
+from capruner.models.wrappers import by_first_name
 
 Sparsity = float | Mapping[float, Sequence[str]]
 

@@ -20,7 +20,7 @@ from torch import nn
 from training_case import KWARGS, MODEL, ROOT
 
 from capruner.cli.main import main
-from capruner.macs import multiply_adds
+from capruner.models.macs import multiply_adds
 from capruner.report import write_report
 from capruner.report.charts import nice_ticks
 from capruner.report.heatmap import place

@@ -9,9 +9,9 @@ from torch import nn
 
 from capruner import recipes
 from capruner.cli.main import main
+from capruner.models.selection import SelectionError, select_parameters
 from capruner.recipes import catalog
 from capruner.recipes.make import make, patterns
-from capruner.selection import SelectionError, select_parameters
 
 pytest.importorskip("timm")
 from capruner.report.architecture import architecture

@@ -19,7 +19,7 @@ import torch
 import yaml
 from torch import nn
 
-from capruner.selection import select_parameters
+from capruner.models.selection import select_parameters
 
 timm = pytest.importorskip("timm")
 

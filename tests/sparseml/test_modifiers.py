@@ -591,8 +591,8 @@ def test_mask_types_survive_saving_and_loading(mask_type: Any) -> None:
     given = {"mask_type": mask_type, "fisher_block_size": 8, "init_sparsity": 0.5, "final_sparsity": 0.5}
     first = plan(recipe(given | ({"n": 2, "m": 4} if mask_type == "N:M" else {})))
     second = plan(str(first))
-    pattern = capruner.patterns.parse_mask_type(next(first.iter_modifiers()).mask_type)
-    assert capruner.patterns.parse_mask_type(next(second.iter_modifiers()).mask_type) == pattern
+    pattern = capruner.core.patterns.parse_mask_type(next(first.iter_modifiers()).mask_type)
+    assert capruner.core.patterns.parse_mask_type(next(second.iter_modifiers()).mask_type) == pattern
     assert str(pattern) == {124: "2:4", "N:M": "2:4"}.get(mask_type, mask_type)
 
 

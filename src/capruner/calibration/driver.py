@@ -12,20 +12,20 @@ from torch import Tensor, nn
 
 from capruner.batches import Batches
 from capruner.calibration.enough import ENOUGH, EXPECTED, LEAST, MOST, Sample, milestones
+from capruner.calibration.finite import check_heard
+from capruner.calibration.gradients import GradientMode, LossFunction, OnBadBatch, gradient_slabs
+from capruner.calibration.labels import Labels, draw_uniform
 from capruner.calibration.notes import Notes
 from capruner.calibration.stream import CalibrationStream
 from capruner.checkpoint import Checkpoint, NoCheckpoint
+from capruner.core.blocks import BlockLayout, largest
+from capruner.core.numerics import working_dtype
 from capruner.distributed import Partition, processes
-from capruner.finite import check_heard
-from capruner.gradients import GradientMode, LossFunction, OnBadBatch, gradient_slabs
-from capruner.labels import Labels, draw_uniform
-from capruner.layout import BlockLayout, largest
 from capruner.methods import LayerSolution, Method, Settings, SparsityLevel, Stopwatch
 from capruner.methods.base import RankedMethod
-from capruner.modes import Mode, eval_mode
-from capruner.numerics import working_dtype
+from capruner.models.modes import Mode, eval_mode
+from capruner.models.weights import linear_weights
 from capruner.result import Level
-from capruner.weights import linear_weights
 
 _LOGGER = logging.getLogger(__name__)
 

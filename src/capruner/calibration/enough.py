@@ -15,10 +15,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from capruner.core.blocks import BlockLayout
+from capruner.core.products import FullSums
+from capruner.core.shrinkage import phases, shrink
 from capruner.distributed import Partition
-from capruner.layout import BlockLayout
-from capruner.products import FullSums
-from capruner.shrinkage import phases, shrink
 
 LEAST, MOST = 64, 4096
 """Gradients after which drawing can stop, and those after which it stops in any case."""

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from capruner.calibration.driver import Calibration
+from capruner.calibration.finite import NO_GRADIENT
 from capruner.calibration.memory_plan import split_into_groups
-from capruner.finite import NO_GRADIENT
 from capruner.methods import SparsityLevel
 from capruner.methods.base import RankedMethod
 from capruner.result import Level, pack_levels, unpack_levels

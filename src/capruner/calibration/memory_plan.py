@@ -9,10 +9,10 @@ from dataclasses import replace
 from tqdm.auto import tqdm
 
 from capruner.calibration.driver import Calibration
+from capruner.core.memory import shown
+from capruner.core.numerics import working_dtype
 from capruner.distributed import processes
-from capruner.memory import shown
 from capruner.methods.base import SecondOrderMethod
-from capruner.numerics import working_dtype
 
 WORKING_SET = 128 * 2**20
 """Bytes of the blocks that are being eliminated or solved; the same whatever the model."""

@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 from capruner.cli.arguments import UserError
 from capruner.config import problems as invalid
-from capruner.patterns import Pattern, parse_mask_type, unsupported
+from capruner.core.patterns import Pattern, parse_mask_type
+from capruner.models.mask_types import unsupported
+from capruner.models.selection import SelectionError, select_parameters
+from capruner.models.weights import LinearWeight, linear_weights
 from capruner.recipes.document import Modifier
 from capruner.recipes.one_shot import KINDS, OURS, one_shot, read_modifiers, refuse_others
 from capruner.recipes.text import checked_text, modifier_names
 from capruner.recipes.training import ACTIONS, action
 from capruner.recipes.values import FROM_WEIGHTS
-from capruner.selection import SelectionError, select_parameters
-from capruner.weights import LinearWeight, linear_weights
 
 _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "update_frequency": (lambda v: 0 < v < math.inf or v == -1, "more than 0, or -1 for an update at every step"),

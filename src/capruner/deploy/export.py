@@ -22,8 +22,8 @@ from capruner.deploy import mnn
 from capruner.deploy.engines import load_onnxruntime
 from capruner.deploy.graphs import write_metadata
 from capruner.files import replacing
-from capruner.weights import linear_weights
-from capruner.wrappers import unwrap
+from capruner.models.weights import linear_weights
+from capruner.models.wrappers import unwrap
 
 OPSET = 16
 """The newest that DeepSparse runs well: from 17 on LayerNorm is one operator, and a ViT-Small at 90 % takes 1.5 times as long."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from capruner.weights import linear_weights
+from capruner.models.weights import linear_weights
 
 TILE = (32, 64)
 """Multiples of outputs and inputs that torch's 2:4 kernels support in half precision (CUTLASS; cuSPARSELt supports them too)."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from capruner.bits import pack, unpack
 from capruner.files import replacing
-from capruner.wrappers import unwrap
+from capruner.models.wrappers import unwrap
 
 FORMAT = "capruner-sparse"
 _MASK, _VALUES = ".mask", ".values"

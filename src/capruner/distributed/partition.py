@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from capruner.core.blocks import BlockLayout
 from capruner.distributed.collectives import processes
-from capruner.layout import BlockLayout
 
 
 class Partition:

@@ -6,7 +6,7 @@ from capruner.methods.base import LayerSolution, Method, Settings, SparsityLevel
 from capruner.methods.cap import CAP
 from capruner.methods.fast_cap import FastCAP
 from capruner.methods.magnitude import Magnitude
-from capruner.methods.obs import OBS
+from capruner.methods.woodfisher import OBS
 
 MethodName = Literal["cap", "fast_cap", "obs", "magnitude"]
 

@@ -12,13 +12,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from capruner.allocation import Score, allocate, step_scores
+from capruner.core.allocation import Score, allocate, step_scores
+from capruner.core.elimination import Elimination, compensate_prefixes
+from capruner.core.fisher import RUNGS, BlockFisher, Solver
+from capruner.core.numerics import NotPositiveDefiniteError
+from capruner.core.patterns import Pattern
+from capruner.core.shrinkage import phases
 from capruner.distributed import Partition
-from capruner.fisher import RUNGS, BlockFisher, Solver
-from capruner.numerics import NotPositiveDefiniteError
-from capruner.obs import Elimination, compensate_prefixes
-from capruner.patterns import Pattern
-from capruner.shrinkage import phases
 
 MOST_DAMPED = 0.05
 """Raise if more than this fraction of a layer's blocks needs extra damping."""
@@ -142,7 +142,7 @@ class Method(ABC):
         self.drowned: dict[str, int] = {}
         """Blocks of each layer, other processes' too, whose absolute damping is less than the rounding error of their Fisher matrix."""
         self.shares: dict[str, float] = {}
-        """Mean share of the common Fisher matrix in the blocks of each layer, other processes' too; see :mod:`capruner.shrinkage`."""
+        """Mean share of the common Fisher matrix in the blocks of each layer, other processes' too; see :mod:`capruner.core.shrinkage`."""
         self.damped: dict[str, int] = {}
         """Blocks of each layer, other processes' too, that needed more damping than asked for."""
 
@@ -186,7 +186,7 @@ class Method(ABC):
 
 
 class RankedMethod(Method):
-    """A method whose blocks each have an order of elimination, so that a target is met by :func:`capruner.allocation.allocate`."""
+    """A method whose blocks each have an order of elimination, so that a target is met by :func:`capruner.core.allocation.allocate`."""
 
     def __init__(self, partition: Partition, settings: Settings, clock: Stopwatch) -> None:
         super().__init__(partition, settings, clock)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from capruner.core.elimination import Elimination, eliminate
+from capruner.core.patterns import eliminate_groups
 from capruner.methods.base import SecondOrderMethod
-from capruner.obs import Elimination, eliminate
-from capruner.patterns import eliminate_groups
 
 
 class CAP(SecondOrderMethod):

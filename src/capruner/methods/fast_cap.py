@@ -19,13 +19,13 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from capruner.allocation import allocate
+from capruner.core.allocation import allocate
+from capruner.core.fisher import BlockFisher
+from capruner.core.numerics import NotPositiveDefiniteError, full_precision
+from capruner.core.patterns import rank_once
+from capruner.core.scaling import scale_of
 from capruner.distributed import Partition
-from capruner.fisher import BlockFisher
 from capruner.methods.base import LayerSolution, Method, Settings, Stopwatch, Target
-from capruner.numerics import NotPositiveDefiniteError, full_precision
-from capruner.patterns import rank_once
-from capruner.scaling import scale_of
 
 PANEL = 32
 """Columns whose errors reach the columns to the right of them together, as one matrix product."""

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from capruner.core.elimination import Elimination
+from capruner.core.patterns import rank_once
 from capruner.methods.base import RankedMethod
-from capruner.obs import Elimination
-from capruner.patterns import rank_once
 
 
 class Magnitude(RankedMethod):

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from capruner.patterns import parse_mask_type
+from capruner.core.patterns import parse_mask_type
 from capruner.recipes.document import Modifier
 from capruner.recipes.one_shot import KINDS, SCHEDULE, one_shot, read_modifiers
 from capruner.recipes.training import action

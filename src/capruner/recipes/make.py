@@ -8,9 +8,9 @@ from collections.abc import Collection, Sequence
 from torch import nn
 
 from capruner.methods import MethodName
+from capruner.models.selection import select_parameters
+from capruner.models.wrappers import all_parameters
 from capruner.presets import BLOCKS
-from capruner.selection import select_parameters
-from capruner.wrappers import all_parameters
 
 MODIFIERS: dict[MethodName, tuple[str, str]] = {
     "cap": ("CAPruningModifier", "CAP"),

@@ -12,8 +12,10 @@ from torch import nn
 
 from capruner.cli.arguments import UserError
 from capruner.config import knobs
+from capruner.core.patterns import parse_mask_type
 from capruner.methods import METHODS, MethodName
-from capruner.patterns import parse_mask_type, supporting
+from capruner.models.mask_types import supporting
+from capruner.models.weights import linear_weights
 from capruner.pruning import prune
 from capruner.recipes import values
 from capruner.recipes.document import Modifier, modifiers
@@ -21,7 +23,6 @@ from capruner.recipes.text import checked_text
 from capruner.recomputation import INTERPOLATIONS
 from capruner.result import PruningResult
 from capruner.targets import selected
-from capruner.weights import linear_weights
 
 SCHEDULE: dict[str, values.Convert] = {
     "init_sparsity": values.init_sparsity,

@@ -14,9 +14,11 @@ from torch.optim import Optimizer
 
 from capruner.batches import default_loss
 from capruner.bits import pack, unpack
+from capruner.calibration.gradients import LossFunction
 from capruner.checkpoint import remove_state
-from capruner.gradients import LossFunction
-from capruner.masking import MaskHandle, mask_model
+from capruner.models.masking import MaskHandle, mask_model
+from capruner.models.selection import ALL, SelectionError, select_parameters
+from capruner.models.wrappers import first_names, unwrap
 from capruner.recipes.training import (
     ConstantPruning,
     LearningRateFunction,
@@ -28,9 +30,7 @@ from capruner.recipes.training import (
 )
 from capruner.recipes.updates import next_sparsity, prune_resumably, zero_share
 from capruner.recipes.values import FROM_WEIGHTS
-from capruner.selection import ALL, SelectionError, select_parameters
 from capruner.training.schedules import SAME_EPOCH
-from capruner.wrappers import first_names, unwrap
 
 _FORMAT, _VERSION = "capruner-recipe", 1
 

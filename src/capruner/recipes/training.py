@@ -29,8 +29,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from capruner.batches import default_loss
+from capruner.calibration.gradients import LossFunction
 from capruner.cli.arguments import UserError
-from capruner.gradients import LossFunction
 from capruner.methods import METHODS
 from capruner.recipes import rates, values
 from capruner.recipes.document import Modifier

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from capruner.batches import BatchFunction, as_batch, call_model, failing, own_copy
-from capruner.modes import eval_mode
-from capruner.wrappers import unwrap
+from capruner.models.modes import eval_mode
+from capruner.models.wrappers import unwrap
 
 
 @torch.no_grad()

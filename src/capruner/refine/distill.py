@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from capruner.batches import BatchFunction, as_batch, failing
+from capruner.calibration.gradients import LossFunction
 from capruner.checks import check_count, check_masks, check_model, check_number
 from capruner.distributed import Processes, processes
-from capruner.gradients import LossFunction
-from capruner.modes import eval_mode, random_state_kept, weights_restored
+from capruner.models.modes import eval_mode, random_state_kept, weights_restored
+from capruner.models.wrappers import by_first_name, unwrap
 from capruner.refine.training import (
     Distillation,
     Lesson,
@@ -29,7 +30,6 @@ from capruner.refine.training import (
     train,
     trainable,
 )
-from capruner.wrappers import by_first_name, unwrap
 
 SAMPLES = 4096
 """The first samples of the data, of all processes together, that are trained on; they are held in memory meanwhile."""

@@ -12,11 +12,11 @@ from torch.nn import functional as F
 from capruner.batches import BatchFunction
 from capruner.checks import check_count, check_model
 from capruner.distributed import processes
-from capruner.modes import eval_mode, random_state_kept, weights_restored
+from capruner.models.modes import eval_mode, random_state_kept, weights_restored
+from capruner.models.wrappers import unwrap
 from capruner.refine.distill import inputs_of
 from capruner.refine.training import log_probabilities
 from capruner.result import PruningResult
-from capruner.wrappers import unwrap
 
 SAMPLES = 512
 """Samples, of all processes together, that the divergence is measured on."""

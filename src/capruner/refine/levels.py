@@ -15,11 +15,11 @@ from capruner.calibration.driver import Calibration
 from capruner.checkpoint import StateError
 from capruner.distributed import processes
 from capruner.files import digest
-from capruner.modes import weights_restored
+from capruner.models.modes import weights_restored
+from capruner.models.wrappers import first_names
 from capruner.refine.distill import SAMPLES, collect, copy_of, inputs_of, zeros_of
 from capruner.refine.training import Lesson, train, trainable
 from capruner.result import Level, pack_levels, unpack_levels
-from capruner.wrappers import first_names
 
 
 class Replay(Iterator[Any]):

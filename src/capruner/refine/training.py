@@ -18,12 +18,12 @@ from tqdm.auto import tqdm
 
 from capruner.batches import BatchError, call_model, describe, logits_of, own_copy
 from capruner.checkpoint import Checkpoint, NoCheckpoint, StateError
+from capruner.core.numerics import working_dtype
 from capruner.distributed import Processes
 from capruner.files import digest
-from capruner.masking import MaskHandle
-from capruner.modes import eval_mode
-from capruner.numerics import working_dtype
-from capruner.wrappers import first_names
+from capruner.models.masking import MaskHandle
+from capruner.models.modes import eval_mode
+from capruner.models.wrappers import first_names
 
 MEASURED = 1024
 """Divergence is measured on the first samples, as many as this in all processes together."""

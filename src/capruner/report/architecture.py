@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from capruner.cli.arguments import describe
-from capruner.macs import MultiplyAdds, multiply_adds
+from capruner.models.macs import MultiplyAdds, multiply_adds
 from capruner.vision import huggingface
 
 

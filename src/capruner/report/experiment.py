@@ -16,13 +16,13 @@ from torch import Tensor
 from capruner.deploy.sparse_file import FORMAT as SPARSE_FORMAT
 from capruner.deploy.sparse_file import read_header, sparse_bytes
 from capruner.files import replacing
-from capruner.macs import MultiplyAdds
+from capruner.models.macs import MultiplyAdds
+from capruner.models.selection import select_parameters
 from capruner.report.architecture import architecture, architecture_macs
 from capruner.report.checkpoint import read_weights
 from capruner.report.contents import Contents, Level
 from capruner.report.page import page
 from capruner.rows import weight_rows
-from capruner.selection import select_parameters
 from capruner.text import printable
 
 FILES = {

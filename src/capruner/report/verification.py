@@ -13,15 +13,16 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from capruner.cli.arguments import describe
+from capruner.core.blocks import BlockLayout
+from capruner.core.patterns import Pattern, parse_mask_type
 from capruner.deploy.sparse_file import is_sparse
-from capruner.layout import BlockLayout
-from capruner.patterns import Pattern, parse_mask_type, unsupported
+from capruner.models.mask_types import unsupported
+from capruner.models.selection import select_parameters
+from capruner.models.weights import LinearWeight, linear_weights
 from capruner.report.architecture import architecture, build
 from capruner.report.checkpoint import load_weights, read_weights
 from capruner.result import load_result
 from capruner.rows import weight_rows
-from capruner.selection import select_parameters
-from capruner.weights import LinearWeight, linear_weights
 
 
 def verify(
@@ -35,7 +36,7 @@ def verify(
     """Look at the weights in ``path`` as those of a timm model.
 
     Args:
-        params: what counts as prunable, see :func:`capruner.selection.select_parameters`.
+        params: what counts as prunable, see :func:`capruner.models.selection.select_parameters`.
         masks: a file of :meth:`capruner.PruningResult.save`, or of one tensor per parameter name, non-zero = stays.
         pattern: an N:M pattern that every layer with zeros has to have.
 

@@ -95,8 +95,8 @@ def allocate_units(
 ) -> dict[str, int]:
     """Units to remove from each group, so that at most ``target`` of the cost remains with the least predicted loss.
 
-    Units compete by loss per cost saved at that point; along a group the score is made monotone by a running maximum, as in :mod:`capruner.allocation`. One
-    unit of each group remains.
+    Units compete by loss per cost saved at that point; along a group the score is made monotone by a running maximum, as in :mod:`capruner.core.allocation`.
+    One unit of each group remains.
 
     Raises:
         ValueError: the target is out of reach.

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from capruner.batches import call_model
-from capruner.macs import Counter, plain_products
-from capruner.modes import eval_mode
+from capruner.models.macs import Counter, plain_products
+from capruner.models.modes import eval_mode
+from capruner.models.wrappers import first_names
 from capruner.shrinking.budget import Costs
 from capruner.shrinking.probing import hooked
-from capruner.wrappers import first_names
 
 
 @torch.no_grad()

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from capruner.fisher import BlockFisher
-from capruner.numerics import full_precision, working_dtype
+from capruner.core.fisher import BlockFisher
+from capruner.core.numerics import full_precision, working_dtype
 from capruner.shrinking.units import Group, columns
 
 COMPACT = 0.25

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from capruner.batches import call_model
-from capruner.modes import eval_mode
+from capruner.models.modes import eval_mode
 from capruner.shrinking.budget import Costs
 from capruner.shrinking.units import Group
 

@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from capruner.files import digest, replacing
+from capruner.models.wrappers import unwrap
 from capruner.shrinking.surgery import Removal
 from capruner.shrinking.units import LeftAlone
 from capruner.text import text_table
-from capruner.wrappers import unwrap
 
 FORMAT = "capruner-shrunk"
 VERSION = 1

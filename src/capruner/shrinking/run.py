@@ -10,12 +10,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from capruner.batches import Batches, BatchFunction, default_loss, own_copy, plain
+from capruner.calibration.finite import NO_GRADIENT
+from capruner.calibration.gradients import GradientMode, LossFunction, gradient_slabs
 from capruner.calibration.stream import CalibrationStream
 from capruner.checks import check_count, check_finite, check_flag, check_model, check_names, check_number, show
 from capruner.distributed import processes
-from capruner.finite import NO_GRADIENT
-from capruner.gradients import GradientMode, LossFunction, gradient_slabs
-from capruner.modes import eval_mode
+from capruner.models.modes import eval_mode
+from capruner.models.wrappers import unwrap
 from capruner.shrinking.budget import Costs, allocate_units
 from capruner.shrinking.channels import channel_groups
 from capruner.shrinking.costs import multiply_adds_of
@@ -25,7 +26,6 @@ from capruner.shrinking.probing import Probe, heads, neurons
 from capruner.shrinking.result import Shrunk
 from capruner.shrinking.surgery import Removal, compare, why_not
 from capruner.shrinking.units import KINDS, Group, LeftAlone
-from capruner.wrappers import unwrap
 
 SLAB = 8
 """Gradients that are kept before they are added to the Fisher matrices."""

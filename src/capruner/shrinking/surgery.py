@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
 from capruner.batches import call_model
-from capruner.modes import eval_mode
+from capruner.models.modes import eval_mode
 from capruner.shrinking.units import Group, Side, channels
 
 

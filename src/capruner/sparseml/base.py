@@ -24,19 +24,20 @@ from torch import Tensor, nn
 from capruner.checkpoint import remove_state
 from capruner.checks import refuse_unknown
 from capruner.config import Knob, PruneConfig, recipe_knobs
+from capruner.core.patterns import parse_mask_type
 from capruner.methods import MethodName
-from capruner.patterns import parse_mask_type, supporting
+from capruner.models.mask_types import supporting
+from capruner.models.selection import select_parameters
+from capruner.models.weights import linear_weights
+from capruner.models.wrappers import owner
 from capruner.pruning import prune
 from capruner.recipes import values
 from capruner.recipes.updates import next_sparsity, prune_resumably, zero_share
 from capruner.recomputation import INTERPOLATIONS
 from capruner.result import PruningResult
-from capruner.selection import select_parameters
 from capruner.sparseml.sampling import GradSamplerBatches
 from capruner.sparseml.state import load_modifier_state, modifier_state
 from capruner.training.schedules import SAME_EPOCH, sparsity_at
-from capruner.weights import linear_weights
-from capruner.wrappers import owner
 
 _LOGGER = logging.getLogger(__name__)
 

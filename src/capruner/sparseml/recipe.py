@@ -14,12 +14,12 @@ import yaml
 
 import capruner
 from capruner.cli.arguments import UserError
+from capruner.models.selection import check_time
 from capruner.recipes import checked_text
 from capruner.recipes.arithmetic import OPERATIONS
 from capruner.recipes.one_shot import general_refusal, refusal
 from capruner.recipes.text import modifier_names
 from capruner.result import PruningResult
-from capruner.selection import check_time
 from capruner.sparseml.base import CorrelationAwareModifier  # first: importing it registers our modifiers
 from capruner.sparseml.modifiers import CAPruningModifier
 from capruner.sparseml.sampling import GradSamplerBatches

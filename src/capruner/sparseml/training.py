@@ -18,12 +18,12 @@ from sparseml.pytorch.sparsification.pruning import BaseGradualPruningModifier, 
 from torch import Tensor, nn
 
 from capruner.cli.arguments import UserError
+from capruner.models.wrappers import owner
 from capruner.recipes.one_shot import general_refusal
 from capruner.recipes.training import check_ladder, rung
 from capruner.sparseml.recipe import check_patterns, keep_inside, load_manager, quiet_loggers
 from capruner.sparseml.state import load_manager_state, manager_state
 from capruner.training.schedules import SAME_EPOCH, update_epochs
-from capruner.wrappers import owner
 
 
 class BySparseML:

@@ -34,14 +34,14 @@ from torch import Tensor, nn
 from capruner.batches import Batches, default_loss
 from capruner.bits import pack, unpack
 from capruner.calibration.driver import Calibration
+from capruner.calibration.gradients import LossFunction
 from capruner.checkpoint import remove_state
-from capruner.gradients import LossFunction
 from capruner.job import Job
-from capruner.masking import MaskHandle, mask_model
+from capruner.models.masking import MaskHandle, mask_model
+from capruner.models.wrappers import all_parameters, find, first_names
 from capruner.pruning import prune
 from capruner.result import PruningResult
 from capruner.training.schedules import SAME_EPOCH, Schedule, check_schedule, plain_number
-from capruner.wrappers import all_parameters, find, first_names
 
 _LOGGER = logging.getLogger(__name__)
 _FORMAT, _VERSION = "capruner-gradual", 1

@@ -15,10 +15,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from capruner.batches import default_loss
-from capruner.gradients import LossFunction
+from capruner.calibration.gradients import LossFunction
+from capruner.models.wrappers import unwrap
 from capruner.training.gradual import GradualPruner
 from capruner.training.schedules import check_schedule
-from capruner.wrappers import unwrap
 
 try:
     # Both may be installed: the one that the program uses.

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from capruner.batches import default_loss
 from capruner.bits import pack
+from capruner.calibration.gradients import LossFunction
 from capruner.files import digest, replacing
-from capruner.gradients import LossFunction
+from capruner.models.wrappers import first_names, unwrap
 from capruner.training.gradual import GradualPruner, plain_loader
 from capruner.training.schedules import check_schedule
-from capruner.wrappers import first_names, unwrap
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from capruner.modes import eval_mode
+from capruner.models.modes import eval_mode
 
 
 def evaluate(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from capruner.cli.arguments import UserError, describe
-from capruner.modes import eval_mode
+from capruner.models.modes import eval_mode
 from capruner.report.architecture import build
 from capruner.report.checkpoint import load_weights
 

@@ -10,8 +10,8 @@ from typing import Any
 from capruner.cli import arguments as cli
 from capruner.cli.knobs import add_knobs, flag, given
 from capruner.config import PruneConfig, knobs
+from capruner.core.patterns import parse_mask_type
 from capruner.methods import MethodName
-from capruner.patterns import parse_mask_type
 from capruner.recipes.catalog import locate
 from capruner.recipes.one_shot import KINDS, OneShot
 from capruner.vision import original_flags, output

@@ -20,7 +20,7 @@ import capruner
 from capruner import recipes
 from capruner.cli.arguments import Parser, UserError
 from capruner.cli.knobs import given
-from capruner.macs import multiply_adds
+from capruner.models.macs import multiply_adds
 from capruner.recipes.text import stored_text
 from capruner.report import write_report
 from capruner.rows import weight_rows

@@ -1,0 +1,375 @@
+"""Blockwise empirical Fisher matrix, ``F = (1/m) Σ g gᵀ + λ I`` per block of ``B`` weights, and its inverse ``H``.
+
+Two ways lead to ``H``; both take slabs of ``k`` gradients at a time, so that a block is read and written once per slab and not once per gradient:
+
+``woodbury``
+    ``H ← H − H Gᵀ (m I + G H Gᵀ)⁻¹ G H`` from ``H = I/λ``. Exact in the directions no gradient has seen, whatever the size of ``λ``.
+``accumulate``
+    ``F += Gᵀ G`` (a quarter of the flops with numba, half without; see :mod:`capruner.core.products`), then one Cholesky inverse of ``F / m`` in float64.
+    Directions no gradient has seen are known to the rounding of ``F``.
+
+Extreme gradients are scaled, see :mod:`capruner.core.scaling`.
+
+A block that will not factor climbs a ladder of damping, alone: tenfold at each rung, counted, and past the last rung an error.
+
+``auto`` takes ``woodbury`` while there are fewer gradients than weights in a block (the Fisher matrix is then singular but for ``λ``), else ``accumulate``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from capruner.core.numerics import NotPositiveDefiniteError, full_precision
+from capruner.core.parallel import chunk_size, in_chunks
+from capruner.core.products import FullSums, sums_for
+from capruner.core.scaling import NO_GRADIENT, largest, scales_of, unit_of
+from capruner.core.shrinkage import shrink
+
+Solver = Literal["auto", "woodbury", "accumulate"]
+
+RUNGS = 6
+"""Times that the damping of a block may grow tenfold."""
+
+
+class BlockFisher:
+    """The Fisher blocks of one weight tensor, fed with gradients, then inverted once.
+
+    Holds ``num_blocks · B²`` numbers, in which the inverse replaces the matrix.
+
+    Args:
+        num_blocks: ``n``.
+        block_size: ``B``.
+        num_grads: number of gradients ``m`` that will be added, which Woodbury needs; None: as many as are added, for ``accumulate``.
+        damp: ``λ > 0``, absolute, in units of a squared gradient.
+        relative_damp: ``λ`` is instead this fraction of the mean diagonal of each block (needs the ``accumulate`` solver).
+        solver: see the module's docstring.
+        shrinkage: share of the layer's common Fisher matrix in each block, in [0, 1]; None: estimated for each block. Needs the ``accumulate``
+            solver and :meth:`set_common`; see :mod:`capruner.core.shrinkage`.
+        triangular: accumulate the upper triangle alone; pays for few blocks that are fed with many rows at a time.
+        dtype: float32, or float64 for reference computations.
+
+    Attributes:
+        damped: blocks that needed more than ``damp``, after :meth:`inverse`.
+        drowned: blocks whose absolute ``damp`` is less than the rounding error of the matrix that it was added to, after :meth:`inverse`.
+        shares: ``(num_blocks,)`` float64, the share of the common Fisher matrix in each block, after :meth:`inverse`.
+        units: ``(num_blocks,)`` float64, after :meth:`inverse`: what it returns is the inverse of ``F / units``, and losses from it are to be multiplied
+            by them. Powers of two; 1 unless the gradients of a block are extremely small or large.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        num_grads: int | None,
+        damp: float,
+        *,
+        relative_damp: bool = False,
+        solver: Solver = "auto",
+        shrinkage: float | None = 0.0,
+        triangular: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if not damp > 0 or damp == float("inf"):
+            raise ValueError(f"damp must be a positive number, got {damp}; 1e-8 to 1e-4 are usual")
+        if num_grads is not None and num_grads < 1:
+            raise ValueError(f"num_grads must be at least 1, got {num_grads}")
+        if solver not in get_args(Solver):
+            raise ValueError(f"solver must be one of {get_args(Solver)}, got {solver!r}")
+        if triangular and solver == "auto":
+            solver = "accumulate"
+        if triangular and solver == "woodbury":
+            raise ValueError("triangular means accumulating: use solver='accumulate'")
+        if relative_damp and solver == "woodbury":
+            raise ValueError("relative_damp needs the mean diagonal before the inverse: use solver='accumulate'")
+        if shrinkage != 0 and solver == "woodbury":
+            raise ValueError("shrinkage needs the Fisher matrix before the inverse: use solver='accumulate'")
+        if solver == "auto":
+            exact = not relative_damp and shrinkage == 0
+            solver = "woodbury" if num_grads is not None and num_grads < block_size and exact else "accumulate"
+        if num_grads is None and solver == "woodbury":
+            raise ValueError("woodbury needs to know num_grads: use solver='accumulate'")
+        self.solver = solver
+        self.triangular = triangular
+        self.num_grads = num_grads
+        self.damp = damp
+        self.relative_damp = relative_damp
+        self.count = 0
+        self.damped = 0
+        self.drowned = 0
+        self.shrinkage = shrinkage
+        self.shares = torch.zeros(num_blocks, dtype=torch.float64, device=device)
+        self._common: tuple[Tensor, Tensor] | None = None  # and the phase of each block
+        self.units = torch.ones(num_blocks, dtype=torch.float64, device=device)
+        blocks = torch.zeros(num_blocks, block_size, block_size, device=device, dtype=dtype)
+        self._blocks: Tensor | None = blocks
+        self._sums: FullSums | None = None if solver == "woodbury" else sums_for(blocks, triangular, shrinkage is None)
+        # The largest absolute gradient of each weight so far, and the scale of each weight's gradients; None: 1.
+        self._peak = torch.zeros(num_blocks, block_size, device=device, dtype=dtype)
+        self._scales = self._scales_of(self._peak)
+        if solver == "woodbury":
+            scale = 1.0 if self._scales is None else self._scales.double()
+            blocks.diagonal(dim1=1, dim2=2).fill_(1).mul_(scale).mul_(scale).div_(damp)
+
+    @full_precision()
+    def add(self, gradients: Tensor) -> None:
+        """Fold in ``(k, num_blocks, B)`` gradients.
+
+        Raises:
+            ValueError: more than ``num_grads`` in all, or already inverted.
+        """
+        if self._blocks is None:
+            raise ValueError("the Fisher matrix is inverted already; make a new BlockFisher for new gradients")
+        self.count += len(gradients)
+        if self.num_grads is not None and self.count > self.num_grads:
+            raise ValueError(f"more gradients ({self.count}) than num_grads ({self.num_grads})")
+        gradients = gradients.to(self._blocks)
+        self._rescale(largest(gradients))
+        if self._sums is not None:
+            self._sums.add(gradients, self._scales)
+            return
+        slabs = (gradients if self._scales is None else gradients / self._scales).transpose(0, 1)  # (n, k, B)
+        chunk = chunk_size(None, slabs.shape[2], self._blocks.element_size(), self._blocks.device)
+
+        def work(part: slice) -> None:
+            assert self._blocks is not None
+            assert self.num_grads is not None
+            H, G = self._blocks[part], slabs[part]
+            GH = G @ H
+            inner = GH @ G.mT
+            inner.diagonal(dim1=1, dim2=2).add_(self.num_grads)
+            # The smallest eigenvalue of inner is m, so that it has a factor unless m drowns in rounding.
+            factor, info = torch.linalg.cholesky_ex(inner)
+            if info.any():
+                raise NotPositiveDefiniteError(
+                    f"damp={self.damp:g} is too small beside squared gradients of up to {self.largest**2:.2g}: raise it, or use "
+                    "relative_damp=True"
+                )
+            half = torch.linalg.solve_triangular(factor, GH, upper=False)
+            H.baddbmm_(half.mT, half, alpha=-1)
+
+        in_chunks(len(slabs), chunk, work, "adding gradients", self._blocks.device)
+
+    def _scales_of(self, peak: Tensor) -> Tensor | None:
+        """What to divide each weight's gradients by. Absolute damping counts as a gradient, so that neither drowns."""
+        if not self.relative_damp:
+            peak = peak.clamp(min=self.damp**0.5)
+        scales = scales_of(peak)
+        # An inverse is 1/damp in directions that no gradient has seen: a scale above 1 would make that overflow.
+        return scales if scales is None or self.solver != "woodbury" else scales.clamp(max=1)
+
+    def _rescale(self, peak: Tensor) -> None:
+        """Bring what was added to the scales that suit the gradients to come."""
+        assert self._blocks is not None
+        self._peak = torch.maximum(self._peak, peak)
+        before, self._scales = self._scales, self._scales_of(self._peak)
+        if before is None and self._scales is None:
+            return
+        ones = torch.ones_like(self._peak)
+        ratio = (ones if before is None else before) / (ones if self._scales is None else self._scales)
+        changed = (ratio != 1).any(dim=1).nonzero()[:, 0]
+        if self._sums is not None:
+            self._sums.settle(before)
+            self._sums.rescale(changed, ratio[changed])
+        else:
+            ratio = 1 / ratio[changed]
+            self._blocks[changed] = self._blocks[changed] * ratio[:, :, None] * ratio[:, None, :]
+
+    @property
+    def largest(self) -> float:
+        """The largest absolute gradient so far."""
+        return float(self._peak.max()) if self._peak.numel() else 0.0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What was added so far, for :meth:`load`; the blocks themselves, not a copy."""
+        if self._blocks is None:
+            raise ValueError("the Fisher matrix is inverted already; there is nothing to save")
+        sums = {"blocks": self._blocks} if self._sums is None else self._sums.tensors()
+        return sums | {"peak": self._peak, "count": torch.tensor(self.count)}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Resume from what :meth:`tensors` returned.
+
+        Raises:
+            ValueError: it is of another matrix.
+        """
+        blocks, peak, count = tensors["blocks"], tensors["peak"], int(tensors["count"])
+        same = self._blocks is not None and blocks.shape == self._blocks.shape and peak.shape == self._peak.shape
+        if not same or not 0 <= count <= (count if self.num_grads is None else self.num_grads):
+            raise ValueError(
+                f"{count} gradients in blocks of shape {tuple(blocks.shape)} are not of this Fisher matrix"
+            )
+        assert self._blocks is not None
+        if self._sums is None:
+            self._blocks.copy_(blocks)
+        else:
+            self._sums.load(tensors)
+        self._peak.copy_(peak)
+        self._scales = self._scales_of(self._peak)
+        self.count = count
+
+    @full_precision()
+    def sums(self, phase_of: Tensor, phases: int, whole: int) -> Tensor:
+        """Sum of the blocks of each phase, ``(phases, B, B)`` float64; see :func:`capruner.core.shrinkage.phases`.
+
+        Args:
+            phase_of: ``(num_blocks,)`` int64.
+            whole: the first ``whole`` blocks count; those after them are padded.
+        """
+        assert self._blocks is not None
+        assert self._sums is not None
+        self._sums.settle(self._scales)
+        size = self._blocks.shape[1]
+        total = self.shares.new_zeros(phases, size, size)
+        chunk = max(1, 2**22 // size**2)
+        for start in range(0, whole, chunk):
+            part = slice(start, min(start + chunk, whole))
+            total.index_add_(0, phase_of[part], self._doubled(part))
+        return total
+
+    def set_common(self, common: Tensor, phase_of: Tensor) -> None:
+        """Set what :meth:`inverse` shrinks the blocks towards: ``(phases, B, B)`` of any scale, and the phase of each block."""
+        self._common = common, phase_of
+
+    def _doubled(self, part: slice) -> Tensor:
+        """``m F`` of some blocks in float64, their gradients' scales undone."""
+        assert self._sums is not None
+        A = self._sums.doubled(part)
+        if self._scales is not None:
+            scales = self._scales[part].double()
+            A.mul_(scales[:, :, None]).mul_(scales[:, None, :])
+        return A
+
+    @full_precision()
+    def inverse(self, dead: Tensor | None = None, rungs: int = 0) -> Tensor:
+        """``H``, ``(num_blocks, B, B)``, symmetric, in :attr:`units`. The Fisher matrix is consumed.
+
+        Args:
+            dead: ``(num_blocks, B)`` bool; padding, or weights removed earlier. They are cut off from the others (as if their gradients had been
+                zero) and get a unit diagonal.
+            rungs: times that the damping of a block that will not factor may grow tenfold (``accumulate``).
+
+        Raises:
+            ValueError: fewer gradients than ``num_grads`` were added, or the inverse was taken before.
+            NotPositiveDefiniteError: a block will not factor.
+        """
+        if self._blocks is None:
+            raise ValueError("the inverse was taken before")
+        if self.count != (self.num_grads or max(self.count, 1)):
+            raise ValueError(f"{self.count} gradients were added, num_grads says {self.num_grads}")
+        blocks, self._blocks = self._blocks, None
+        if self._sums is not None:
+            self._sums.settle(self._scales)
+        chunk = chunk_size(None, blocks.shape[1], 8, blocks.device)
+
+        def work(part: slice) -> tuple[int, int]:
+            gone = None if dead is None or not dead[part].any() else dead[part]
+            if self.solver == "accumulate":
+                return self._invert(blocks[part], gone, part.start, rungs)
+            if gone is not None:
+                self._decouple_inverse(blocks[part], gone)
+            if self._scales is not None:
+                self._unscale_inverse(blocks[part], gone, part.start)
+            return 0, 0
+
+        found = in_chunks(len(blocks), chunk, work, "inverting Fisher blocks", blocks.device)
+        self.damped, self.drowned = (sum(counts) for counts in zip(*found)) if found else (0, 0)
+        return blocks
+
+    def _invert(self, F: Tensor, gone: Tensor | None, first_block: int, rungs: int) -> tuple[int, int]:
+        """Replace ``F`` by its inverse; how many blocks needed more damping, and in how many ``damp`` drowned in rounding."""
+        part = slice(first_block, first_block + len(F))
+        A = self._doubled(part).div_(self.count)
+        diagonal = A.diagonal(dim1=1, dim2=2)
+        trace = diagonal.sum(dim=1)
+        if gone is not None:
+            A.masked_fill_(gone[:, :, None] | gone[:, None, :], 0)
+        if self._common is not None:
+            common, phase_of = self._common
+            assert self._sums is not None
+            fourth = self._sums.fourth[part] / self.count
+            self.shares[part] = shrink(A, common, phase_of[part], gone, self.shrinkage, fourth, trace, self.count)
+        damp, size = torch.full_like(diagonal[:, 0], self.damp), _mean_diagonal(A, gone)
+        if self.relative_damp:
+            damp = damp * size
+        drowned = int((damp < torch.finfo(F.dtype).eps * diagonal.sum(dim=1)).sum())
+        # A block without any gradient has no scale of its own; the loss does not feel its weights.
+        none = damp == 0
+        damp = damp.masked_fill(none, 1)
+        diagonal.add_(damp[:, None])
+        units = unit_of(_mean_diagonal(A, gone))
+        if (units != 1).any():
+            A /= units[:, None, None]
+            damp /= units
+        self.units[part] = units.masked_fill(none, NO_GRADIENT)
+        if gone is not None:
+            diagonal.masked_fill_(gone, 1)
+        factor, info = torch.linalg.cholesky_ex(A)
+        bad, damped = info.nonzero()[:, 0], 0
+        for rung in range(1, rungs + 1):
+            if not len(bad):
+                break
+            lifted = A[bad]
+            more = ((10**rung - 1) * damp[bad])[:, None]
+            lifted.diagonal(dim1=1, dim2=2).add_(more if gone is None else more * ~gone[bad])
+            found, info = torch.linalg.cholesky_ex(lifted)
+            good = info == 0
+            factor[bad[good]] = found[good]
+            damped += int(good.sum())
+            bad = bad[~good]
+        if len(bad):
+            scale = float(size.mean())
+            raise NotPositiveDefiniteError(
+                f"Fisher block {first_block + int(bad[0])} ({len(bad)} in all) will not factor at damp {self.damp:g}"
+                f"{f', nor at 10^{rungs} times that' if rungs else ''}: its rounding error is larger. The mean squared gradient is {scale:.2g}; "
+                f"try damp={max(scale, 1e-12) * 1e-3:.1g} or more"
+            )
+        F.copy_(torch.cholesky_inverse(factor))
+        return damped, drowned
+
+    def _unscale_inverse(self, H: Tensor, gone: Tensor | None, first_block: int) -> None:
+        assert self._scales is not None
+        part = slice(first_block, first_block + len(H))
+        scales = self._scales[part].double()
+        if gone is not None:
+            scales = scales.masked_fill(gone, 1)
+        A = H.double().div_(scales[:, :, None]).div_(scales[:, None, :])
+        units = 1 / unit_of(_mean_diagonal(A, gone))
+        A *= units[:, None, None]
+        if gone is not None:
+            A.diagonal(dim1=1, dim2=2).masked_fill_(gone, 1)
+        self.units[part] = units
+        H.copy_(A)
+
+    @staticmethod
+    def _decouple_inverse(H: Tensor, gone: Tensor) -> None:
+        # Eliminating the dead from H (a Schur complement) gives the inverse of the Fisher matrix of the living.
+        A = H.double()
+        system = A * (gone[:, :, None] & gone[:, None, :])
+        system.diagonal(dim1=1, dim2=2).add_((~gone).double())
+        factor, info = torch.linalg.cholesky_ex(system)
+        if info.any():
+            raise NotPositiveDefiniteError(
+                f"{int((info > 0).sum())} inverse Fisher blocks are not positive definite to working precision; raise `damp` tenfold, or use "
+                "solver='accumulate'"
+            )
+        half = torch.linalg.solve_triangular(factor, A * gone[:, :, None], upper=False)
+        A.baddbmm_(half.mT, half, alpha=-1)
+        A.masked_fill_(gone[:, :, None] | gone[:, None, :], 0)
+        A.diagonal(dim1=1, dim2=2).add_(gone.double())
+        H.copy_(A)
+
+
+def _mean_diagonal(A: Tensor, gone: Tensor | None) -> Tensor:
+    """``(n,)``, of the weights that are not gone."""
+    diagonal = A.diagonal(dim1=1, dim2=2)
+    if gone is None:
+        return diagonal.mean(dim=1)
+    return diagonal.masked_fill(gone, 0).sum(dim=1) / (~gone).sum(dim=1).clamp_(min=1)

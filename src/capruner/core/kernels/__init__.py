@@ -1,0 +1,34 @@
+"""Compiled loops, where there is a compiler for the device: greedy elimination and, on CPUs, sums of outer products.
+
+:mod:`capruner.core.elimination` and :mod:`capruner.core.products` do the same with torch's operations.
+
+A block's elimination is a chain of ``B`` short steps. As torch operations each step is a dozen launches and passes over memory; compiled, the
+block's state stays in a core's cache.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from types import ModuleType
+
+import torch
+
+
+def kernel_for(device: torch.device) -> ModuleType | None:
+    """The module whose ``eliminate_blocks`` runs on ``device``: numba's for CPUs, Triton's for GPUs; None where that package is not installed."""
+    return _load({"cpu": ("numba", "cpu"), "cuda": ("triton", "cuda")}.get(device.type))
+
+
+def products_kernel_for(device: torch.device) -> ModuleType | None:
+    """The module whose ``add_products`` runs on ``device``: numba's for CPUs where that is installed, else None."""
+    return _load(("numba", "products") if device.type == "cpu" else None)
+
+
+@functools.cache
+def _load(place: tuple[str, str] | None) -> ModuleType | None:
+    """A module of this package, if the package it needs is installed."""
+    if place is None or importlib.util.find_spec(place[0]) is None:
+        return None
+    return importlib.import_module(f"capruner.core.kernels.{place[1]}")
