@@ -27,9 +27,13 @@ LINES = {
         "write 0.5 for half",
     ),
     "report": (["nowhere"], "there is nothing at nowhere; give the folder of an experiment, or a checkpoint"),
-    "export": (["w.pth", "--model", "vit_tiny_patch16_224", "--output", "w.tflite"], "use one of .onnx, .safetensors"),
+    "export": (
+        ["w.pth", "--model", "vit_tiny_patch16_224", "--output", "w.tflite"],
+        "use one of .onnx, .mnn, .safetensors",
+    ),
     "bench": (["w.onnx"], "no such file: w.onnx; capruner export writes ONNX"),
     "verify": (["w.pth", "--model", "vit_tiny"], "timm has no such model; near: vit_tiny_patch16_224"),
+    "train": (["--model", "vit_tiny_patch16_224"], "--data-dir is missing"),
     "recipes": (["show", "vitt"], "see 'capruner recipes list'"),
 }
 

@@ -9,9 +9,10 @@ import tempfile
 from pathlib import Path
 
 import triton
-from capruner.core.kernels.cuda import TILE_NUMBERS, _eliminate
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from capruner.core.kernels.cuda import TILE_NUMBERS, _eliminate
 
 TYPES = {
     **dict.fromkeys(("weight", "fisher_inv", "bias_", "rows", "losses"), "*fp32"),

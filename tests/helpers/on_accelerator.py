@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from helpers.accelerator import DEVICE, SimTensor
+from accelerator import DEVICE, SimTensor
 from torch import Tensor, nn
 
 import capruner

@@ -215,8 +215,8 @@ def test_two_of_four_for_sparse_tensor_cores_is_a_linear_layers() -> None:
     fit, unfit = two_of_four(model)
     assert fit == ["2"]
     assert unfit == {
-        "0": "of a Conv1D, for which torch has no 2:4 kernel",
-        "1": "of a ConvTranspose2d, for which torch has no 2:4 kernel",
+        "0": "torch has no 2:4 kernel for Conv1D",
+        "1": "torch has no 2:4 kernel for ConvTranspose2d",
     }
 
 

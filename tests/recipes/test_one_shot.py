@@ -49,7 +49,7 @@ def test_what_a_recipe_does_not_say_is_what_its_modifier_says(tmp_path: Path) ->
     assert (found.method, found.global_sparsity, found.knobs["num_grads"], found.knobs["damp"]) == (
         "cap",
         True,
-        4096,
+        "auto",
         None,
     )
     assert recipes.load(recipe_file(tmp_path, "FastCAPruningModifier")).global_sparsity is False

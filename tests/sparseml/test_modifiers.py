@@ -541,6 +541,7 @@ EVERY: dict[str, dict[str, Any]] = {
         "on_bad_batch": "skip",
         "exclude": ["4"],
         "solver": "accumulate",
+        "mode": "as_is",
     }
 }
 EVERY["FastCAPruningModifier"] = {

@@ -116,7 +116,7 @@ def fast_enough(
             best = (small, others, (seconds[0], seconds[1]))
         if latency - CLOSE <= share <= latency:
             break
-        predicted = min(predicted * latency / share, 0.999)
+        predicted = min(predicted * (latency - CLOSE / 2) / share, 0.999)  # into the middle of what is close enough
     if best is None:
         raise ValueError(
             f"latency={latency:g} was not reached: the fastest model of {TRIES} takes {least:.0%} of the dense time"

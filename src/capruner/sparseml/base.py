@@ -30,6 +30,7 @@ from capruner.models.mask_types import supporting
 from capruner.models.selection import select_parameters
 from capruner.models.weights import linear_weights
 from capruner.models.wrappers import owner
+from capruner.planning import Plan, plan
 from capruner.pruning import prune
 from capruner.recipes import values
 from capruner.recipes.updates import next_sparsity, prune_resumably, zero_share
@@ -258,12 +259,12 @@ class CorrelationAwareModifier(BaseGradualPruningModifier):
         """
         batches = GradSamplerBatches(grad_sampler, self._grad_sampler_kwargs)
         sparsity = sparsities or self.final_sparsity
-        params = (
-            [name for group in self.final_sparsity.values() for name in group]
-            if isinstance(self.final_sparsity, dict)
-            else self.params
-        )
-        return self._call_prune(module, batches, sparsity, params, None, **more)
+        return self._call_prune(module, batches, sparsity, self._all_params, None, **more)
+
+    def one_shot_plan(self, module: nn.Module, grad_sampler: Mapping[str, Any]) -> Plan:
+        """What :meth:`one_shot` would do, see :func:`capruner.plan`."""
+        batches = GradSamplerBatches(grad_sampler, self._grad_sampler_kwargs)
+        return plan(module, batches, batches.loss, params=self._all_params, config=self._config)
 
     # What SparseML asks for
 
@@ -297,6 +298,18 @@ class CorrelationAwareModifier(BaseGradualPruningModifier):
         return _Unused(params)
 
     # The two sides meet
+
+    @property
+    def _all_params(self) -> Any:
+        """The selection: ``params``, or the groups of a dict of sparsities."""
+        if isinstance(self.final_sparsity, dict):
+            return [name for group in self.final_sparsity.values() for name in group]
+        return self.params
+
+    @property
+    def _config(self) -> PruneConfig:
+        knobs = {name: getattr(self, f"_{name}") for name in self._knobs}
+        return PruneConfig(method=self.method, global_sparsity=self.global_sparsity, **knobs)
 
     @property
     def _names(self) -> list[str]:
@@ -341,11 +354,6 @@ class CorrelationAwareModifier(BaseGradualPruningModifier):
         masks: dict[str, Tensor] | None,
         **more: Any,
     ) -> PruningResult:
-        config = PruneConfig(
-            method=self.method,
-            global_sparsity=self.global_sparsity,
-            **{name: getattr(self, f"_{name}") for name in self._knobs},
-        )
         return prune(
             module,
             batches,
@@ -354,7 +362,7 @@ class CorrelationAwareModifier(BaseGradualPruningModifier):
             params=params,
             masks=masks,
             state_dir=self._traces_backup_dir or None,
-            config=config,
+            config=self._config,
             **more,
         )
 

@@ -15,6 +15,7 @@ import yaml
 import capruner
 from capruner.cli.arguments import UserError
 from capruner.models.selection import check_time
+from capruner.planning import Plan
 from capruner.recipes import checked_text
 from capruner.recipes.arithmetic import OPERATIONS
 from capruner.recipes.one_shot import general_refusal, refusal
@@ -34,6 +35,7 @@ from sparseml.pytorch.utils import GradSampler, PythonLogger
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from capruner.calibrated import CalibratedModel
     from capruner.vision.data import CalibrationBatches
 
 restricted_eval = importlib.import_module("sparseml.utils.restricted_eval")  # a function of the package has its name
@@ -220,6 +222,19 @@ class BySparseML:
         """One calibration for the whole list; ``model`` is not changed."""
         sampler = {"data_loader_builder": batches, "loss_function": nn.functional.cross_entropy}
         return self._modifier.one_shot(model, sparsities, sampler, costs=costs)
+
+    def plan(self, model: nn.Module, batches: CalibrationBatches) -> Plan:
+        """What :meth:`prune` would do. Draws two of ``batches``."""
+        sampler = {"data_loader_builder": batches, "loss_function": nn.functional.cross_entropy}
+        return self._modifier.one_shot_plan(model, sampler)
+
+    def calibrate(self, model: nn.Module, batches: CalibrationBatches, costs: Any = None) -> CalibratedModel:
+        """SparseML prunes to a sparsity that is known beforehand.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError("--engine sparseml prunes to given sparsities; --max-drop needs --engine native")
 
     def apply_at(self, path: str, model: nn.Module, sparsity: float, builder: Callable[[], CalibrationBatches]) -> None:
         """Prune in place with the recipe of ``path`` (the same, where it lies now), and distil where asked for."""
