@@ -55,6 +55,10 @@ HOSTILE_EVENTS = (
 )
 
 
+NVML = "libnvidia-ml.so.1"
+"""``torch.cuda.is_available`` asks this library once Lightning has been imported, which sets ``PYTORCH_NVML_BASED_CUDA_CHECK``."""
+
+
 class Hang(BaseException):
     """Past the alarm."""
 
@@ -68,6 +72,8 @@ class Watch:
 
     def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
         if not self.on:
+            return
+        if event == "ctypes.dlopen" and arguments[0] == NVML:
             return
         if event.startswith(HOSTILE_EVENTS):
             self.found[event] += 1

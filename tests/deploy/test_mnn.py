@@ -94,7 +94,8 @@ def test_nothing_is_installed_or_uploaded(tmp_path: Path) -> None:
         "mnn.load(mnn.convert(source, target))(numpy.zeros((2, 3, 8, 8), 'float32')); print('done')"
     )
     done = guarded(tmp_path, code, tmp_path / "m.onnx", tmp_path / "m.mnn")
-    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+    assert done.returncode == 0, done.stderr
+    assert "done" in done.stdout.splitlines()  # MNN may print what the device supports
 
 
 def test_bench_runs_mnn_or_says_that_it_is_missing(tmp_path: Path) -> None:
