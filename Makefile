@@ -30,7 +30,7 @@ lint: install  ## Lint, check formatting, check types
 	$(BIN)/mypy
 
 test: lint  ## Run linters and the test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .venv/docs: .venv/installed
 	$(BIN)/pip install --quiet -e '.[docs]'
