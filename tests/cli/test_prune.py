@@ -10,10 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from image_folders import write_images
 from safetensors.torch import load_file, save_file
 from training_case import KWARGS, MODEL
 
@@ -30,14 +29,7 @@ KWARG_WORDS = [f"{key}={value}" for key, value in KWARGS.items()]
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with data/train, data/val and dense.safetensors."""
     root = tmp_path_factory.mktemp("place")
-    noise = np.random.default_rng(0)
-    for split, count in (("train", 6), ("val", 3)):
-        for label in range(3):
-            folder = root / "data" / split / f"class{label}"
-            folder.mkdir(parents=True)
-            for index in range(count):
-                pixels = noise.integers(0, 255, (16, 16, 3)).astype("uint8")
-                Image.fromarray(pixels).save(folder / f"{index}.png")
+    write_images(root / "data", train=6, val=3)
     torch.manual_seed(0)
     save_file(timm.create_model(MODEL, **KWARGS).state_dict(), root / "dense.safetensors")
     return root

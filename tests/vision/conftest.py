@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
+from image_folders import write_images
 from training_case import KWARGS, MODEL, RECIPES, Line
 
 
@@ -15,14 +14,7 @@ from training_case import KWARGS, MODEL, RECIPES, Line
 def training_place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with data/train (24 images), data/val (9) and recipes."""
     root = tmp_path_factory.mktemp("training")
-    noise = np.random.default_rng(0)
-    for split, count in (("train", 8), ("val", 3)):
-        for label in range(3):
-            folder = root / "data" / split / f"class{label}"
-            folder.mkdir(parents=True)
-            for index in range(count):
-                pixels = noise.integers(0, 80, (16, 16, 3)) + np.array([60 * label, 90, 120 - 40 * label])
-                Image.fromarray(pixels.astype("uint8")).save(folder / f"{index}.png")
+    write_images(root / "data", train=8, val=3, tinted=True)
     for name, modifiers in RECIPES.items():
         (root / f"{name}.yaml").write_text("modifiers:\n" + modifiers)
     return root

@@ -9,10 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 import torch
+from image_folders import write_images
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -31,14 +31,7 @@ from capruner.vision import one_shot_pruning  # noqa: E402
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with data/train, data/val, a checkpoint and recipes."""
     root = tmp_path_factory.mktemp("place")
-    noise = np.random.default_rng(0)
-    for split, count in (("train", 8), ("val", 5)):
-        for label in range(3):
-            folder = root / "data" / split / f"class{label}"
-            folder.mkdir(parents=True)
-            for index in range(count):
-                pixels = noise.integers(0, 80, (16, 16, 3)) + np.array([60 * label, 90, 120 - 40 * label])
-                Image.fromarray(pixels.astype("uint8")).save(folder / f"{index}.png")
+    write_images(root / "data", train=8, val=5, tinted=True)
     torch.manual_seed(0)
     save_file(timm.create_model(MODEL, **KWARGS).state_dict(), root / "dense.safetensors")
     for name in ("CAPruningModifier", "FastCAPruningModifier", "OBSPruningModifier", "GlobalMagnitudePruningModifier"):
