@@ -54,7 +54,7 @@ def main() -> None:
     if args.name == "efficientnet":
         pretrained = {k: v for k, v in imagenet_weights().items() if not k.startswith("classifier")}
         model.load_state_dict(pretrained, strict=False)
-        # A random head sends gradients into the pretrained features that ruin them: after 200 steps of 64 images at 64 px, 63.1 instead of 78.4 %.
+        # A random head would send large gradients into the pretrained features at the start and ruin them.
         nn.init.zeros_(model.classifier.weight)
         nn.init.zeros_(model.classifier.bias)
     model = model.to(device, memory_format=torch.channels_last)
