@@ -143,6 +143,8 @@ def run_case(case: dict[str, Any], data: dict[str, tuple[Tensor, Tensor]], weigh
     images, labels = images[: case["limit"]], labels[: case["limit"]]
     batches = calibration(data["train"], case)
     if case["model"] == "imagenet":
+        # Statistics of these images, which are not ImageNet's: re-estimating them later must not change the dense network.
+        capruner.recalibrate_bn(model, Batches(*(t[:1024] for t in data["train"]), 256, "imagenet"))
         labels, batches.labels = top1(model, images, "imagenet"), top1(model, batches.images, "imagenet")
     rows = []
     for sparsity, pruned, seconds, predicted in pruned_models(case, model, batches):
