@@ -12,7 +12,7 @@ from capruner.cli.main import main
 from capruner.recipes.convert import convert
 
 SCHEDULE = "init_sparsity: 0.5, final_sparsity: 0.5, start_epoch: 0.0, end_epoch: 1.0, update_frequency: 1.0"
-PARAMS = "params: ['re:.*blocks.\\d+.attn.[qkv].weight', 're:.*cls_attn_blocks\\.\\d+\\.attn\\.[qkv]\\.weight']"
+PARAMS = "params: ['re:.*blocks.\\d+.attn.[qkv].weight', 're:.*blocks.\\d+\\.attn\\.[qkv]\\.weight', 're:.*cls_attn_blocks.\\d+.attn.[qkv].weight']"
 
 
 def written(folder: Path, *modifiers: str) -> Path:
@@ -34,8 +34,9 @@ def test_patterns(tmp_path: Path) -> None:
     assert len(changes) == 2
     found = recipes.load(path)
     assert found.params == [
-        "re:.*blocks.[0-9]+.attn.qkv.weight",
-        "re:.*cls_attn_blocks.[0-9]+.attn.[qkv].weight",
+        "re:.*blocks.\\d+.attn.qkv.weight",
+        "re:.*blocks.\\d+\\.attn\\.qkv\\.weight",
+        "re:.*cls_attn_blocks.\\d+.attn.[qkv].weight",
     ]
     assert (found.knobs["num_grads"], found.knobs["fisher_inv_device"]) == (64, "cpu")
 
@@ -77,6 +78,25 @@ def test_n_of_m_counts_what_remains(tmp_path: Path) -> None:
     path, changes, problems = converted(tmp_path, f"CAPruningModifier {{{schedule}, params: x, mask_type: '1:4'}}")
     assert ("3:4" in changes[0], problems) == (True, [])
     assert str(recipes.load(path).knobs["mask_type"]) == "3:4"
+
+
+@pytest.mark.parametrize("name", ["OBSPruningModifier", "GlobalMagnitudePruningModifier", "CAPruningModifier"])
+def test_n_and_m_where_a_modifier_has_no_such_parameters(name: str, tmp_path: Path) -> None:
+    path, changes, problems = converted(tmp_path, f"{name} {{{SCHEDULE}, params: x, mask_type: N:M, n: 2, m: 4}}")
+    assert problems == []
+    assert bool(changes) == (name != "CAPruningModifier")
+    assert str(recipes.load(path).knobs["mask_type"]) == "2:4"
+
+
+def test_a_modifier_that_sparseml_carries_out(tmp_path: Path) -> None:
+    mfac = f"MFACPruningModifier {{{SCHEDULE}, params: __ALL_PRUNABLE__, num_grads: 8, block_implementation: block}}"
+    path, changes, (problem,) = converted(tmp_path, mfac)
+    assert changes == ["1. MFACPruningModifier: block_implementation: block left out; it changes nothing"]
+    assert "OBSPruningModifier with fisher_block_size up to 192" in problem
+    assert "SparseML" in problem
+    sparseml_recipe = pytest.importorskip("capruner.sparseml.recipe", exc_type=ImportError)
+    manager = sparseml_recipe.load_manager(str(path))
+    assert manager.modifiers[0].num_grads == 8
 
 
 def test_what_is_left_to_do_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -94,7 +94,7 @@ def test_excluded_layers_stay_dense(tmp_path: Path, model: nn.Module) -> None:
 BAD = {
     "no such parameter": ("CAPruningModifier", "colour: red", "has no parameter colour; it has .*mask_type, memory_budget, mode, n, num_grads"),
     "a parameter of another": ("MagnitudePruningModifier", "num_grads: 3", "has no parameter num_grads"),
-    "global, said twice": ("MagnitudePruningModifier", "global_sparsity: True", "has no parameter global_sparsity"),
+    "global, said twice": ("MagnitudePruningModifier", "global_sparsity: True", "has no parameter global_sparsity; .*recipes convert FILE"),
     "half a gradient": ("OBSPruningModifier", "num_grads: 0.5", "num_grads 0.5 is invalid: expected a whole number"),
     "words": ("CAPruningModifier", "global_sparsity: maybe", "global_sparsity 'maybe' is invalid"),
     "mask type": ("CAPruningModifier", "mask_type: 4:2", "mask_type must be"),
@@ -103,6 +103,7 @@ BAD = {
     "training": ("LearningRateFunctionModifier", "lr_func: linear", "acts in a training; take it out"),
     "quantization": ("QuantizationModifier", "x: 1", "take it out, and quantize the exported model"),
     "another pruner": ("MFACPruningModifier", "x: 1", r"MFACPruningModifier is none of .* --engine sparseml"),
+    "gradient times weight": ("GWProdPruningModifier", "x: 1", r"use one of them \(CAPruningModifier is the nearest method\)"),
 }  # fmt: skip
 
 

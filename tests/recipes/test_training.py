@@ -18,6 +18,7 @@ from capruner import recipes
 from capruner.cli.arguments import UserError
 from capruner.recipes import catalog, rates
 from capruner.recipes.run import RecipeRun
+from capruner.vision.training_recipe import open_training
 
 SHIPPED = [path for name, path in catalog.shipped().items() if not name.startswith("one_shot/")]
 STEPS, PRUNABLE = 4, 8 * 12 + 12 * 4
@@ -298,7 +299,7 @@ BAD = {
     "each step": (cap(update_frequency=-1), "update_frequency -1 makes an update, with a calibration, at every step"),
     "never": (cap(end_epoch=".inf"), "end_epoch inf is invalid: expected a finite number"),
     "too many": (cap(update_frequency=1e-5), "more than 10,000 updates"),
-    "unknown": ("  - !EpochRangeModifier {start_epoch: 0, end_epoch: 1, colour: 3}\n", "has no parameter colour; it has start_epoch, end_epoch"),
+    "unknown": ("  - !EpochRangeModifier {start_epoch: 0, end_epoch: 1, colour: 3}\n", "no parameter colour; it has start_epoch, .*capruner recipes convert"),
     "missing": ("  - !LearningRateFunctionModifier {lr_func: linear}\n", "has no init_lr and no final_lr"),
     "function": (STEP, "lr_func 'step' is invalid: must be one of linear, cosine, cyclic_linear"),
     "rate": ("  - !SetLearningRateModifier {learning_rate: -1}\n", "learning_rate -1 is invalid: expected a finite number, at least 0"),
@@ -369,6 +370,27 @@ def by_sparseml(path: Path, epochs: int) -> nn.Module:
         if modifier.end_pending(epochs, STEPS):
             modifier.scheduled_update(model, optimizer, float(epochs), STEPS)
     return model
+
+
+@pytest.mark.parametrize("cycle", [2, 4])
+def test_both_engines_accept_one_cycle_and_refuse_several(cycle: int, tmp_path: Path) -> None:
+    pytest.importorskip("capruner.sparseml", exc_type=ImportError)
+    values = {
+        "lr_func": "cosine",
+        "init_lr": 0.1,
+        "final_lr": 0.01,
+        "start_epoch": 0.0,
+        "end_epoch": 4.0,
+        "cycle_epochs": cycle,
+    }
+    rate = "  - !LearningRateFunctionModifier\n" + "".join(f"      {key}: {value}\n" for key, value in values.items())
+    path = written(tmp_path, rate, cap())
+    for engine in ("native", "sparseml"):
+        if cycle == 4:
+            assert open_training(str(path), engine, tmp_path, None).end == 4
+            continue
+        with pytest.raises(UserError, match="cycle_epochs 2 has no effect with lr_func cosine"):
+            open_training(str(path), engine, tmp_path, None)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: "/".join(path.parts[-3:]))

@@ -142,6 +142,27 @@ def test_quantization_is_refused_when_the_recipe_is_loaded(written):
         recipe.load_manager(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "line", "message"),
+    [
+        ("GWProdPruningModifier", "num_grads: 8", r"there is no GWProdPruningModifier; CAPruningModifier is the nearest"),
+        ("ColourPruningModifier", "num_grads: 8", r"there is no ColourPruningModifier; pruning modifiers that exist: "),
+        ("MFACPruningModifier", "block_implementation: block", r"MFACPruningModifier has no parameter block_implementation; 'capruner recipes convert"),
+        ("GlobalMagnitudePruningModifier", "global_sparsity: True", r"has no parameter global_sparsity; 'capruner recipes convert"),
+    ],
+)  # fmt: skip
+def test_what_sparseml_does_not_know_is_said_in_words(name, line, message, written):
+    path = written("modifiers:\n" + modifier_text(name, "final_sparsity: 0.5", "params: __ALL_PRUNABLE__", line))
+    with pytest.raises(UserError, match=message):
+        recipe.load_manager(path)
+
+
+def test_numbers_behind_a_modifier_s_name_hide_it_from_sparseml(written):
+    path = written("modifiers:\n  - !EpochRangeModifier {start_epoch: 0.0, end_epoch: 1.0}\n")
+    with pytest.raises(UserError, match="EpochRangeModifier: SparseML reads parameters from the lines below"):
+        recipe.load_manager(path)
+
+
 def anchors(count: int) -> str:
     lines = [f"a{index}: &a{index} 0.{index + 1}" for index in range(count)]
     return "\n".join([*lines, *(f"b{index}: *a{index}" for index in range(count))]) + "\n"

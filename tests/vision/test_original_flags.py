@@ -83,10 +83,18 @@ def test_a_key_without_counterpart_is_one_line(
     assert told in shown
 
 
-def test_a_flag_without_counterpart_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("--gs_aa", "--gs-aa is not supported: use --gs-aug"),
+        ("--torchcompile", "--torchcompile is not supported: train without it"),
+        ("--torchcompile inductor", "--torchcompile is not supported: train without it"),
+    ],
+)
+def test_a_flag_without_counterpart_is_one_line(given: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        parse([*TRAINING.split(), "--gs_aa"])
-    assert "--gs-aa is not supported: use --gs-aug" in capsys.readouterr().err
+        parse([*TRAINING.split(), *given.split()])
+    assert told in capsys.readouterr().err
 
 
 def test_no_flag_of_the_original_hides_one_of_ours() -> None:

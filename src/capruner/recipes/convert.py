@@ -23,10 +23,6 @@ _PLACES = ("fisher_inv_device", "blocks_in_parallel", "traces_backup_dir")
 """Parameters that say where or how work is done, without influence on the result."""
 _IDLE = {"recomputation_inter_func": "linear"}
 """Values that are what a modifier without the parameter does."""
-_NEAREST = {
-    "GWProdPruningModifier": "CAPruningModifier is the nearest method",
-    "MFACPruningModifier": "OBSPruningModifier with fisher_block_size up to 192 scores weights with the same matrix",
-}
 
 
 def convert(path: str | Path) -> tuple[str, list[str], list[str]]:
@@ -49,8 +45,7 @@ def convert(path: str | Path) -> tuple[str, list[str], list[str]]:
         try:
             one_shot(modifier) if alone and modifier.name in KINDS else action(modifier)
         except ValueError as error:
-            nearest = _NEAREST.get(modifier.name)
-            problems.append(f"{number}. {error}{f'; {nearest}' if nearest else ''}")
+            problems.append(f"{number}. {error}")
     return _text(path, converted), changes, problems
 
 
@@ -63,6 +58,8 @@ def _converted(modifier: Modifier, note: Notes) -> Modifier:
     if name == "LearningRateFunctionModifier":
         return Modifier(name, _rate(values, note))
     if name not in KINDS:
+        if "block_implementation" in values:  # of MFACPruningModifier, which SparseML carries out
+            note(f"block_implementation: {values.pop('block_implementation')} left out; it changes nothing")
         return Modifier(name, values)
     if name in _OTHER_SCOPE and "global_sparsity" in values and values["global_sparsity"] != KINDS[name].globally:
         name = _OTHER_SCOPE[name]
@@ -85,9 +82,9 @@ def _params(entries: Any, note: Notes) -> Any:
 def _entry(entry: Any, note: Notes) -> Any:
     if not isinstance(entry, str):
         return entry
-    found = entry.replace("\\d", "[0-9]").replace("\\.", ".")
-    if "cls_attn" not in found:  # whose q, k and v are layers of their own
-        found = re.sub(r"attn\.\[qkv\]\.", "attn.qkv.", found)
+    if "cls_attn" in entry:  # whose q, k and v are layers of their own
+        return entry
+    found = re.sub(r"attn(\\?\.)\[qkv\](\\?\.)", r"attn\1qkv\2", entry)
     if found != entry:
         note(f"{entry} is {found}")
     return found
@@ -117,7 +114,14 @@ def _mask_type(name: str, values: dict[str, Any], note: Notes) -> None:
         pattern = parse_mask_type(said if said is not None else "unstructured", values.get("n"), values.get("m"))
     except ValueError:
         return
-    if pattern.n_m is None or not isinstance(final, int | float) or pattern.sparsity == final:
+    if pattern.n_m is None:
+        return
+    if ("n" in values or "m" in values) and "n" not in KINDS[name].parameters:
+        note(f"mask_type: {said} with n and m is mask_type: {pattern}")
+        values["mask_type"] = str(pattern)
+        values.pop("n", None)
+        values.pop("m", None)
+    if not isinstance(final, int | float) or pattern.sparsity == final:
         return
     other = f"{pattern.group - pattern.stay}:{pattern.group}"
     if abs(parse_mask_type(other).sparsity - final) < 1e-9:  # type: ignore[operator]

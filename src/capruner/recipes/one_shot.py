@@ -71,6 +71,26 @@ KINDS = {
 }
 OURS = frozenset(name for name, kind in KINDS.items() if kind.ours)
 _TRAINING = ("EpochRange", "LearningRate", "WeightDecay", "TrainableParams", "ConstantPruning")
+NEAREST = {
+    "GWProdPruningModifier": "CAPruningModifier is the nearest method",
+    "MFACPruningModifier": "OBSPruningModifier with fisher_block_size up to 192 scores weights with the same matrix",
+}
+"""What to use in the place of a modifier of the original repository."""
+
+
+class UnknownParameterError(ValueError):
+    """A modifier is given a parameter that it does not have."""
+
+    def __init__(self, who: str, unknown: Iterable[str], known: Iterable[str]) -> None:
+        super().__init__(f"{who} has no parameter {', '.join(unknown)}; it has {', '.join(known)}")
+
+
+def told(error: ValueError) -> str:
+    """What is said of an error in a recipe file."""
+    return f"{error}{CONVERT}" if isinstance(error, UnknownParameterError) else str(error)
+
+
+CONVERT = "; 'capruner recipes convert FILE' rewrites recipes of the original repository"
 
 
 @dataclass
@@ -191,7 +211,7 @@ def load(path: str | Path) -> OneShot:
     try:
         return one_shot(found[0])
     except ValueError as error:
-        raise UserError(f"{path} does not load: {error}") from error
+        raise UserError(f"{path} does not load: {told(error)}") from error
 
 
 def one_shot(modifier: Modifier) -> OneShot:
@@ -203,7 +223,7 @@ def one_shot(modifier: Modifier) -> OneShot:
     kind, who, given = KINDS[modifier.name], modifier.name, dict(modifier.values)
     unknown = [name for name in given if name not in kind.parameters]
     if unknown:
-        raise ValueError(f"{who} has no parameter {', '.join(unknown)}; it has {', '.join(sorted(kind.parameters))}")
+        raise UnknownParameterError(who, unknown, sorted(kind.parameters))
     missing = [name for name in ("params", "final_sparsity") if name not in given]
     if missing:
         raise ValueError(f"{who} has no {' and no '.join(missing)}")
@@ -253,7 +273,8 @@ def general_refusal(name: str) -> str:
         return f"{name} does not run here; take it out, and quantize the exported model"
     if "Distillation" in name:
         return f"{name} has no effect here, as there is no teacher; take it out, and use distill_passes in CAPruningModifier or capruner.distill"
+    instead = f"use one of them ({NEAREST[name]})" if name in NEAREST else "use one of them"
     return (
-        f"{name} is none of the pruning modifiers that capruner carries out itself, {', '.join(KINDS)}; use one of them, or SparseML "
-        "(Python 3.11, pip install 'capruner[sparseml]') with --engine sparseml"
+        f"{name} is none of the pruning modifiers that capruner carries out itself, {', '.join(KINDS)}; {instead}, or SparseML "
+        "(Python 3.11, pip install 'capruner[sparseml]') with --engine sparseml, if it has that modifier"
     )

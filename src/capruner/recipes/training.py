@@ -34,7 +34,15 @@ from capruner.cli.arguments import UserError
 from capruner.methods import METHODS
 from capruner.recipes import rates, values
 from capruner.recipes.document import Modifier
-from capruner.recipes.one_shot import KINDS, OneShot, general_refusal, one_shot, read_modifiers
+from capruner.recipes.one_shot import (
+    KINDS,
+    OneShot,
+    UnknownParameterError,
+    general_refusal,
+    one_shot,
+    read_modifiers,
+    told,
+)
 from capruner.training.schedules import SAME_EPOCH, sparsity_at, update_epochs
 
 if TYPE_CHECKING:
@@ -237,7 +245,7 @@ def action(modifier: Modifier) -> Action:
     fields = {f.name: f for f in dataclasses.fields(ACTIONS[who])}
     given = {name: value for name, value in modifier.values.items() if name in fields or name not in _IDLE}
     if unknown := [name for name in given if name not in fields]:
-        raise ValueError(f"{who} has no parameter {', '.join(unknown)}; it has {', '.join(fields)}")
+        raise UnknownParameterError(who, unknown, fields)
     if missing := [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in given]:
         raise ValueError(f"{who} has no {' and no '.join(missing)}")
     read = {name: values.converted(who, name, _CONVERT[name], value) for name, value in given.items()}
@@ -357,7 +365,7 @@ def load_training(path: str | Path) -> TrainingRecipe:
     try:
         actions = [action(modifier) for modifier in read_modifiers(path)]
     except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {told(error)}") from error
     if not any(isinstance(a, Pruning | ConstantPruning) for a in actions):
         raise UserError(f"{path} has no pruning modifier; 'capruner recipes list' names recipes that have")
     return TrainingRecipe(str(path), sorted(actions, key=_end_and_start))

@@ -6,6 +6,7 @@ import copy
 import importlib
 import logging
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from capruner.models.selection import check_time
 from capruner.planning import Plan
 from capruner.recipes import checked_text
 from capruner.recipes.arithmetic import OPERATIONS
-from capruner.recipes.one_shot import general_refusal, refusal
+from capruner.recipes.one_shot import CONVERT, NEAREST, general_refusal, refusal
 from capruner.recipes.text import modifier_names
 from capruner.result import PruningResult
 from capruner.sparseml.base import CorrelationAwareModifier  # first: importing it registers our modifiers
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
     from capruner.vision.data import CalibrationBatches
 
 restricted_eval = importlib.import_module("sparseml.utils.restricted_eval")  # a function of the package has its name
+
+_UNKNOWN_MODIFIER = re.compile(r"for the tag '!(\w+\.)?(\w+)'")
+_UNKNOWN_PARAMETER = re.compile(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'")
 
 # Without a logger of ours SparseML writes sparse_logs/<date>.log into the current folder.
 _QUIET = logging.getLogger("capruner.sparseml.quiet")
@@ -66,13 +70,13 @@ def load_manager(path: str) -> ScheduledModifierManager:
         # Not the path, which it would read in the locale's encoding. Line breaks tell it that this is none.
         manager = ScheduledModifierManager.from_yaml(f"\n{text}\n")
     except yaml.constructor.ConstructorError as error:
-        raise UserError(
-            f"{path}: {error.problem}; pruning modifiers that exist: {', '.join(known_modifiers())}"
-        ) from error
+        raise UserError(f"{path}: {_unknown_modifier(str(error.problem))}") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     except Exception as error:  # whatever SparseML trips over, it is the recipe's
         reason = " ".join(str(error).split())[:500] or type(error).__name__
+        if unknown := _UNKNOWN_PARAMETER.search(reason):
+            reason = f"{unknown[1]} has no parameter {unknown[2]}{CONVERT}"
         raise UserError(f"{path} does not load: {reason}") from error
     quantizing = [type(m).__name__ for m in manager.iter_modifiers() if "Quantization" in type(m).__name__]
     if quantizing:
@@ -80,6 +84,16 @@ def load_manager(path: str) -> ScheduledModifierManager:
             f"{path}: {quantizing[0]} does not work with torch {torch.__version__}: it fails when its epoch comes; take it out, and quantize the exported model"
         )
     return manager
+
+
+def _unknown_modifier(problem: str) -> str:
+    """What YAML's reader has to say about a tag, in the words of who wrote the recipe."""
+    tag = _UNKNOWN_MODIFIER.search(problem)
+    if tag and not tag[1]:  # a line with a dot in it has no modifier, it thinks
+        return f"{tag[2]}: SparseML reads parameters from the lines below a modifier's name; no number with a dot may stand behind it"
+    said = f"there is no {tag[2]}" if tag else problem
+    nearest = [NEAREST[tag[2]]] if tag and tag[2] in NEAREST else []
+    return "; ".join([said, *nearest, f"pruning modifiers that exist: {', '.join(known_modifiers())}"])
 
 
 # What SparseML calculates in eval(...).

@@ -53,7 +53,8 @@ class BySparseML:
                 "use LearningRateFunctionModifier, or no learning rate in the recipe and --sched"
             )
         for rate in rates:
-            if getattr(rate, "cycle_epochs", 1.0) != 1.0 and rate.lr_func != "cyclic_linear":
+            length = rate.end_epoch - max(rate.start_epoch, 0.0)
+            if getattr(rate, "cycle_epochs", 1.0) not in (1.0, length) and rate.lr_func != "cyclic_linear":
                 raise UserError(
                     f"{path}: cycle_epochs {rate.cycle_epochs:g} has no effect with lr_func {rate.lr_func}; write lr_func: cyclic_linear, "
                     "or leave cycle_epochs out"

@@ -39,7 +39,7 @@ TRAINING = {
     "no_resume_opt": (0, "--resume restores the optimizer"),
 }
 """``{flag: (number of values, why it needs no replacement)}``."""
-GONE = {
+GONE: dict[str, tuple[int | str, str]] = {
     "gs_no_training": (0, "gradient samples are drawn in evaluation mode; leave it out"),
     "gs_aa": (0, "use --gs-aug"),
     "apex_amp": (0, "use --amp"),
@@ -64,12 +64,12 @@ GONE = {
     "split_bn": (0, "augmentation splits are not supported"),
     "tta": (1, "test-time augmentation is not supported"),
     "torchscript": (0, "train without it"),
-    "torchcompile": (1, "train without it"),
+    "torchcompile": ("?", "train without it"),
     "model_ema_force_cpu": (0, "the average is kept beside the model"),
     "validation_batch_size_multiplier": (1, "use --val-batch-size"),
     "save_images": (0, "batches are not saved"),
 }
-"""``{flag: (number of values, what to use)}``."""
+"""``{flag: (number of values as argparse has it, what to use)}``."""
 _NOTHING = (None, False, 0, "", 1, 1.0)
 """Values by which a configuration file asks for nothing."""
 
@@ -92,7 +92,7 @@ class Gone(argparse.Action):
 
 
 def add_idle(
-    parser: argparse.ArgumentParser, idle: Mapping[str, tuple[int, str]], action: type[argparse.Action] = Idle
+    parser: argparse.ArgumentParser, idle: Mapping[str, tuple[int | str, str]], action: type[argparse.Action] = Idle
 ) -> None:
     """Accept the flags of ``idle``, which ``--help`` does not list."""
     for name, (count, why) in idle.items():
