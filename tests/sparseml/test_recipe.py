@@ -149,6 +149,7 @@ def test_quantization_is_refused_when_the_recipe_is_loaded(written):
         ("ColourPruningModifier", "num_grads: 8", r"there is no ColourPruningModifier; pruning modifiers that exist: "),
         ("MFACPruningModifier", "block_implementation: block", r"MFACPruningModifier has no parameter block_implementation; 'capruner recipes convert"),
         ("GlobalMagnitudePruningModifier", "global_sparsity: True", r"has no parameter global_sparsity; 'capruner recipes convert"),
+        ("OBSPruningModifier", "mask_type: '2:4'", r"2:4 mask_type not supported by SparseML's own modifier; --engine native"),
     ],
 )  # fmt: skip
 def test_what_sparseml_does_not_know_is_said_in_words(name, line, message, written):

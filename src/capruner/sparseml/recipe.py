@@ -77,6 +77,8 @@ def load_manager(path: str) -> ScheduledModifierManager:
         reason = " ".join(str(error).split())[:500] or type(error).__name__
         if unknown := _UNKNOWN_PARAMETER.search(reason):
             reason = f"{unknown[1]} has no parameter {unknown[2]}{CONVERT}"
+        if "mask_type not supported" in reason:
+            reason = f"{reason} by SparseML's own modifier; --engine native carries it out"
         raise UserError(f"{path} does not load: {reason}") from error
     quantizing = [type(m).__name__ for m in manager.iter_modifiers() if "Quantization" in type(m).__name__]
     if quantizing:
