@@ -18,7 +18,7 @@ from capruner.core.numerics import NotPositiveDefiniteError
 from capruner.core.patterns import Pattern, eliminate_groups, parse_mask_type
 from capruner.report import write_report
 from capruner.report.architecture import architecture, architecture_macs
-from capruner.report.contents import Contents, Level
+from capruner.report.contents import Contents, Measurement
 from capruner.report.page import page
 from capruner.report.verification import read_masks, verify
 
@@ -73,7 +73,7 @@ def test_reports_of_what_is_no_folder_or_no_architecture(tmp_path: Path) -> None
 
 def test_a_page_about_nothing_yet() -> None:
     assert "Nothing is pruned yet." in page(Contents("empty", "vit_tiny_patch16_224", []))
-    unmeasured = Level("50 %", 0.5, 0.5, 0.4)
+    unmeasured = Measurement("50 %", 0.5, 0.5, 0.4)
     text = page(Contents("unmeasured", "vit_tiny_patch16_224", [unmeasured]))
     assert "50.00 % of the prunable weights are zero, 40.00 % of all." in text
 

@@ -1,4 +1,4 @@
-"""What a report says, before it is a page."""
+"""The contents of a report, before it is rendered as a page."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 
 @dataclass
-class Level:
+class Measurement:
     """A model at one sparsity, or dense.
 
     Attributes:
-        name: how to call it, "75 %" say.
+        name: its label, for example "75 %".
         requested: share of the prunable weights that was asked for; None: dense.
         prunable, overall: share of zeros over the prunable weights, and over all weights of the model.
         top1, top5: accuracy in %, None where it was not measured; ``top1_bn`` after BatchNorm recalibration.
@@ -61,7 +61,7 @@ class Contents:
 
     title: str
     model: str
-    levels: list[Level]
+    levels: list[Measurement]
     macs_dense: int | None = None
     macs_input: tuple[int, ...] = ()
     macs_fixed: int = 0
@@ -75,11 +75,11 @@ class Contents:
     notes: list[str] = field(default_factory=list)
 
     @property
-    def dense(self) -> Level | None:
+    def dense(self) -> Measurement | None:
         """The dense model, if it was measured."""
         return self.levels[0] if self.levels and self.levels[0].requested is None else None
 
     @property
-    def pruned(self) -> list[Level]:
+    def pruned(self) -> list[Measurement]:
         """All but the dense model."""
         return [level for level in self.levels if level.requested is not None]

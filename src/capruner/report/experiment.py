@@ -20,7 +20,7 @@ from capruner.models.macs import MultiplyAdds
 from capruner.models.selection import select_parameters
 from capruner.report.architecture import architecture, architecture_macs
 from capruner.report.checkpoint import read_weights
-from capruner.report.contents import Contents, Level
+from capruner.report.contents import Contents, Measurement
 from capruner.report.page import page
 from capruner.rows import weight_rows
 from capruner.text import printable
@@ -97,7 +97,7 @@ def _one_shot(folder: Path, summary: Mapping[str, Any], arguments: Mapping[str, 
     for row in summary["rows"]:
         requested = row["requested"]
         there = layers.get(requested, [])
-        level = Level(
+        level = Measurement(
             name="dense" if requested is None else percent(requested),
             requested=requested,
             prunable=row["reached_prunable"],
@@ -177,7 +177,7 @@ def _training(
     )
     first, trained = epochs[0], epochs[1:]
     contents.levels.append(
-        Level("before training", None, first["sparsity"], 0.0, top1=first["top1"], loss=first["loss"])
+        Measurement("before training", None, first["sparsity"], 0.0, top1=first["top1"], loss=first["loss"])
     )
     contents.stages.append({"stage": "evaluate before training", "seconds": first["seconds"]})
     contents.stages.append({"stage": f"{len(trained)} epochs", "seconds": sum(row["seconds"] for row in trained)})
@@ -187,7 +187,9 @@ def _training(
         best = max((row for row in trained if row["sparsity"] == sparsity), key=lambda row: row[score])
         update = min(updates, key=lambda one: abs(one["sparsity"] - sparsity), default=None)
         layers = update["layers"] if update and abs(update["sparsity"] - sparsity) < 1e-6 else []
-        level = Level(percent(sparsity), sparsity, sparsity, sum(row["zeros"] for row in layers) / total, layers=layers)
+        level = Measurement(
+            percent(sparsity), sparsity, sparsity, sum(row["zeros"] for row in layers) / total, layers=layers
+        )
         kind = score.removesuffix("top1")
         level.top1, level.top5, level.loss = (best.get(kind + key) for key in ("top1", "top5", "loss"))
         file = Path("checkpoints") / f"best_sparsity_{sparsity:.4f}.safetensors"
@@ -221,7 +223,9 @@ def checkpoint_contents(
     rows = weight_rows(weights, select_parameters(module, params, trainable=False))
     zeros = sum(row["zeros"] for row in rows)
     share = zeros / sum(row["numel"] for row in rows)
-    level = Level(percent(share), share, share, zeros / sum(weights[name].numel() for name in shapes), layers=rows)
+    level = Measurement(
+        percent(share), share, share, zeros / sum(weights[name].numel() for name in shapes), layers=rows
+    )
     facts = checkpoint_facts(path) | {"size": _sizes(weights)}
     level.top1 = facts.get("top1")
     level.checkpoints = [(path.name, link(Path(os.path.relpath(path.resolve(), page_folder.resolve()))))]

@@ -9,7 +9,7 @@ from html import escape
 from typing import Any
 
 from capruner.report.charts import halvings
-from capruner.report.contents import Level
+from capruner.report.contents import Measurement
 
 _ALONE = "single layer"
 DARKEST = 7.0  # halvings that the shades tell apart: up to 99.2 %
@@ -44,7 +44,7 @@ def cell(share: float | None) -> str:
     return f'<td{ink} style="--s:{shade:.2f}">{shown(share)}</td>'
 
 
-def depth_table(level: Level) -> str:
+def depth_table(level: Measurement) -> str:
     """Rows are places in the network, from the input on; columns kinds of layers."""
     places = {row["name"]: place(row["name"]) for row in level.layers}
     often = Counter(kind for depth, kind in places.values() if depth)
@@ -64,7 +64,7 @@ def depth_table(level: Level) -> str:
     return _table(caption, f'<th scope="col">depth</th>{head}', body)
 
 
-def layer_table(levels: Sequence[Level]) -> str:
+def layer_table(levels: Sequence[Measurement]) -> str:
     """Rows are layers, columns levels."""
     by_name: list[Mapping[str, Any]] = [{row["name"]: row["sparsity"] for row in level.layers} for level in levels]
     head = "".join(f'<th scope="col">{escape(level.name)}</th>' for level in levels)
@@ -85,7 +85,7 @@ def _table(caption: str, head: str, body: str) -> str:
     )
 
 
-def in_words(level: Level) -> str:
+def in_words(level: Measurement) -> str:
     """The map of one level in a sentence."""
     ranked = sorted(level.layers, key=lambda row: row["sparsity"])
     low, high = ranked[0], ranked[-1]

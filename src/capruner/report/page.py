@@ -9,7 +9,7 @@ from importlib.resources import files
 from typing import Any
 
 from capruner.report.charts import Series, decades, halvings, line_chart, nice_ticks, power_of_ten
-from capruner.report.contents import Contents, Level
+from capruner.report.contents import Contents, Measurement
 from capruner.report.heatmap import breakable, depth_table, in_words, layer_table
 
 
@@ -113,7 +113,7 @@ def _million(count: int | None) -> str:
     return "–" if count is None else format(count / 1e6, ",.1f" if count >= 1e7 else ".3g")
 
 
-def _links(level: Level) -> str:
+def _links(level: Measurement) -> str:
     return (
         '<td class="text">'
         + ("<br>".join(f'<a href="{escape(href)}">{escape(text)}</a>' for text, href in level.checkpoints) or "–")
@@ -121,7 +121,7 @@ def _links(level: Level) -> str:
     )
 
 
-def _x_ticks(levels: Sequence[Level]) -> list[tuple[float, str]]:
+def _x_ticks(levels: Sequence[Measurement]) -> list[tuple[float, str]]:
     return [(halvings(level.requested or 0.0), level.name.removesuffix(" %")) for level in levels]
 
 

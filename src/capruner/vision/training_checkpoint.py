@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from capruner.cli.arguments import UserError
 from capruner.vision import output
-from capruner.vision.training_recipe import check_masks
+from capruner.vision.training_recipe import check_zeros
 
 FORMAT = "capruner-training-2"
 _SOME_DICT = (dict, type(None))
@@ -35,7 +35,7 @@ def save_weights(path: Path, model: nn.Module, masks: dict[str, Tensor], metadat
     Raises:
         RuntimeError: a pruned weight is not zero.
     """
-    check_masks(model, masks, path.name)
+    check_zeros(model, masks, path.name)
     output.save_weights(path, model, {"capruner": json.dumps(metadata)})  # one key: several would come in random order
 
 

@@ -127,10 +127,10 @@ def epochs(recipe: Any, args: argparse.Namespace) -> int:
     """``--epochs``, or until the recipe ends.
 
     Raises:
-        UserError: neither says.
+        UserError: neither is set.
     """
     if args.epochs is None and recipe.end < 1:
-        raise UserError(f"{args.sparseml_recipe} has no end; say --epochs, or add an EpochRangeModifier")
+        raise UserError(f"{args.sparseml_recipe} has no end; pass --epochs, or add an EpochRangeModifier")
     return int(args.epochs or recipe.end)
 
 
@@ -147,8 +147,8 @@ def apply_masks(model: nn.Module, masks: dict[str, Tensor]) -> None:
         parameters[name].masked_fill_(~mask.to(parameters[name].device), 0)
 
 
-def check_masks(model: nn.Module, masks: dict[str, Tensor], what: str) -> None:
-    """Every pruned weight must be exactly zero.
+def check_zeros(model: nn.Module, masks: dict[str, Tensor], what: str) -> None:
+    """Check that every pruned weight is exactly zero.
 
     Raises:
         RuntimeError: one is not.
