@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 _LEFTOVER = re.compile(r"\..*\.partial|\.tmp[A-Za-z0-9]{6}")
@@ -82,6 +82,40 @@ def digest(parts: Iterable[Any]) -> str:
         else:
             sha.update((part if isinstance(part, str) else json.dumps(part, sort_keys=True)).encode())
     return sha.hexdigest()
+
+
+def read_header(path: str | Path) -> dict[str, Any]:
+    """What capruner wrote into the header of a safetensors file; empty for other files."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("capruner", "{}"))
+    except (SafetensorError, OSError, ValueError, RecursionError):
+        return {}
+    return header if isinstance(header, dict) else {}
+
+
+@contextmanager
+def reading(path: Path, written_as: str, version: int, what: str) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Open a safetensors file of capruner's; yields its header, with format and version checked, and the open file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another format, a newer version, or damaged: an error while it is open says so too.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("capruner", "{}"))
+            if header.get("format") != written_as:
+                raise ValueError(f"{path} is a safetensors file, but not a {what}")
+            if header["version"] > version:
+                raise ValueError(
+                    f"{path} was written by a newer capruner (format {header['version']}, this one reads {version})"
+                )
+            yield header, file
+    except (SafetensorError, json.JSONDecodeError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged or not a {what}: {error}") from error
 
 
 def file_digest(path: Path) -> str:

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from capruner.bits import pack, unpack
 from capruner.checks import check_model
-from capruner.files import digest, replacing
+from capruner.files import digest, reading, replacing
 from capruner.models.wrappers import all_parameters, find
 from capruner.rows import mask_rows
 
@@ -200,29 +199,15 @@ def load_result(path: str | Path) -> PruningResult:
         FileNotFoundError: no such file.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no result file at {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("capruner", "{}"))
-            if header.get("format") != FORMAT:
-                raise ValueError(f"{path} is a safetensors file, but not a pruning result of capruner")
-            if header["version"] > VERSION:
-                raise ValueError(
-                    f"{path} was written by a newer capruner (format {header['version']}, this one reads {VERSION})"
-                )
-            _check_header(header)
-            levels = unpack_levels(file.get_tensor, header["levels"])
-            result = PruningResult(
-                header["method"], levels, header["total_weights"], header["settings"], header["timings"]
-            )
-            tensors = ((key, file.get_tensor(key)) for key in sorted(file.keys()))
-            # The first version had none in the beginning, and later one of the tensors alone.
-            expected = header["sha256"] if header["version"] > 1 else header.get("sha256")
-            if expected is not None and expected != _checksum(header, tensors):
-                raise ValueError(f"{path} is damaged: its checksum is wrong")
-    except (SafetensorError, json.JSONDecodeError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged or not a pruning result of capruner: {error}") from error
+    with reading(path, FORMAT, VERSION, "pruning result of capruner") as (header, file):
+        _check_header(header)
+        levels = unpack_levels(file.get_tensor, header["levels"])
+        result = PruningResult(header["method"], levels, header["total_weights"], header["settings"], header["timings"])
+        tensors = ((key, file.get_tensor(key)) for key in sorted(file.keys()))
+        # The first version had none in the beginning, and later one of the tensors alone.
+        expected = header["sha256"] if header["version"] > 1 else header.get("sha256")
+        if expected is not None and expected != _checksum(header, tensors):
+            raise ValueError(f"{path} is damaged: its checksum is wrong")
     for level in levels:
         for name, weight in level.weights.items():
             if weight[~level.masks[name]].any() or not torch.isfinite(weight).all():

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from capruner.bits import pack, unpack
-from capruner.files import replacing
+from capruner.files import read_header, replacing
 from capruner.models.wrappers import unwrap
 
 FORMAT = "capruner-sparse"
@@ -87,16 +87,6 @@ def sparse_bytes(weights: Mapping[str, Tensor], half: bool = False) -> int:
     """Bytes of the tensors that :func:`save_sparse` would write; the header comes on top."""
     stored = [t for name, tensor in weights.items() for t in _pack(name, tensor.detach().cpu(), half).values()]
     return sum(t.numel() * t.element_size() for t in stored)
-
-
-def read_header(path: str | Path) -> dict[str, Any]:
-    """What capruner wrote into the header of a safetensors file; empty for other files."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("capruner", "{}"))
-    except (SafetensorError, OSError, ValueError, RecursionError):
-        return {}
-    return header if isinstance(header, dict) else {}
 
 
 def _halves(tensor: Tensor) -> bool:

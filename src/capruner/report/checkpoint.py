@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from capruner.deploy.sparse_file import is_sparse, load_sparse, read_header
+from capruner.deploy.sparse_file import is_sparse, load_sparse
+from capruner.files import read_header
 from capruner.result import FORMAT as RESULT_FORMAT
 
 _HOLDERS = ("state_dict_ema", "model_ema", "state_dict", "model")

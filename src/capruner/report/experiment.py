@@ -14,8 +14,8 @@ from urllib.parse import quote
 from torch import Tensor
 
 from capruner.deploy.sparse_file import FORMAT as SPARSE_FORMAT
-from capruner.deploy.sparse_file import read_header, sparse_bytes
-from capruner.files import replacing
+from capruner.deploy.sparse_file import sparse_bytes
+from capruner.files import read_header, replacing
 from capruner.models.macs import MultiplyAdds
 from capruner.models.selection import select_parameters
 from capruner.report.architecture import architecture, architecture_macs

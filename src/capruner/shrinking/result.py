@@ -9,11 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from capruner.files import digest, replacing
+from capruner.files import digest, read_header, reading, replacing
 from capruner.models.wrappers import unwrap
 from capruner.shrinking.surgery import Removal
 from capruner.shrinking.units import LeftAlone
@@ -95,22 +94,10 @@ def load_shrunk(path: str | Path, model: nn.Module) -> nn.Module:
         ValueError: the file is not a shrunk model, is damaged, or belongs to another architecture.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file at {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("capruner", "{}"))
-            if header.get("format") != FORMAT:
-                raise ValueError(f"{path} is a safetensors file, but not a model shrunk by capruner")
-            if header["version"] > VERSION:
-                raise ValueError(
-                    f"{path} was written by a newer capruner (format {header['version']}, this one reads {VERSION})"
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    with reading(path, FORMAT, VERSION, "model shrunk by capruner") as (header, file):
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         if header["sha256"] != _checksum(header, tensors):
             raise ValueError(f"{path} is damaged: its checksum is wrong")
-    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged or not a model shrunk by capruner: {error}") from error
     removal = Removal(header["layers"], header["heads"], header["sizes"])
     small = copy.deepcopy(unwrap(model))
     removal.check(small)
@@ -123,13 +110,8 @@ def load_shrunk(path: str | Path, model: nn.Module) -> nn.Module:
 
 
 def is_shrunk(path: str | Path) -> bool:
-    """Whether a file is one of :meth:`Shrunk.save`; damaged or missing files are none."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("capruner", "{}"))
-    except (SafetensorError, json.JSONDecodeError, OSError):
-        return False
-    return isinstance(header, dict) and header.get("format") == FORMAT
+    """Whether a file was written by :meth:`Shrunk.save`; False if it is damaged or missing."""
+    return read_header(path).get("format") == FORMAT
 
 
 def _checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
