@@ -49,15 +49,24 @@ class CalibrationStream(Iterator[tuple[int, Any, Any]]):
         self.drawn = self.used = self.taken = self.averaged = 0
         self.skipped: list[int] = []
         self.digests: list[str] = []
-        self._pairs = self._draw()
+        self._source: Iterator[Any] | None = None
+        self._seen = 0  # batches of the source
 
+    # No generator: it would refer to the stream and the stream to it, and a loader's worker processes would live until both are collected as garbage.
     def __next__(self) -> tuple[int, Any, Any]:
-        return next(self._pairs)
+        if self._source is None:
+            self._skip(self.drawn - bool(self.used))  # an unfinished batch comes again
+        batch = self._recorded(at_least=0)
+        index = self._seen - 1
+        inputs, targets = as_batch(batch, index, self.batches.batch_fn)
+        if self._draw_targets is not None:
+            targets = self._draw_targets(index, inputs)
+        self.drawn = index + 1
+        return index, own_copy(inputs, self.device), own_copy(targets, self.device)
 
     def skip(self) -> None:
         """Draw the first ``drawn`` batches and drop them."""
-        for _ in zip(range(self.drawn), self._recorded(self.drawn)):
-            pass
+        self._skip(self.drawn)
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -82,27 +91,26 @@ class CalibrationStream(Iterator[tuple[int, Any, Any]]):
             setattr(self, name, count)
         self.skipped, self.digests = list(skipped), list(digests)
 
-    def _draw(self) -> Iterator[tuple[int, Any, Any]]:
-        done = self.drawn - bool(self.used)  # an unfinished batch comes again
-        for index, batch in enumerate(self._recorded(done)):
-            if index < done:
-                continue
-            inputs, targets = as_batch(batch, index, self.batches.batch_fn)
-            if self._draw_targets is not None:
-                targets = self._draw_targets(index, inputs)
-            self.drawn = index + 1
-            yield index, own_copy(inputs, self.device), own_copy(targets, self.device)
+    def _skip(self, count: int) -> None:
+        self._source, self._seen = iter(self.batches), 0
+        for _ in range(count):
+            self._recorded(at_least=count)
 
-    def _recorded(self, at_least: int) -> Iterator[Any]:
-        """The batches, each with its digest recorded or compared."""
-        count = 0
-        for batch in self.batches:
-            if self._recorded_in is not None:
-                self._record(count, batch_digest(batch))
-            count += 1
-            yield batch
-        if count < at_least:
-            raise ValueError(f"the calibration data ended after {count} batches, but {at_least} were drawn before")
+    def _recorded(self, at_least: int) -> Any:
+        """The next batch, its digest recorded or compared."""
+        assert self._source is not None
+        try:
+            batch = next(self._source)
+        except StopIteration:
+            if self._seen < at_least:
+                raise ValueError(
+                    f"the calibration data ended after {self._seen} batches, but {at_least} were drawn before"
+                ) from None
+            raise
+        if self._recorded_in is not None:
+            self._record(self._seen, batch_digest(batch))
+        self._seen += 1
+        return batch
 
     def _record(self, index: int, digest: str) -> None:
         if index == len(self.digests):

@@ -178,13 +178,15 @@ class Part(Dataset[Any]):
         return self._data[self._chosen[index]]
 
 
-def hold_out(data: Dataset[Any], count: int, seed: int) -> tuple[Part, Part]:
-    """All images but ``count`` random ones, and these.
+def hold_out(data: Dataset[Any], count: int | None, seed: int) -> tuple[Part, Part]:
+    """All images but ``count`` random ones, and these. None: 2,000, but at most a fifth.
 
     Raises:
         UserError: that leaves no images.
     """
     total = len(data)  # type: ignore[arg-type]
+    if count is None:
+        count = min(2000, max(1, total // 5))
     if not count < total:
         raise UserError(
             f"--held-out {count}: the training split has {total} images, and some must be left to calibrate on"

@@ -54,9 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--held-out",
         type=int,
-        default=2000,
         metavar="N",
-        help="with --max-drop: training images to decide on (default 2000)",
+        help="with --max-drop: training images to decide on (default: 2000, but at most a fifth of them)",
     )
     how.add_argument(
         "--recalibrate-bn",
@@ -131,7 +130,7 @@ def checked(args: argparse.Namespace) -> argparse.Namespace:
             raise cli.UserError("--max-drop chooses the sparsity; leave --sparsities out")
         if not 0 <= args.max_drop < 100:
             raise cli.UserError(f"--max-drop {args.max_drop:g}: points of top-1 accuracy, from 0 to 100")
-        if args.held_out < 1:
+        if args.held_out is not None and args.held_out < 1:
             raise cli.UserError(f"--held-out {args.held_out}: must be at least 1")
         if args.engine == "sparseml":
             raise cli.UserError("--max-drop is not supported by --engine sparseml; leave one of them out")
