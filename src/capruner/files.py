@@ -84,11 +84,15 @@ def digest(parts: Iterable[Any]) -> str:
     return sha.hexdigest()
 
 
+def _header(file: Any) -> Any:
+    return json.loads((file.metadata() or {}).get("capruner", "{}"))
+
+
 def read_header(path: str | Path) -> dict[str, Any]:
     """What capruner wrote into the header of a safetensors file; empty for other files."""
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("capruner", "{}"))
+            header = _header(file)
     except (SafetensorError, OSError, ValueError, RecursionError):
         return {}
     return header if isinstance(header, dict) else {}
@@ -106,7 +110,7 @@ def reading(path: Path, written_as: str, version: int, what: str) -> Iterator[tu
         raise FileNotFoundError(f"no file at {path}")
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("capruner", "{}"))
+            header = _header(file)
             if header.get("format") != written_as:
                 raise ValueError(f"{path} is a safetensors file, but not a {what}")
             if header["version"] > version:
