@@ -10,7 +10,8 @@ device put a new one in its place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 from weakref import finalize, ref
@@ -73,9 +74,24 @@ class _Masks:
             p.masked_fill_(~self.masks[name], 0)
             self.last[name] = id(p)
 
-    def after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Hook that torch calls after the step of any optimizer."""
-        self.hold(id(p) for group in optimizer.param_groups for p in group["params"])
+
+_ACTIVE: dict[object, _Masks] = {}
+"""The masks of all models, by a key of each."""
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Hook that torch calls after the step of any optimizer."""
+    for masks in list(_ACTIVE.values()):
+        masks.hold(id(p) for group in optimizer.param_groups for p in group["params"])
+
+
+@functools.cache
+def _listen() -> None:
+    """Register the one hook, for good.
+
+    Hooks of single models would have to be removed when these are collected as garbage, which can be while torch iterates over the hooks.
+    """
+    register_optimizer_step_post_hook(_after_step)
 
 
 class _AfterLoading:
@@ -99,13 +115,11 @@ class MaskHandle:
     """
 
     def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-        self._masks = _Masks(model, masks)
-        hooks = [
-            register_optimizer_step_post_hook(self._masks.after_step),
-            model.register_load_state_dict_post_hook(_AfterLoading(self._masks)),
-        ]
-        self._remove: list[Callable[[], None]] = [hook.remove for hook in hooks]
-        finalize(model, hooks[0].remove)
+        self._masks, self._key = _Masks(model, masks), object()
+        _listen()
+        _ACTIVE[self._key] = self._masks
+        finalize(model, _ACTIVE.pop, self._key, None)
+        self._after_loading = model.register_load_state_dict_post_hook(_AfterLoading(self._masks))
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -130,8 +144,8 @@ class MaskHandle:
 
     def remove(self) -> None:
         """Remove the masks; weights do not change. Calling it twice is harmless."""
-        for remove in self._remove:
-            remove()
+        _ACTIVE.pop(self._key, None)
+        self._after_loading.remove()
 
     def __enter__(self) -> MaskHandle:
         return self
