@@ -15,6 +15,16 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     """Put the table of all knobs where a page asks for it."""
     if KNOBS not in markdown:
         return markdown
-    from capruner.config import reference_table  # here: it imports torch
-
     return markdown.replace(KNOBS, f'<div class="knobs" markdown>\n\n{reference_table()}\n</div>')
+
+
+def reference_table() -> str:
+    """A Markdown table of all knobs: name, default, methods, description."""
+    from capruner.config import ALL, knobs  # here: it imports torch
+
+    lines = ["| knob | default | methods | |", "|---|---|---|---|"]
+    for knob in knobs().values():
+        methods = "all" if knob.methods == ALL else ", ".join(knob.methods)
+        text = knob.help.replace("|", "\\|")
+        lines.append(f"| `{knob.name}` | `{knob.default!r}` | {methods} | {text} |")
+    return "\n".join(lines) + "\n"

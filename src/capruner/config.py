@@ -1,7 +1,7 @@
 """Every knob of a calibration, declared once: name, type, default, check, conversion, help, and the methods that read it.
 
 :func:`capruner.prune`, :func:`capruner.calibrate` and :func:`capruner.plan` take the knobs as keywords or as a :class:`PruneConfig`. The flags of
-``capruner prune``, the parameters of recipe modifiers, the linter and :func:`reference_table` derive from :func:`knobs`.
+``capruner prune``, the parameters of recipe modifiers, the linter and the reference of the documentation derive from :func:`knobs`.
 """
 
 # ruff: noqa: RUF009 - each default is a dataclasses.field
@@ -63,7 +63,7 @@ def _knob(default: Any, kind: Kind, text: str, methods: tuple[MethodName, ...] =
 class PruneConfig:
     """All knobs of a calibration.
 
-    ``help(capruner.prune)`` and :func:`capruner.config.help_of` explain each.
+    ``help(capruner.prune)`` explains each.
 
     Raises:
         ValueError: an invalid value, or values that exclude each other.
@@ -362,26 +362,6 @@ def problems(values: Mapping[str, Any]) -> list[str]:
         except ValueError as error:
             found.append(str(error))
     return found
-
-
-def help_of(name: str) -> str:
-    """The description of a knob; its first sentence says what it is.
-
-    Raises:
-        TypeError: no knob has that name.
-    """
-    refuse_unknown([name], knobs(), "PruneConfig")
-    return knobs()[name].help
-
-
-def reference_table() -> str:
-    """A Markdown table of all knobs: name, default, methods, description."""
-    lines = ["| knob | default | methods | |", "|---|---|---|---|"]
-    for knob in knobs().values():
-        methods = "all" if knob.methods == ALL else ", ".join(knob.methods)
-        text = knob.help.replace("|", "\\|")
-        lines.append(f"| `{knob.name}` | `{knob.default!r}` | {methods} | {text} |")
-    return "\n".join(lines) + "\n"
 
 
 def resolve(config: PruneConfig | None, keywords: Mapping[str, Any]) -> PruneConfig:

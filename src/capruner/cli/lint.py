@@ -17,7 +17,7 @@ from capruner.models.mask_types import unsupported
 from capruner.models.selection import SelectionError, select_parameters
 from capruner.models.weights import LinearWeight, linear_weights
 from capruner.recipes.document import Modifier
-from capruner.recipes.one_shot import KINDS, OURS, one_shot, read_modifiers, refuse_others, told
+from capruner.recipes.one_shot import KINDS, OURS, one_shot, read_modifiers, refuse_others
 from capruner.recipes.text import checked_text, modifier_names
 from capruner.recipes.training import ACTIONS, action
 from capruner.recipes.values import FROM_WEIGHTS
@@ -82,7 +82,7 @@ def _read_here(path: Path) -> tuple[list[Any], list[Any]]:
     try:
         return others, [_as_attributes(m) for m in pruning]
     except ValueError as error:
-        raise UserError(f"{path} does not load: {told(error)}") from error
+        raise UserError(f"{path} does not load: {error}") from error
 
 
 def _as_attributes(modifier: Modifier) -> SimpleNamespace:
@@ -107,7 +107,7 @@ def _of_another(modifier: Any) -> list[str]:
     try:
         action(modifier)
     except ValueError as error:
-        return [told(error)]
+        return [str(error)]
     return []
 
 

@@ -187,8 +187,7 @@ class ProcessGroup(SingleProcess):
             with suppress(PeerError):  # the other died already; the error of this process counts
                 self.all_gather(-1)
             raise
-        if any(failed := [k < 0 for k in self.all_gather(0)]):
-            raise PeerError(f"rank {failed.index(True)} failed while {what}; its own error says why")
+        self.all_gather_counts(0, what)
 
     @staticmethod
     def _device() -> torch.device:

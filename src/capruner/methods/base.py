@@ -139,6 +139,7 @@ class Method(ABC):
         self.layouts = partition.layouts
         self.settings = settings
         self.clock = clock
+        self._fishers: dict[str, BlockFisher] = {}
         self.drowned: dict[str, int] = {}
         """Blocks of each layer, other processes' too, whose absolute damping is less than the rounding error of their Fisher matrix."""
         self.shares: dict[str, float] = {}
@@ -155,11 +156,11 @@ class Method(ABC):
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """The gradients added so far, folded, by layer; the tensors themselves, not copies."""
-        return {}
+        return {name: fisher.tensors() for name, fisher in self._fishers.items()}
 
     def silent(self) -> list[str]:
         """Layers of which this process owns blocks, all of whose gradients were exactly zero. Valid between ``add`` and ``prepare``."""
-        return []
+        return [name for name, fisher in self._fishers.items() if not fisher.largest]
 
     def load_state_dict(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Resume from the :meth:`state_dict` of a layer.
@@ -251,7 +252,7 @@ class RankedMethod(Method):
 
 
 @contextmanager
-def _naming(layer: str) -> Iterator[None]:
+def naming(layer: str) -> Iterator[None]:
     """Prefix :class:`NotPositiveDefiniteError` with the layer name."""
     try:
         yield
@@ -266,7 +267,6 @@ class SecondOrderMethod(RankedMethod):
 
     def __init__(self, partition: Partition, settings: Settings, clock: Stopwatch) -> None:
         super().__init__(partition, settings, clock)
-        self._fishers: dict[str, BlockFisher] = {}
         self._inverses: dict[str, Tensor] = {}
         self._units: dict[str, Tensor] = {}
         self._weights: dict[str, Tensor] = {}
@@ -293,19 +293,13 @@ class SecondOrderMethod(RankedMethod):
             )
         return self._fishers[name]
 
-    def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        return {name: fisher.tensors() for name, fisher in self._fishers.items()}
-
     def load_state_dict(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         self._fisher(name, tensors["peak"]).load(tensors)
-
-    def silent(self) -> list[str]:
-        return [name for name, fisher in self._fishers.items() if not fisher.largest]
 
     def prepare(self, weights: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> None:
         for name, layout in self.layouts.items():
             fisher = self._fishers.pop(name)
-            with _naming(name):
+            with naming(name):
                 with self.clock("fisher"):
                     device = torch.device(self.settings.fisher_inv_device or weights[name].device)
                     padding = layout.is_padding(device)[self.partition.own(name)]
@@ -361,7 +355,7 @@ class SecondOrderMethod(RankedMethod):
         """The order in which the weights of each block are pruned."""
 
     def _compensate(self, name: str, order: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        with _naming(name):
+        with naming(name):
             weights, losses = compensate_prefixes(
                 self._weights[name],
                 self._inverses[name],

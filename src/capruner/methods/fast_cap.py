@@ -21,11 +21,11 @@ from torch import Tensor
 
 from capruner.core.allocation import allocate
 from capruner.core.fisher import BlockFisher
-from capruner.core.numerics import NotPositiveDefiniteError, full_precision
+from capruner.core.numerics import full_precision
 from capruner.core.patterns import rank_once
 from capruner.core.scaling import scale_of
 from capruner.distributed import Partition
-from capruner.methods.base import LayerSolution, Method, Settings, Stopwatch, Target
+from capruner.methods.base import LayerSolution, Method, Settings, Stopwatch, Target, naming
 
 PANEL = 32
 """Columns whose errors reach the columns to the right of them together, as one matrix product."""
@@ -47,7 +47,6 @@ class FastCAP(Method):
 
     def __init__(self, partition: Partition, settings: Settings, clock: Stopwatch) -> None:
         super().__init__(partition, settings, clock)
-        self._fishers: dict[str, BlockFisher] = {}
         self._factors: dict[str, Tensor] = {}
         self._last: dict[str, Tensor] = {}
         """Factor of a layer's last block, where that is padded: of the inverse for its real columns alone, 1 on the diagonal elsewhere."""
@@ -83,7 +82,7 @@ class FastCAP(Method):
         return self._fishers[name]
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        return {n: fisher.tensors() | {"scales": self._scales[n]} for n, fisher in self._fishers.items()}
+        return {name: tensors | {"scales": self._scales[name]} for name, tensors in super().state_dict().items()}
 
     def load_state_dict(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         self._fisher(name, tensors["peak"]).load(tensors)
@@ -91,17 +90,12 @@ class FastCAP(Method):
             raise ValueError(f"scales of shape {tuple(tensors['scales'].shape)} are not of {name}")
         self._scales[name].copy_(tensors["scales"])
 
-    def silent(self) -> list[str]:
-        return [name for name, fisher in self._fishers.items() if not fisher.largest]
-
     def prepare(self, weights: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> None:
         self._weights, self._pruned = weights, pruned
         with self.clock("fisher"), full_precision():
             for name, fisher in self._fishers.items():
-                try:
+                with naming(name):
                     H = fisher.inverse()[0].double()
-                except NotPositiveDefiniteError as error:
-                    raise NotPositiveDefiniteError(f"{name}: {error}") from None
                 self._factors[name] = torch.linalg.cholesky(H, upper=True).to(weights[name])
                 if self.layouts[name].padding:
                     self._last[name] = _factor_of_first(H, H.shape[0] - self.layouts[name].padding).to(weights[name])
@@ -125,8 +119,9 @@ class FastCAP(Method):
     def _counts(self, targets: Sequence[Target]) -> dict[str, int]:
         """Weights to remove from each layer."""
         counts: dict[str, int] = {}
+        n_m = self.settings.pattern.n_m
         for target in targets:
-            if len(target.names) == 1 and self.settings.pattern.n_m is None:
+            if len(target.names) == 1 and n_m is None:
                 counts[target.names[0]] = target.steps()
                 continue
             scores = []
@@ -136,14 +131,10 @@ class FastCAP(Method):
                     variance = self._by_block(name, lambda U: U.square().sum(dim=0))  # diagonal of H = UᵀU
                     saliency = self._scales[name] * self._weights[name].square() / (2 * variance)
                 ranked = rank_once(saliency, self.settings.pattern, self._pruned[name], self._padding(name)).losses
-                ranked = (
-                    ranked * torch.tensor(self._units.get(name, 1.0), dtype=torch.float64, device=ranked.device)[None]
-                )
-                scores.append(self.partition.gather(name, ranked).flatten().sort().values[None])
-            n_m = self.settings.pattern.n_m is not None
-            taken = (
-                [(s < torch.inf).sum(dim=1) for s in scores] if n_m else allocate(scores, target.steps(), target.names)
-            )
+                unit = torch.tensor([self._units.get(name, 1.0)], dtype=torch.float64, device=ranked.device)
+                scores.append(self.partition.gather(name, ranked * unit).flatten().sort().values[None])
+            reach = [(s < torch.inf).sum(dim=1) for s in scores]
+            taken = allocate(scores, target.steps(), target.names) if n_m is None else reach
             counts |= {name: int(k) for name, k in zip(target.names, taken)}
         return counts
 

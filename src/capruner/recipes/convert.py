@@ -13,6 +13,7 @@ from capruner.core.patterns import parse_mask_type
 from capruner.recipes.document import Modifier
 from capruner.recipes.one_shot import KINDS, SCHEDULE, one_shot, read_modifiers
 from capruner.recipes.training import action
+from capruner.recipes.values import CONVERT
 
 Notes = Callable[[str], object]
 _OTHER_SCOPE = {
@@ -45,7 +46,7 @@ def convert(path: str | Path) -> tuple[str, list[str], list[str]]:
         try:
             one_shot(modifier) if alone and modifier.name in KINDS else action(modifier)
         except ValueError as error:
-            problems.append(f"{number}. {error}")
+            problems.append(f"{number}. {str(error).removesuffix(CONVERT)}")
     return _text(path, converted), changes, problems
 
 

@@ -78,21 +78,6 @@ NEAREST = {
 """What to use in the place of a modifier of the original repository."""
 
 
-class UnknownParameterError(ValueError):
-    """A modifier is given a parameter that it does not have."""
-
-    def __init__(self, who: str, unknown: Iterable[str], known: Iterable[str]) -> None:
-        super().__init__(f"{who} has no parameter {', '.join(unknown)}; it has {', '.join(known)}")
-
-
-def told(error: ValueError) -> str:
-    """What is said of an error in a recipe file."""
-    return f"{error}{CONVERT}" if isinstance(error, UnknownParameterError) else str(error)
-
-
-CONVERT = "; 'capruner recipes convert FILE' rewrites recipes of the original repository"
-
-
 @dataclass
 class OneShot:
     """What one pruning modifier asks for.
@@ -211,7 +196,7 @@ def load(path: str | Path) -> OneShot:
     try:
         return one_shot(found[0])
     except ValueError as error:
-        raise UserError(f"{path} does not load: {told(error)}") from error
+        raise UserError(f"{path} does not load: {error}") from error
 
 
 def one_shot(modifier: Modifier) -> OneShot:
@@ -221,12 +206,7 @@ def one_shot(modifier: Modifier) -> OneShot:
         ValueError: a parameter is missing, is not one of the modifier's, or has an invalid value.
     """
     kind, who, given = KINDS[modifier.name], modifier.name, dict(modifier.values)
-    unknown = [name for name in given if name not in kind.parameters]
-    if unknown:
-        raise UnknownParameterError(who, unknown, sorted(kind.parameters))
-    missing = [name for name in ("params", "final_sparsity") if name not in given]
-    if missing:
-        raise ValueError(f"{who} has no {' and no '.join(missing)}")
+    values.check_names(who, given, sorted(kind.parameters), ("params", "final_sparsity"))
     globally = given.pop("global_sparsity", kind.globally) if kind.says_globally else kind.globally
     values.converted(who, "global_sparsity", values.flag, globally)
     final = values.final_sparsity(who, given.pop("final_sparsity"), globally)

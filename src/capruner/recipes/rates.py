@@ -6,11 +6,8 @@ The order of operations is SparseML's, so that a training has the same weights, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 from capruner.training.schedules import SAME_EPOCH
-
-Rate = Callable[[float, float, float, float], float]
 
 
 def linear(first: float, last: float, epoch: float, length: float) -> float:

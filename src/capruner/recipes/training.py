@@ -34,15 +34,7 @@ from capruner.cli.arguments import UserError
 from capruner.methods import METHODS
 from capruner.recipes import rates, values
 from capruner.recipes.document import Modifier
-from capruner.recipes.one_shot import (
-    KINDS,
-    OneShot,
-    UnknownParameterError,
-    general_refusal,
-    one_shot,
-    read_modifiers,
-    told,
-)
+from capruner.recipes.one_shot import KINDS, SCHEDULE, OneShot, general_refusal, one_shot, read_modifiers
 from capruner.training.schedules import SAME_EPOCH, sparsity_at, update_epochs
 
 if TYPE_CHECKING:
@@ -244,10 +236,7 @@ def action(modifier: Modifier) -> Action:
         raise ValueError(_refusal(who))
     fields = {f.name: f for f in dataclasses.fields(ACTIONS[who])}
     given = {name: value for name, value in modifier.values.items() if name in fields or name not in _IDLE}
-    if unknown := [name for name in given if name not in fields]:
-        raise UnknownParameterError(who, unknown, fields)
-    if missing := [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in given]:
-        raise ValueError(f"{who} has no {' and no '.join(missing)}")
+    values.check_names(who, given, fields, [n for n, f in fields.items() if f.default is dataclasses.MISSING])
     read = {name: values.converted(who, name, _CONVERT[name], value) for name, value in given.items()}
     return _checked(who, ACTIONS[who], read)
 
@@ -255,8 +244,7 @@ def action(modifier: Modifier) -> Action:
 def _pruning(modifier: Modifier) -> Pruning:
     read, who = one_shot(modifier), modifier.name
     needed = ("init_sparsity", "start_epoch", "end_epoch", "update_frequency")
-    if missing := [name for name in needed if name not in read.schedule]:
-        raise ValueError(f"{who} has no {' and no '.join(missing)}")
+    values.check_names(who, read.schedule, SCHEDULE, needed)
     for name in needed[1:]:
         values.converted(who, name, _epoch, read.schedule[name])
     pruning: Pruning = _checked(who, Pruning, {"one_shot": read, **read.schedule})
@@ -365,7 +353,7 @@ def load_training(path: str | Path) -> TrainingRecipe:
     try:
         actions = [action(modifier) for modifier in read_modifiers(path)]
     except ValueError as error:
-        raise UserError(f"{path}: {told(error)}") from error
+        raise UserError(f"{path}: {error}") from error
     if not any(isinstance(a, Pruning | ConstantPruning) for a in actions):
         raise UserError(f"{path} has no pruning modifier; 'capruner recipes list' names recipes that have")
     return TrainingRecipe(str(path), sorted(actions, key=_end_and_start))

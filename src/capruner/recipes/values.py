@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from capruner.config import recipe_knobs
@@ -22,7 +22,17 @@ OBS = {
 """Parameters of SparseML's own OBSPruningModifier, with its defaults."""
 MAGNITUDE = {"mask_type": "unstructured"}
 """Parameters of SparseML's own magnitude modifiers, with their defaults."""
+CONVERT = "; 'capruner recipes convert FILE' rewrites recipes of the original repository"
+"""Added to the error for an unknown parameter."""
 __all__ = ["CAP", "FAST_CAP", "FROM_WEIGHTS", "MAGNITUDE", "OBS", "Convert", "flag", "none_or", "number", "whole"]
+
+
+def check_names(who: str, given: Collection[str], known: Collection[str], needed: Iterable[str]) -> None:
+    """Raise ``ValueError`` for parameters that the modifier ``who`` does not have, or that are missing."""
+    if unknown := [name for name in given if name not in known]:
+        raise ValueError(f"{who} has no parameter {', '.join(unknown)}; it has {', '.join(known)}{CONVERT}")
+    if missing := [name for name in needed if name not in given]:
+        raise ValueError(f"{who} has no {' and no '.join(missing)}")
 
 
 def share(value: Any) -> float:

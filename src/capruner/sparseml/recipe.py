@@ -19,8 +19,9 @@ from capruner.models.selection import check_time
 from capruner.planning import Plan
 from capruner.recipes import checked_text
 from capruner.recipes.arithmetic import OPERATIONS
-from capruner.recipes.one_shot import CONVERT, NEAREST, general_refusal, refusal
+from capruner.recipes.one_shot import NEAREST, general_refusal, refusal
 from capruner.recipes.text import modifier_names
+from capruner.recipes.values import CONVERT
 from capruner.result import PruningResult
 from capruner.sparseml.base import CorrelationAwareModifier  # first: importing it registers our modifiers
 from capruner.sparseml.modifiers import CAPruningModifier

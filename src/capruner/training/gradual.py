@@ -38,7 +38,7 @@ from capruner.calibration.gradients import LossFunction
 from capruner.checkpoint import remove_state
 from capruner.job import Job
 from capruner.models.masking import MaskHandle, mask_model
-from capruner.models.wrappers import all_parameters, find, first_names
+from capruner.models.wrappers import first_names
 from capruner.pruning import prune
 from capruner.result import PruningResult
 from capruner.training.schedules import SAME_EPOCH, Schedule, check_schedule, plain_number
@@ -155,16 +155,7 @@ class GradualPruner:
         Raises:
             ValueError: the model does not have the pruned parameters.
         """
-        parameters = all_parameters(model)
-        pairs = [(name, parameters.get(find(parameters, name)), mask) for name, mask in self._masks.items()]
-        for name, p, mask in pairs:
-            if p is None or p.shape != mask.shape:
-                found = "does not have it" if p is None else f"has shape {tuple(p.shape)}"
-                raise ValueError(f"the mask of {name} has shape {tuple(mask.shape)}, and the model {found}")
-        with torch.no_grad():
-            for _, p, mask in pairs:
-                assert p is not None
-                p.masked_fill_(~mask.to(p.device), 0)
+        mask_model(model, masks=self._masks).remove()
 
     def state_dict(self) -> dict[str, Any]:
         """Masks (one bit per weight) and place in the schedule: tensors and plain values, as ``torch.load(weights_only=True)`` reads them."""

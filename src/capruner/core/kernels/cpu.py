@@ -18,7 +18,8 @@ from numba.core.caching import NullCache
 from numpy.typing import NDArray
 from torch import Tensor
 
-CANDIDATE, DEAD, FROZEN = 0, 1, 2
+DEAD, FROZEN = 1, 2
+"""Kinds of weights; 0 is a candidate."""
 
 
 def eliminate_blocks(
