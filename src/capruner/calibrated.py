@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from capruner.calibration.driver import Calibrated, Calibration
-from capruner.checks import check_number, check_sparsity, show
+from capruner.checks import check_function, check_number, check_sparsity, is_number, show
 from capruner.config import check_competition
 from capruner.distributed import agreeing
 from capruner.job import Job
@@ -108,12 +108,11 @@ class CalibratedModel:
         check_number("within", within, least=0)
         check_number("tolerance", tolerance)
         check_number("low", low, least=0)
-        if not callable(metric):
-            raise ValueError(f"metric must be a function of the model that returns a number, got {show(metric)}")
+        check_function("metric", metric, "of the model that returns a number")
         if self._job.config.pattern.n_m is not None:
             raise ValueError(f"mask_type {self._job.config.pattern} has one sparsity only; there is nothing to search")
         low = max(low, self._pruned_already())
-        if not (isinstance(high, int | float) and low < high < 1):
+        if not (is_number(high) and low < high < 1):
             raise ValueError(f"high must lie between low={low:g} and 1, got {show(high)}")
         dense = self._measured(metric, self._dense, "the dense model")
         curve: list[tuple[float, float]] = []

@@ -18,15 +18,12 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     Raises:
         ValueError: names the argument, what it must be, and what it is.
     """
-    batches, loss_fn = arguments["batches"], arguments["loss_fn"]
     check_model(arguments["model"])
-    if batches is not None and (not isinstance(batches, Iterable) or isinstance(batches, type | str)):
-        raise ValueError(f"batches must be an iterable of (inputs, targets), a DataLoader say, got {show(batches)}")
-    if not callable(loss_fn):
-        raise ValueError(f"loss_fn must be a function of outputs and targets, got {show(loss_fn)}")
-    batch_fn = arguments.get("batch_fn")
-    if batch_fn is not None and not callable(batch_fn):
-        raise ValueError(f"batch_fn must be a function that turns a batch into (inputs, targets), got {show(batch_fn)}")
+    if arguments["batches"] is not None:
+        check_batches(arguments["batches"])
+    check_function("loss_fn", arguments["loss_fn"], "of outputs and targets")
+    if arguments.get("batch_fn") is not None:
+        check_function("batch_fn", arguments["batch_fn"], "that turns a batch into (inputs, targets)")
     check_flag("progress", arguments["progress"])
     sparsity, masks = arguments.get("sparsity"), arguments.get("masks")
     if sparsity is not None:
@@ -40,6 +37,20 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     check_device(arguments["fisher_inv_device"])
 
 
+def check_batches(batches: Any) -> None:
+    """Raise ``ValueError`` unless ``batches`` can be iterated over."""
+    if not isinstance(batches, Iterable) or isinstance(batches, type | str):
+        raise ValueError(
+            f"batches must be an iterable of (inputs, targets), a DataLoader for example, got {show(batches)}"
+        )
+
+
+def check_function(name: str, value: Any, what: str) -> None:
+    """Raise ``ValueError`` unless ``value`` can be called."""
+    if not callable(value):
+        raise ValueError(f"{name} must be a function {what}, got {show(value)}")
+
+
 def check_sparsity(sparsity: Any) -> None:
     """Raise ``ValueError`` unless ``sparsity`` is a number, a list of numbers, or a dict with numbers as keys."""
     listed = (
@@ -49,7 +60,7 @@ def check_sparsity(sparsity: Any) -> None:
         if isinstance(sparsity, Sequence | Mapping)
         else None
     )
-    if isinstance(sparsity, str | bytes) or listed is None or not all(map(_is_number, listed)):
+    if isinstance(sparsity, str | bytes) or listed is None or not all(map(is_number, listed)):
         raise ValueError(
             f"sparsity must be a number in [0, 1), a list of them, or {{sparsity: [params]}}, got {show(sparsity)}"
         )
@@ -83,7 +94,7 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
 
 def check_number(name: str, value: Any, least: float | None = None) -> None:
     """Raise ``ValueError`` unless ``value`` is a finite number, at least ``least``, or positive where that is None."""
-    good = _is_number(value) and math.isfinite(value) and (value > 0 if least is None else value >= least)
+    good = is_number(value) and math.isfinite(value) and (value > 0 if least is None else value >= least)
     if not good:
         raise ValueError(
             f"{name} must be {'a positive number' if least is None else f'a number, at least {least:g}'}, got {show(value)}"
@@ -129,7 +140,8 @@ def check_finite(model: nn.Module) -> None:
                 )
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether ``value`` is an int or float; a bool is not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from capruner.checks import check_count, check_flag, check_names, check_number, show
+from capruner.checks import check_count, check_flag, check_names, check_number, is_number, show
 from capruner.convert import Convert, blocks, flag, names, none_or, number, whole
 from capruner.core.blocks import check_block_size
 from capruner.core.memory import parse_bytes
@@ -64,12 +64,12 @@ def at_least(least: float) -> Kind:
 
 
 def _damp(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+    if not is_number(value) or not 0 < value < math.inf:
         raise ValueError(f"{name} must be a positive number, got {show(value)}; 1e-8 to 1e-4 are usual")
 
 
 def _share(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+    if not is_number(value) or not 0 <= value <= 1:
         raise ValueError(f"{name} must be a number from 0 to 1, or None to have it estimated, got {show(value)}")
 
 

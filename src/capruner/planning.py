@@ -79,7 +79,7 @@ class Plan:
 
 
 @agreeing
-@takes_knobs
+@takes_knobs()
 def plan(
     model: nn.Module,
     batches: Iterable[Any] | None = None,

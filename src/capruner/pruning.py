@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from capruner.batches import Batches, BatchFunction, default_loss
 from capruner.calibrated import CalibratedModel
 from capruner.calibration.driver import Calibration
-from capruner.calibration.gradients import GradientMode, LossFunction
+from capruner.calibration.gradients import LossFunction
 from capruner.calibration.levels import calibrate_levels
 from capruner.calibration.memory_plan import split_into_groups
 from capruner.checks import check_arguments, check_masks, check_sparsity
 from capruner.config import Knobs, PruneConfig, resolve
-from capruner.core.fisher import Solver
 from capruner.distributed import agree, agreeing
 from capruner.job import Job, deciding
 from capruner.keywords import takes_knobs
@@ -32,7 +31,7 @@ from capruner.targets import Sparsity, initial_masks, pruned_share
 
 
 @agreeing
-@takes_knobs
+@takes_knobs()
 def prune(
     model: nn.Module,
     batches: Iterable[Any] | None,
@@ -110,7 +109,7 @@ def solve_levels(job: Job, calibration: Calibration) -> list[Level]:
 
 
 @agreeing
-@takes_knobs
+@takes_knobs()
 def calibrate(
     model: nn.Module,
     batches: Iterable[Any] | None,
@@ -160,29 +159,26 @@ def calibrate(
 
 
 @agreeing
+@takes_knobs(
+    *("num_grads", "fisher_block_size", "damp", "shrinkage", "gradients", "relative_damp", "solver"),
+    *("blocks_in_parallel", "fisher_inv_device"),
+)
 def compensate_masks(
     model: nn.Module,
     batches: Iterable[Any],
     loss_fn: LossFunction,
     masks: Mapping[str, Tensor],
     *,
-    num_grads: int | Literal["auto"] = PruneConfig.num_grads,
-    fisher_block_size: int | None = None,
-    damp: float | None = None,
-    shrinkage: float | None = None,
-    gradients: GradientMode = "batch",
-    relative_damp: bool = False,
-    solver: Solver = "auto",
-    blocks_in_parallel: int | None = None,
-    fisher_inv_device: str | None = None,
     batch_fn: BatchFunction | None = None,
     progress: bool = True,
+    **knobs: Unpack[Knobs],
 ) -> PruningResult:
     """Compute the exact OBS weights for masks of any origin: another pruner, NVIDIA's tools, or hand-made.
 
     Args:
         masks: ``{parameter name: tensor}``, True or non-zero = keep. Parameters without a mask are not changed.
-        model, batches, loss_fn, num_grads, ...: see :func:`prune`.
+        model, batches, loss_fn, batch_fn, progress: see :func:`prune`.
+        knobs: those of the Fisher blocks and gradients.
 
     Returns:
         A result with one level; ``result.apply(model)`` needs no sparsity.
@@ -190,28 +186,16 @@ def compensate_masks(
     Raises:
         ValueError: as :func:`prune`; a mask that names no parameter, or has the wrong shape.
     """
-    check_arguments(locals())
+    config = resolve(None, {**knobs, "method": "obs"})
+    check_arguments(locals() | {"fisher_inv_device": config.fisher_inv_device})
     check_masks(masks)
-    config = PruneConfig(
-        method="obs",
-        num_grads=num_grads,
-        fisher_block_size=fisher_block_size,
-        damp=damp,
-        shrinkage=shrinkage,
-        gradients=gradients,
-        relative_damp=relative_damp,
-        solver=solver,
-        blocks_in_parallel=blocks_in_parallel,
-        fisher_inv_device=fisher_inv_device,
-    )
     model = unwrap(model)
     parameters = select_parameters(model, list(masks))
     keep = initial_masks(model, parameters, masks)
     settings = config.settings(shrinks=True)
-    agree({"gradients": gradients, "params": list(parameters), **deciding(settings, keep)}, model)
-    calibration = Calibration(
-        model, Batches(batches, batch_fn), loss_fn, parameters, settings, OBS, gradients, progress=progress
-    )
+    agree({"gradients": config.gradients, "params": list(parameters), **deciding(settings, keep)}, model)
+    data = Batches(batches, batch_fn)
+    calibration = Calibration(model, data, loss_fn, parameters, settings, OBS, config.gradients, progress=progress)
     dense = {name: torch.ones_like(mask) for name, mask in keep.items()}
     calibrated = calibration.run(dense, calibration.stream())
     pruner, layouts = calibrated.pruner, calibration.layouts
@@ -222,6 +206,7 @@ def compensate_masks(
         method="masks",
         levels=[level],
         total_weights=sum(p.numel() for p in model.parameters()),
-        settings=asdict(settings) | {"pattern": "given", "gradients": gradients, **calibration.notes.state_dict()},
+        settings=asdict(settings)
+        | {"pattern": "given", "gradients": config.gradients, **calibration.notes.state_dict()},
         timings=calibration.clock.seconds,
     )

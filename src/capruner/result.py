@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from capruner.bits import pack, unpack
-from capruner.checks import check_model
+from capruner.checks import check_model, is_number
 from capruner.files import digest, reading, replacing
 from capruner.models.wrappers import all_parameters, find
 from capruner.rows import mask_rows
@@ -109,7 +109,7 @@ class PruningResult:
         Raises:
             ValueError: the calibration did not solve for it.
         """
-        if sparsity is not None and (isinstance(sparsity, bool) or not isinstance(sparsity, int | float)):
+        if sparsity is not None and not is_number(sparsity):
             raise ValueError(f"sparsity must be a number, one of {self.sparsities}, got {sparsity!r}")
         if sparsity is None and len(self.levels) == 1:
             return self.levels[0]

@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 from training_case import KWARGS, MODEL
 
 import capruner
+from capruner.cli import shrink as shrink_command
+from capruner.cli.arguments import Parser
 from capruner.cli.main import main
 
 timm = pytest.importorskip("timm")
@@ -78,13 +80,53 @@ def test_it_writes_a_smaller_model_that_export_reads(place: Path, capsys: pytest
     assert "onnxruntime against torch" in capsys.readouterr().out
 
 
+def test_without_output_it_writes_into_the_folder_output_and_replaces_nothing(
+    place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = words(place, "--macs", 0.6)
+    at = line.index("--output")
+    line = line[:at] + line[at + 2 :]
+    assert main(line) == 0
+    label = MODEL.replace("/", "_")
+    assert {path.name for path in (tmp_path / "output").iterdir()} == {
+        f"{label}-macs-0.6.safetensors",
+        f"{label}-macs-0.6.json",
+    }
+    assert main(line) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_its_knobs_have_the_defaults_of_the_function() -> None:
+    parser = Parser()
+    shrink_command.add_arguments(parser)
+    args = parser.parse_args(["--model", MODEL, "--macs", "0.5", "--data-dir", "DATA"])
+    assert (args.exclude, args.num_grads, args.damp, args.distill_passes) == ((), 512, 0.01, 0)
+    assert "(default 512)" in parser.format_help()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--distill-passes", "-1"], "distill_passes must be a number, at least 0"),
+        (["--num-grads", "auto"], "'auto' is invalid"),
+        (["--damp", "0"], "damp must be a positive number"),
+    ],
+)
+def test_its_knobs_are_checked_as_those_of_prune(
+    more: list[str], message: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(words(place, "--macs", "0.5", *more))
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         (["--macs", "50"], "write 0.5 for half"),
         (["--macs", "0.5", "--units", "weights"], "units must be some of"),
         (["--macs", "0.001"], "out of reach"),
-        (["--macs", "0.5", "--distill-passes", "-1"], "must be at least 0"),
         (["--macs", "0.5", "--output", "small.pth"], "ends in .safetensors"),
         (["--macs", "0.5", "--output", "nowhere/small.safetensors"], "there is no folder nowhere"),
     ],

@@ -287,7 +287,7 @@ def test_moving_averages_keep_the_zeros_after_apply_to() -> None:
         for name, p in average.module.named_parameters():
             if name in pruner.masks:
                 assert torch.equal(p == 0, ~pruner.masks[name])
-    with pytest.raises(ValueError, match="no parameter or module is called '0.weight'"):
+    with pytest.raises(ValueError, match=r"no parameter or module is called '0\.weight'"):
         pruner.apply_to(nn.Linear(8, 20))
 
 

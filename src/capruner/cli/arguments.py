@@ -128,6 +128,57 @@ def add_preprocessing(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--interpolation", help="bicubic, bilinear, ...")
 
 
+def add_data(parser: argparse.ArgumentParser) -> argparse._ActionsContainer:
+    """Images to calibrate and to evaluate on; the group, for what a command has besides."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--data-dir", required=True, help="folder with train/ and val/, or the root of --dataset")
+    group.add_argument("--dataset", default="", help=DATASET)
+    add_gradient_batch(group)
+    group.add_argument("-vb", "--val-batch-size", type=int, default=128, help="default 128")
+    group.add_argument("--val-limit", type=int, metavar="N", help="evaluate on N images, the same each time")
+    group.add_argument("--workers", type=int, default=2, help="loader processes (default 2)")
+    return group
+
+
+DATASET = "a data set that timm knows, such as torch/cifar10 (default: image folders)"
+
+
+def add_gradient_batch(group: argparse._ActionsContainer) -> None:
+    """``-gb``."""
+    group.add_argument(
+        *("-gb", "--gs-batch-size", "--grad-sampler-batch-size"),
+        type=int,
+        default=16,
+        help="images per gradient (default 16)",
+    )
+
+
+def add_seed_and_device(group: argparse._ActionsContainer) -> None:
+    """``--seed`` and ``--device``."""
+    group.add_argument("--seed", type=int, default=42, help="default 42")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: the GPU if there is one)")
+
+
+def add_wandb(group: argparse._ActionsContainer) -> None:
+    """``--log-wandb``."""
+    group.add_argument(
+        "--log-wandb", action="store_true", help="log to Weights & Biases too (WANDB_MODE=offline needs no account)"
+    )
+
+
+def check_counts(args: argparse.Namespace, *names: str) -> None:
+    """Raise ``UserError`` for flags that are given and less than 1."""
+    for name in names:
+        if (count := getattr(args, name)) is not None and count < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {count}")
+
+
+def check_sparsities(sparsities: Sequence[float]) -> None:
+    """Raise ``UserError`` unless all lie in [0, 1)."""
+    if wrong := [s for s in sparsities if not 0 <= s < 1]:
+        raise UserError(f"--sparsities {' '.join(map(str, wrong))}: must lie in [0, 1); write 0.9 for 90 %")
+
+
 def add_engine(parser: argparse._ActionsContainer) -> None:
     """``--engine``: who carries out a recipe."""
     parser.add_argument(

@@ -14,10 +14,13 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def add_knobs(parser: argparse._ActionsContainer, names: Iterable[str]) -> None:
-    """One flag for each knob. Its value is None where it is not given, so that a recipe or the knob's default decides."""
-    for name in names:
-        knob = knobs()[name]
+def add_knobs(parser: argparse._ActionsContainer, chosen: Iterable[Knob], defaults: bool = False) -> None:
+    """One flag for each knob.
+
+    Args:
+        defaults: the knob's default is the flag's; else a flag that is not given is None, so that a recipe or the knob's default decides.
+    """
+    for knob in chosen:
         how: dict[str, Any] = {"type": _reader(knob)}
         if isinstance(knob.default, bool):
             how = {"action": argparse.BooleanOptionalAction}
@@ -27,7 +30,7 @@ def add_knobs(parser: argparse._ActionsContainer, names: Iterable[str]) -> None:
             how |= {"nargs": "+", "metavar": "NAME"}
         else:
             how |= {"metavar": "N" if knob.type.startswith(("int", "float")) else "VALUE"}
-        parser.add_argument(flag(name), default=None, help=_help(knob), **how)
+        parser.add_argument(flag(knob.name), default=knob.default if defaults else None, help=_help(knob), **how)
 
 
 def given(args: argparse.Namespace) -> dict[str, Any]:

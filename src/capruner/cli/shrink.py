@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
-import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capruner.cli.arguments import UserError, add_model, add_preprocessing, add_weights, check_weights
+from capruner.cli import arguments
+from capruner.cli.arguments import UserError
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from capruner.config import Knob
+    from capruner.shrinking.result import Shrunk
 
 HELP = """\
 Make a timm model smaller and faster in every runtime: remove neurons, heads and channels.
@@ -20,12 +24,12 @@ Make a timm model smaller and faster in every runtime: remove neurons, heads and
 Calibrates on the training images of a folder (DATA/train/<class>/*.jpg, DATA/val/<class>/*.jpg) or of a data set that timm knows, removes whole units, re-fits
 the weights that remain, and measures accuracy before and after. The result is a dense model with smaller layers, no zeros and no special runtime.
 
-Writes OUTPUT (safetensors) and OUTPUT's name with .json: what was removed and what it cost. capruner.load_shrunk(OUTPUT, timm.create_model(MODEL)) loads it,
-and 'capruner export OUTPUT --model MODEL --output small.onnx' writes ONNX.
+Writes OUTPUT (safetensors; by default in the folder ./output) and OUTPUT's name with .json: what was removed and what it cost.
+capruner.load_shrunk(OUTPUT, timm.create_model(MODEL)) loads it, and 'capruner export OUTPUT --model MODEL --output small.onnx' writes ONNX.
 """
 EXAMPLE = """\
 examples:
-  capruner shrink --data-dir DATA --model deit_small_patch16_224 --pretrained --macs 0.7 --output deit_small_70.safetensors
+  capruner shrink --data-dir DATA --model deit_small_patch16_224 --pretrained --macs 0.7
   capruner shrink --data-dir DATA --model deit_small_patch16_224 --pretrained --latency 0.5 --distill-passes 2 --output fast.safetensors
   capruner shrink --data-dir DATA --model resnet50 --pretrained --macs 0.6 --units channels --recalibrate-bn 32 --output resnet50_60.safetensors
 A first try: --macs 0.7. Lower it until accuracy falls, then add --distill-passes 2.
@@ -34,9 +38,11 @@ A first try: --macs 0.7. Lower it until accuracy falls, then add --distill-passe
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags."""
+    from capruner.cli.knobs import add_knobs
+
     what = parser.add_argument_group("what to shrink")
-    add_model(what, required=True)
-    add_weights(what)
+    arguments.add_model(what, required=True)
+    arguments.add_weights(what)
     how = parser.add_argument_group("how")
     target = how.add_mutually_exclusive_group(required=True)
     target.add_argument("--macs", type=float, help="share of the multiply-adds that may remain, 0.5 for example")
@@ -52,9 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="neurons of MLPs, heads of timm's attention, channels of convolutions (these need torch-pruning); default: all. What cannot be removed is "
         "listed with the reason",
     )
-    how.add_argument("--exclude", nargs="+", default=[], help="modules, or re:PATTERN, whose units all remain")
-    how.add_argument("--num-grads", type=int, default=512, help="gradients to calibrate from (default 512)")
-    how.add_argument("--damp", type=float, default=0.01, help="on the diagonal of the Fisher matrices (default 0.01)")
+    add_knobs(how, _knobs(), defaults=True)
     how.add_argument(
         "--recalibrate-bn",
         type=int,
@@ -62,29 +66,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="afterwards re-estimate BatchNorm statistics from N batches; reported apart (default 0)",
     )
-    how.add_argument(
-        "--distill-passes",
-        type=float,
-        default=0.0,
-        metavar="N",
-        help="afterwards train towards the dense network's outputs, for N passes over 4,096 of the calibration images, without labels; reported apart "
-        "(default 0)",
-    )
-    how.add_argument("--seed", type=int, default=42)
-    how.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: the GPU if there is one)")
-    source = parser.add_argument_group("data")
-    source.add_argument("--data-dir", required=True, help="folder with train/ and val/, or the root of --dataset")
-    source.add_argument(
-        "--dataset", default="", help="a data set that timm knows, such as torch/cifar10 (default: folders)"
-    )
-    source.add_argument("-gb", "--gs-batch-size", type=int, default=16, help="images per gradient (default 16)")
-    source.add_argument("-vb", "--val-batch-size", type=int, default=128, help="default 128")
-    source.add_argument("--val-limit", type=int, help="evaluate on N images only, the same each time")
-    source.add_argument("--workers", type=int, default=2, help="loader processes (default 2)")
-    add_preprocessing(parser)
+    arguments.add_seed_and_device(how)
+    arguments.add_data(parser)
+    arguments.add_preprocessing(parser)
     out = parser.add_argument_group("output")
-    out.add_argument("--output", required=True, type=Path, help="file to write, FOLDER/NAME.safetensors")
+    out.add_argument(
+        "--output",
+        type=Path,
+        help="file to write, FOLDER/NAME.safetensors (default: output/MODEL-macs-0.7.safetensors, for example)",
+    )
     parser.epilog = EXAMPLE
+
+
+def _knobs() -> list[Knob]:
+    """The knobs that shrinking shares with pruning, with its own defaults and words."""
+    from capruner import shrink
+    from capruner.config import knobs
+    from capruner.kinds import COUNT
+
+    own = inspect.signature(shrink).parameters
+    chosen = []
+    for name, words in _WORDS.items():
+        knob = replace(knobs()[name], help=words)
+        if name in own:
+            knob = replace(knob, default=own[name].default)
+        if name == "num_grads":  # never "auto"
+            knob = replace(knob, kind=COUNT)
+        chosen.append(knob)
+    return chosen
+
+
+_WORDS = {
+    "exclude": "modules, or re:PATTERN, whose units all remain",
+    "num_grads": "gradients to calibrate from",
+    "damp": "on the diagonal of the Fisher matrices, relative to its mean",
+    "distill_passes": "afterwards train towards the dense network's outputs, for N passes over 4,096 of the calibration images, without labels; reported "
+    "apart",
+}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -94,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
 
     import capruner
     from capruner.vision import data as images
-    from capruner.vision import evaluate, modeling, output
+    from capruner.vision import evaluate, modeling
 
     device = modeling.pick_device(args.device)
     modeling.seed_everything(args.seed)
@@ -129,15 +147,7 @@ def run(args: argparse.Namespace) -> int:
     if args.distill_passes:
         capruner.distill(small.model, model, batches(args.val_batch_size), passes=args.distill_passes)
         accuracy["distilled"] = top1(small.model, "distilled")
-    small.save(args.output)
-    summary = {
-        "arguments": vars(args),
-        "top1": accuracy,
-        "costs": small.costs,
-        "units": small.rows,
-        "left_alone": [asdict(item) for item in small.left_alone],
-    }
-    output.write_json(args.output.with_suffix(".json"), json.loads(json.dumps(summary, default=str)))
+    _write(args, small, accuracy)
     print(small.report())
     print("\ntop-1 %     " + ", ".join(f"{what} {value:.2f}" for what, value in accuracy.items()))
     print(
@@ -146,18 +156,41 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _write(args: argparse.Namespace, small: Shrunk, accuracy: dict[str, float]) -> None:
+    from capruner.vision.output import write_json
+
+    small.save(args.output)
+    summary = {
+        "arguments": vars(args),
+        "top1": accuracy,
+        "costs": small.costs,
+        "units": small.rows,
+        "left_alone": [asdict(item) for item in small.left_alone],
+    }
+    write_json(args.output.with_suffix(".json"), json.loads(json.dumps(summary, default=str)))
+
+
 def _check(args: argparse.Namespace) -> None:
-    """Raise :class:`UserError` for what can be seen before any work."""
-    check_weights(args)
+    """Choose the default of ``--output``, and raise :class:`UserError` for what can be seen before any work."""
+    arguments.check_weights(args)
     for flag, share in (("--macs", args.macs), ("--latency", args.latency)):
         if share is not None and not 0 < share < 1:
             raise UserError(f"{flag} {share:g}: must be the share that remains, between 0 and 1; write 0.5 for half")
+    arguments.check_counts(args, "val_limit", "gs_batch_size")
+    if args.output is None:
+        args.output = _default_output(args)
     if args.output.suffix != ".safetensors":
         raise UserError(f"--output {args.output}: the name of such a file ends in .safetensors")
     if not args.output.parent.is_dir():
         raise UserError(f"--output {args.output}: there is no folder {args.output.parent}")
-    if not 0 <= args.distill_passes < math.inf:
-        raise UserError(f"--distill-passes {args.distill_passes:g}: must be at least 0")
-    for flag, count in (("--val-limit", args.val_limit), ("--gs-batch-size", args.gs_batch_size)):
-        if count is not None and count < 1:
-            raise UserError(f"{flag} {count}: must be at least 1")
+
+
+def _default_output(args: argparse.Namespace) -> Path:
+    from capruner.vision.output import model_label
+
+    target = f"latency-{args.latency:g}" if args.macs is None else f"macs-{args.macs:g}"
+    path = Path("output") / f"{model_label(args.model)}-{target}.safetensors"
+    if path.exists():
+        raise UserError(f"{path} exists already; name another file with --output, or this one to replace it")
+    path.parent.mkdir(exist_ok=True)
+    return path

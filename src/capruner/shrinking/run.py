@@ -5,15 +5,17 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from capruner import checks
 from capruner.batches import Batches, BatchFunction, default_loss, own_copy, plain
 from capruner.calibration.finite import NO_GRADIENT
 from capruner.calibration.gradients import GradientMode, LossFunction, gradient_slabs
 from capruner.calibration.stream import CalibrationStream
-from capruner.checks import check_count, check_finite, check_flag, check_model, check_names, check_number, show
+from capruner.checks import show
 from capruner.distributed import processes
 from capruner.models.modes import eval_mode
 from capruner.models.wrappers import unwrap
@@ -49,7 +51,7 @@ def shrink(
 ) -> Shrunk:
     """Remove whole neurons, heads and channels, re-fit the weights that remain, and return a smaller dense copy that every runtime runs faster.
 
-    The model itself is not changed. The copy consists of the same layers with fewer rows and columns, so it trains, exports and saves like the dense one.
+    The model itself is not changed. The copy has the same layers with fewer rows and columns, and trains, exports and saves like the dense one.
 
     >>> small = capruner.shrink(model, loader, macs=0.5, example_inputs=torch.randn(1, 3, 224, 224))
     >>> print(small.report())
@@ -78,9 +80,9 @@ def shrink(
         ModuleNotFoundError: torch-pruning is needed and not installed.
     """
     kinds = [units] if isinstance(units, str) else list(units)
-    _check(model, batches, loss_fn, macs, latency, kinds, exclude, num_grads, damp, progress)
+    _check(locals())
     model = unwrap(model)
-    check_finite(model)
+    checks.check_finite(model)
     device = next(model.parameters()).device
     inputs = own_copy(plain(example_inputs), device)
     with eval_mode(model):
@@ -88,59 +90,38 @@ def shrink(
         costs = multiply_adds_of(model, inputs, [group.attention for group in groups if group.attention])
         stream = CalibrationStream(Batches(batches, batch_fn), device)
         readers = _calibrated(model, stream, loss_fn, groups, num_grads, gradients, damp, progress)
-    eliminated = solve(groups, readers, progress)
-    losses = {name: loss for name, (_, loss) in eliminated.items()}
-
-    def cut(share: float, costs: Costs) -> tuple[nn.Module, tuple[Removal, dict[str, int]]]:
-        counts = allocate_units(model, groups, losses, costs, share)
-        removed = {name: order[: counts[name]] for name, (order, _) in eliminated.items()}
-        small, removal = _cut(model, groups, readers, removed, inputs)
-        return small, (removal, counts)
-
+    plan = _Plan(model, inputs, groups, readers, solve(groups, readers, progress))
     seconds = {}
     if macs is not None:
-        small, (removal, counts) = cut(macs, costs)
+        small, (removal, counts) = plan.cut(macs, costs)
     else:
         assert latency is not None
         timed = seconds_of_layers(model, inputs, groups)
-        small, (removal, counts), both = fast_enough(lambda share: cut(share, timed), model, inputs, latency)
+        small, (removal, counts), both = fast_enough(lambda share: plan.cut(share, timed), model, inputs, latency)
         seconds = {"seconds": both}
     rows = [{"name": g.name, "kind": g.kind, "units": g.units, "left": g.units - counts[g.name]} for g in groups]
     return Shrunk(small, removal, rows, left_alone, _costs(costs, model, small, inputs) | seconds)
 
 
-def _check(
-    model: Any,
-    batches: Any,
-    loss_fn: Any,
-    macs: Any,
-    latency: Any,
-    kinds: list[str],
-    exclude: Any,
-    num_grads: Any,
-    damp: Any,
-    progress: Any,
-) -> None:
-    check_model(model)
-    if not isinstance(batches, Iterable) or isinstance(batches, type | str):
-        raise ValueError(
-            f"batches must be an iterable of (inputs, targets), a DataLoader for example, got {show(batches)}"
-        )
-    if not callable(loss_fn):
-        raise ValueError(f"loss_fn must be a function of outputs and targets, got {show(loss_fn)}")
-    if (macs is None) == (latency is None):
+def _check(arguments: Mapping[str, Any]) -> None:
+    checks.check_model(arguments["model"])
+    checks.check_batches(arguments["batches"])
+    checks.check_function("loss_fn", arguments["loss_fn"], "of outputs and targets")
+    if (arguments["macs"] is None) == (arguments["latency"] is None):
         raise ValueError(
             "give one of macs (the share of multiply-adds that may remain) and latency (of the measured time)"
         )
-    for name, share in (("macs", macs), ("latency", latency)):
-        if share is not None and (isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1):
+    for name in ("macs", "latency"):
+        share = arguments[name]
+        if share is not None and (not checks.is_number(share) or not 0 < share < 1):
             raise ValueError(f"{name} must be the share that may remain, between 0 and 1, got {show(share)}")
+    kinds = arguments["kinds"]
     if not kinds or not set(kinds) <= set(KINDS):
         raise ValueError(f"units must be some of {list(KINDS)}, got {show(kinds)}")
-    check_names("exclude", exclude)
-    check_count("num_grads", num_grads)
-    check_number("damp", damp)
-    check_flag("progress", progress)
+    checks.check_names("exclude", arguments["exclude"])
+    checks.check_count("num_grads", arguments["num_grads"])
+    checks.check_number("damp", arguments["damp"])
+    checks.check_flag("progress", arguments["progress"])
     if processes().world_size > 1:
         raise ValueError(
             f"shrink works in one process, and torch.distributed has {processes().world_size}: call it before that is initialised"
@@ -220,20 +201,32 @@ def _calibrated(
     return {name: fisher.solve() for name, fisher in fishers.items()}
 
 
-def _cut(
-    model: nn.Module, groups: Sequence[Group], readers: Mapping[str, Reader], removed: Mapping[str, Tensor], inputs: Any
-) -> tuple[nn.Module, Removal]:
-    """The smaller model, compared with the dense one that has the same weights and zeros for what is removed."""
-    twin = copy.deepcopy(model)
-    removal = Removal.of(model, groups, removed)
-    for name, reader in readers.items():
-        if gone := removal.layers.get(name, {}).get("in"):
-            reader.write_to(twin.get_submodule(name), gone)
-    removal.zero(twin)
-    small = copy.deepcopy(twin)
-    removal.apply(small)
-    compare(twin, small, inputs)
-    return small, removal
+@dataclass(frozen=True)
+class _Plan:
+    """All that smaller models are cut from: ``eliminated`` holds the order of each group's units, and the loss of each step."""
+
+    model: nn.Module
+    inputs: Any
+    groups: Sequence[Group]
+    readers: Mapping[str, Reader]
+    eliminated: Mapping[str, tuple[Tensor, Tensor]]
+
+    def cut(self, share: float, costs: Costs) -> tuple[nn.Module, tuple[Removal, dict[str, int]]]:
+        """A model with ``share`` of the costs, compared with the dense one that has the same weights and zeros for what is removed; what was removed, and
+        the number of units of each group."""
+        losses = {name: loss for name, (_, loss) in self.eliminated.items()}
+        counts = allocate_units(self.model, self.groups, losses, costs, share)
+        removed = {name: order[: counts[name]] for name, (order, _) in self.eliminated.items()}
+        twin = copy.deepcopy(self.model)
+        removal = Removal.of(self.model, self.groups, removed)
+        for name, reader in self.readers.items():
+            if gone := removal.layers.get(name, {}).get("in"):
+                reader.write_to(twin.get_submodule(name), gone)
+        removal.zero(twin)
+        small = copy.deepcopy(twin)
+        removal.apply(small)
+        compare(twin, small, self.inputs)
+        return small, (removal, counts)
 
 
 def _costs(dense: Costs, model: nn.Module, small: nn.Module, inputs: Any) -> dict[str, tuple[float, float]]:

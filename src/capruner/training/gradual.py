@@ -36,6 +36,7 @@ from capruner.bits import pack, unpack
 from capruner.calibration.driver import Calibration
 from capruner.calibration.gradients import LossFunction
 from capruner.checkpoint import remove_state
+from capruner.checks import is_number
 from capruner.job import Job
 from capruner.models.masking import MaskHandle, mask_model
 from capruner.models.wrappers import first_names
@@ -127,7 +128,7 @@ class GradualPruner:
             ValueError: ``epoch`` is not a number, the pruner was removed, or the data cannot be used; see :func:`capruner.prune`.
         """
         epoch = plain_number(epoch)
-        if isinstance(epoch, bool) or not isinstance(epoch, int | float) or not math.isfinite(epoch):
+        if not is_number(epoch) or not math.isfinite(epoch):
             raise ValueError(f"epoch must be a number, got {epoch!r}")
         due = [update for update in self._ahead() if update <= epoch + SAME_EPOCH]
         if not due:

@@ -31,89 +31,78 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help="parameters or modules to prune, re:PATTERN, or __BLOCKS__: all but stem and head (default __ALL_PRUNABLE__: the weights of all linear layers)",
     )
-    how = parser.add_argument_group("how")
-    how.add_argument(
+    _add_how(parser.add_argument_group("how"))
+    group = parser.add_argument_group("knobs of capruner.prune; beside a recipe they take precedence over its values")
+    add_knobs(group, [knob for name, knob in knobs().items() if name != "costs"])
+    cli.add_data(parser).add_argument(
+        "--gs-aug", action="store_true", help="calibrate on augmented images (default: evaluation transforms)"
+    )
+    cli.add_preprocessing(parser)
+    _add_output(parser.add_argument_group("output"))
+    original_flags.add_idle(parser, original_flags.ONE_SHOT)
+
+
+def _add_how(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
         "--sparseml-recipe",
         help="YAML file with one pruning modifier, or a name that 'capruner recipes list one_shot' prints (default: the flags below)",
     )
-    cli.add_engine(how)
-    how.add_argument(
+    cli.add_engine(group)
+    group.add_argument(
         "--sparsities",
         type=float,
         nargs="*",
         default=[],
         help="fractions of weights to prune, for example 0.5 0.9 (default: the recipe's; without one 0.5, or that of the mask type)",
     )
-    how.add_argument(
+    group.add_argument(
         "--max-drop",
         type=float,
         metavar="POINTS",
         help="instead of --sparsities: find the largest sparsity at which top-1 falls by at most POINTS, by bisection over one calibration. Decided on "
         "training images that the calibration does not see (--held-out); the validation images are looked at once, for the sparsity found",
     )
-    how.add_argument(
+    group.add_argument(
         "--held-out",
         type=int,
         metavar="N",
         help="with --max-drop: training images to decide on (default: 2000, but at most a fifth of them)",
     )
-    how.add_argument(
+    group.add_argument(
         "--recalibrate-bn",
         type=int,
         default=0,
         metavar="N",
         help="also report accuracy after re-estimating BatchNorm statistics from N batches",
     )
-    how.add_argument(
+    group.add_argument(
         "--state-dir",
         metavar="FOLDER",
         help="save the calibration here every two minutes; after an interruption the same command resumes with the same result. Takes up to twice the "
         "memory of the Fisher blocks; deleted at the end (default: the recipe's traces_backup_dir, or none)",
     )
-    how.add_argument(
+    group.add_argument(
         "--allocate-by",
         choices=("weights", "macs"),
         default="weights",
         help="cap, obs: prune by predicted loss, or (macs) by predicted loss per multiply-add saved, which gives convolutional networks fewer "
         "multiply-adds at the same accuracy, at a lower sparsity (default weights)",
     )
-    how.add_argument("--seed", type=int, default=42)
-    how.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: the GPU if there is one)")
-    group = parser.add_argument_group("knobs of capruner.prune; beside a recipe they take precedence over its values")
-    add_knobs(group, [name for name in knobs() if name != "costs"])
-    source = parser.add_argument_group("data")
-    source.add_argument("--data-dir", required=True, help="folder with train/ and val/, or the root of --dataset")
-    source.add_argument(
-        "--dataset", default="", help="a timm data set, for example torch/cifar10 (default: image folders)"
-    )
-    source.add_argument(
-        *("-gb", "--gs-batch-size", "--grad-sampler-batch-size"),
-        type=int,
-        default=16,
-        help="images per gradient (default 16)",
-    )
-    source.add_argument(
-        "--gs-aug", action="store_true", help="calibrate on augmented images (default: evaluation transforms)"
-    )
-    source.add_argument("-vb", "--val-batch-size", type=int, default=128, help="default 128")
-    source.add_argument("--val-limit", type=int, metavar="N", help="evaluate on N images, the same each time")
-    source.add_argument("--workers", type=int, default=2, help="loader processes (default 2)")
-    cli.add_preprocessing(parser)
-    out = parser.add_argument_group("output")
-    out.add_argument("--output", "--output-dir", default="output", help="parent folder (default ./output)")
-    out.add_argument("--experiment", default="", help="name of the folder in it (default: model and recipe)")
-    out.add_argument("--overwrite", action="store_true", help="replace the finished run in that folder")
-    out.add_argument(
+    cli.add_seed_and_device(group)
+
+
+def _add_output(group: argparse._ActionsContainer) -> None:
+    group.add_argument("--output", "--output-dir", default="output", help="parent folder (default ./output)")
+    group.add_argument("--experiment", default="", help="name of the folder in it (default: model and recipe)")
+    group.add_argument("--overwrite", action="store_true", help="replace the finished run in that folder")
+    group.add_argument(
         "--save-model",
         nargs="?",
         const="dense",
         choices=("dense", "sparse"),
         help="write a checkpoint per sparsity; sparse: with one bit per zero, for capruner.load_sparse and all capruner commands",
     )
-    out.add_argument(
-        "--log-wandb", action="store_true", help="log to Weights & Biases too (WANDB_MODE=offline needs no account)"
-    )
-    original_flags.add_idle(parser, original_flags.ONE_SHOT)
+    cli.add_wandb(group)
 
 
 def checked(args: argparse.Namespace) -> argparse.Namespace:
@@ -122,20 +111,16 @@ def checked(args: argparse.Namespace) -> argparse.Namespace:
     Raises:
         UserError: an invalid value, or flags that exclude each other.
     """
-    wrong = [s for s in args.sparsities if not 0 <= s < 1]
-    if wrong:
-        raise cli.UserError(f"--sparsities {' '.join(map(str, wrong))}: must lie in [0, 1); write 0.9 for 90 %")
+    cli.check_sparsities(args.sparsities)
     if args.max_drop is not None:
         if args.sparsities:
             raise cli.UserError("--max-drop chooses the sparsity; leave --sparsities out")
         if not 0 <= args.max_drop < 100:
             raise cli.UserError(f"--max-drop {args.max_drop:g}: points of top-1 accuracy, from 0 to 100")
-        if args.held_out is not None and args.held_out < 1:
-            raise cli.UserError(f"--held-out {args.held_out}: must be at least 1")
+        cli.check_counts(args, "held_out")
         if args.engine == "sparseml":
             raise cli.UserError("--max-drop is not supported by --engine sparseml; leave one of them out")
-    if args.val_limit is not None and args.val_limit < 1:
-        raise cli.UserError(f"--val-limit {args.val_limit}: must be at least 1")
+    cli.check_counts(args, "val_limit")
     cli.check_weights(args)
     if args.sparseml_recipe:
         said = [flag(key) for key in ("method", "params") if getattr(args, key) is not None]

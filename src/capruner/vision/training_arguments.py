@@ -44,14 +44,7 @@ def _pruning(parser: argparse.ArgumentParser) -> None:
         help="a ladder, 0.4 0.6 0.75 0.9 say: the recipe's first update goes to the first of them, and so on, instead of the recipe's interpolation; "
         "updates after the last one change nothing",
     )
-    group.add_argument(
-        "-gb",
-        "--gs-batch-size",
-        "--grad-sampler-batch-size",
-        type=int,
-        default=16,
-        help="images per gradient sample (default 16)",
-    )
+    cli.add_gradient_batch(group)
     group.add_argument(
         "--gs-aug",
         action="store_true",
@@ -62,9 +55,7 @@ def _pruning(parser: argparse.ArgumentParser) -> None:
 def _data(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument("--data-dir", help="folder with train/<class>/* and val/<class>/*, or the root of --dataset")
-    group.add_argument(
-        "--dataset", default="", help="a data set that timm knows, torch/cifar10 say (default: image folders)"
-    )
+    group.add_argument("--dataset", default="", help=cli.DATASET)
     group.add_argument(
         "-b", "--batch-size", type=int, default=128, help="training images per process and step (default 128)"
     )
@@ -193,7 +184,7 @@ def _device(parser: argparse.ArgumentParser) -> None:
         "device and processes",
         "Several processes: torchrun --nproc-per-node=N research/sparse_training.py ..., or python -m torch.distributed.launch.",
     )
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: the GPU if there is one)")
+    cli.add_seed_and_device(group)
     group.add_argument(
         "--amp", "--native-amp", action="store_true", help="mixed precision (gradient samples stay in full precision)"
     )
@@ -219,7 +210,6 @@ def _device(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--local-rank", type=int, help="given by old launchers; the environment variable LOCAL_RANK counts"
     )
-    group.add_argument("--seed", type=int, default=42, help="default 42")
 
 
 def _output(parser: argparse.ArgumentParser) -> None:
@@ -244,9 +234,7 @@ def _output(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--log-param-histogram", action="store_true", help="histograms of the remaining weights, to Weights & Biases"
     )
-    group.add_argument(
-        "--log-wandb", action="store_true", help="log to Weights & Biases too (WANDB_MODE=offline needs no account)"
-    )
+    cli.add_wandb(group)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -286,17 +274,12 @@ def parse_with(parser: cli.Parser, argv: Sequence[str] | None) -> argparse.Names
 
 
 def _check(args: argparse.Namespace) -> None:
-    wrong = [s for s in args.sparsities or [] if not 0 <= s < 1]
-    if wrong:
-        raise cli.UserError(f"--sparsities {' '.join(map(str, wrong))}: must lie in [0, 1); write 0.9 for 90 %")
+    cli.check_sparsities(args.sparsities or [])
     if args.sparsities and sorted(args.sparsities) != args.sparsities:
         raise cli.UserError(
             f"--sparsities {' '.join(map(str, args.sparsities))}: must ascend; pruned weights do not come back"
         )
-    for flag in ("batch_size", "gs_batch_size", "grad_accum_steps", "epochs"):
-        value = getattr(args, flag)
-        if value is not None and value < 1:
-            raise cli.UserError(f"--{flag.replace('_', '-')} must be at least 1, got {value}")
+    cli.check_counts(args, "batch_size", "gs_batch_size", "grad_accum_steps", "epochs")
     if args.timeout <= 0:
         raise cli.UserError(f"--timeout must be more than 0 seconds, got {args.timeout:g}")
     if args.log_param_histogram and not args.log_wandb:
