@@ -137,11 +137,7 @@ class Batches:
             return None
 
     def check_length(self, needed: int) -> None:
-        """Compare the number of batches, if it is known, with the number needed.
-
-        Raises:
-            ValueError: an iterator has too few.
-        """
+        """Warn if the data has fewer batches than needed; raise ``ValueError`` if it is an iterator."""
         length = self.length
         if length is not None and 0 < length < needed:
             if self.once:
@@ -162,11 +158,7 @@ class Batches:
 
 
 def default_loss(outputs: Any, targets: Any) -> Tensor:
-    """Default loss: the output's own ``loss`` if the batch has no separate targets, else cross-entropy of the logits.
-
-    Raises:
-        BatchError: the output has neither.
-    """
+    """The output's own ``loss`` if the batch has no separate targets, else cross-entropy of the logits; ``BatchError`` if there are none."""
     if targets is None or isinstance(targets, Mapping):
         loss = _field(outputs, "loss")
         if isinstance(loss, Tensor):
@@ -243,11 +235,7 @@ def describe(value: Any) -> str:
 
 
 def batch_size(inputs: Any, index: int) -> int:
-    """Number of samples in a batch: the length of the first tensor.
-
-    Raises:
-        BatchError: there is no tensor.
-    """
+    """Number of samples in a batch, the length of the first tensor; ``BatchError`` if there is none."""
     sizes = [len(leaf) for leaf in tree_leaves(inputs) if is_batched(leaf)]
     if not sizes:
         raise BatchError(f"the inputs of batch {index} hold no tensor; they are {describe(inputs)}")

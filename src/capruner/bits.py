@@ -16,11 +16,7 @@ def pack(mask: Tensor) -> Tensor:
 
 
 def unpack(bits: Tensor, shape: Sequence[int], name: str) -> Tensor:
-    """The inverse of :func:`pack`.
-
-    Raises:
-        TypeError: the wrong number of bytes for ``shape``, or not bytes.
-    """
+    """The inverse of :func:`pack`; raise ``TypeError`` for anything but the bytes of ``shape``."""
     count = math.prod(shape)
     size = (count + 7) // 8
     if not isinstance(bits, Tensor) or bits.dtype != torch.uint8 or bits.shape != (size,):

@@ -170,11 +170,7 @@ class CalibratedModel:
         return max(pruned_share(names, masks) for names in groups)
 
     def _own(self, sparsity: Mapping[float, Sequence[str]]) -> dict[str, float]:
-        """The target of each calibrated parameter.
-
-        Raises:
-            ValueError: a parameter that was not calibrated, or one without a target.
-        """
+        """The target of each calibrated parameter; raise ``ValueError`` unless exactly those have one."""
         job = self._job
         if job.config.costs is not None:
             check_competition(job.config, per_layer=True)

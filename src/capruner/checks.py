@@ -13,11 +13,7 @@ from torch import Tensor, nn
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Check the types of the arguments of :func:`capruner.prune` and :func:`capruner.compensate_masks`.
-
-    Raises:
-        ValueError: names the argument, what it must be, and what it is.
-    """
+    """Check the arguments of :func:`capruner.prune` and :func:`capruner.compensate_masks`; the ``ValueError`` names the invalid one."""
     check_model(arguments["model"])
     if arguments["batches"] is not None:
         check_batches(arguments["batches"])

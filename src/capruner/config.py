@@ -365,11 +365,7 @@ def problems(values: Mapping[str, Any]) -> list[str]:
 
 
 def resolve(config: PruneConfig | None, keywords: Mapping[str, Any]) -> PruneConfig:
-    """``config`` with the keywords that were passed, which win.
-
-    Raises:
-        ValueError: an invalid value, or ``config`` is not a :class:`PruneConfig`.
-    """
+    """``config`` with the keywords that were passed, which win; raise ``ValueError`` for an invalid value."""
     if config is not None and not isinstance(config, PruneConfig):
         raise ValueError(f"config must be a capruner.PruneConfig, got {show(config)}; make one with from_dict")
     return replace(config or PruneConfig(), **keywords)

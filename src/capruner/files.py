@@ -8,13 +8,14 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 _LEFTOVER = re.compile(r"\..*\.partial|\.tmp[A-Za-z0-9]{6}")
@@ -50,6 +51,15 @@ def replacing(path: str | Path) -> Iterator[Path]:
         _flush(path.parent)
     finally:
         shutil.rmtree(private, ignore_errors=True)
+
+
+def save_tensors(path: str | Path, tensors: dict[str, Tensor], header: Mapping[str, Any]) -> None:
+    """Write a safetensors file with a header of JSON values in one step; raise ``FileNotFoundError`` if there is no such folder."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
+    with replacing(path) as partial:
+        save_file(tensors, partial, metadata={"capruner": json.dumps(header)})
 
 
 def is_leftover(path: Path) -> bool:
@@ -120,6 +130,21 @@ def reading(path: Path, written_as: str, version: int, what: str) -> Iterator[tu
             yield header, file
     except (SafetensorError, json.JSONDecodeError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged or not a {what}: {error}") from error
+
+
+@contextmanager
+def reading_state(state: Any, written_as: str, version: int, what: str) -> Iterator[None]:
+    """Check format and version of a ``state_dict``; raise ``ValueError`` for others, or if it turns out damaged inside the block."""
+    if not isinstance(state, Mapping) or state.get("format") != written_as:
+        raise ValueError(f"this is not a state of a {what}; pass what its state_dict() returned")
+    try:
+        if state["version"] > version:
+            raise ValueError(
+                f"the state of the {what} is from a newer capruner (format {state['version']}, this one reads {version})"
+            )
+        yield
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"the state of the {what} is damaged: {error!r}") from error
 
 
 def file_digest(path: Path) -> str:

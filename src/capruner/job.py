@@ -123,11 +123,7 @@ class Job:
         return job if sparsity is None else replace(job, levels=job.levels_at(sparsity, own))
 
     def levels_at(self, sparsity: Sparsity | Sequence[float], own: Mapping[str, float] | None) -> list[SparsityLevel]:
-        """The levels of ``sparsity``, ascending.
-
-        Raises:
-            ValueError: a sparsity that is invalid, or below what ``masks`` has pruned already.
-        """
+        """The levels of ``sparsity``, ascending; raise ``ValueError`` for one that is invalid or below what ``masks`` has pruned."""
         levels = sparsity_levels(self.parameters, own, sparsity, self.config.global_sparsity, self.config.pattern)
         check_not_below(levels[0].targets, self.masks, self.config.pattern)
         return levels
@@ -135,11 +131,7 @@ class Job:
     def agree(
         self, levels: Sequence[SparsityLevel], own: Mapping[str, float] | None, state_dir: bool = False
     ) -> dict[str, Any]:
-        """The arguments that decide the result, as JSON values, after a check that all processes have the same.
-
-        Raises:
-            ValueError: the processes were called with different arguments or models.
-        """
+        """The arguments that decide the result, as JSON values; raise ``ValueError`` if the processes have different ones, or models."""
         arguments: dict[str, Any] = {name: getattr(self.config, name) for name in (*_REPORTED, *_DECIDING)}
         sparsities = [level.sparsity for level in levels] if own is None else own
         arguments |= {
@@ -152,11 +144,7 @@ class Job:
         return arguments
 
     def start(self, progress: bool, state_dir: str | Path | None = None) -> Calibration:
-        """The calibration of this job. Logs what is pruned; opens the checkpoint in ``state_dir``.
-
-        Raises:
-            ValueError: the processes disagree, or the memory budget is too small.
-        """
+        """Log what is pruned, open the checkpoint in ``state_dir``, and return the calibration; raise ``ValueError`` if processes disagree."""
         arguments, config = self.agree(self.levels, self.own, state_dir is not None), self.config
         log_selection(self.model, self.parameters, self.dense, self.passed)
         loss_fn = loss_of_model_labels(self.loss_fn) if config.labels == "model" else self.loss_fn

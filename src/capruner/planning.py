@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Unpack
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +22,7 @@ from capruner.distributed import Partition, agreeing, processes
 from capruner.job import Job
 from capruner.keywords import takes_knobs
 from capruner.methods import Stopwatch, Target
-from capruner.models.modes import eval_mode
+from capruner.models.modes import eval_mode, random_state_kept
 from capruner.text import text_table
 
 SAMPLE = 32
@@ -124,7 +121,7 @@ def _seconds(job: Job, calibration: Calibration, groups: int) -> float:
     """An estimate of the time of one sparsity."""
     passes = groups * (2 if groups > 1 and job.config.global_sparsity else 1)
     seconds = 0.0
-    with _same_random_numbers():
+    with random_state_kept():
         if job.config.kind.uses_gradients:
             seconds += calibration.expected_gradients() * _seconds_of_gradient(calibration) / processes().world_size
         sizes: dict[tuple[int, torch.dtype], list[int]] = {}
@@ -187,18 +184,6 @@ def _seconds_of_blocks(calibration: Calibration, job: Job, size: int, dtype: tor
             pruner.solve([[target]])
         runs.append(clock.seconds["blocks"])
     return partition.processes.sum(min(runs)) / partition.processes.world_size
-
-
-@contextmanager
-def _same_random_numbers() -> Iterator[None]:
-    """The generators of torch, NumPy and Python are as before afterwards: loaders draw from them."""
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002 - augmentations draw from it
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
 
 
 def _table(rows: Sequence[Mapping[str, Any]], last: str) -> list[str]:

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from capruner.bits import pack, unpack
 from capruner.checks import check_model, is_number
-from capruner.files import digest, reading, replacing
+from capruner.files import digest, reading, save_tensors
 from capruner.models.wrappers import all_parameters, find
 from capruner.rows import mask_rows
 
@@ -172,9 +171,6 @@ class PruningResult:
         Raises:
             FileNotFoundError: the folder does not exist.
         """
-        target = Path(path)
-        if not target.parent.is_dir():
-            raise FileNotFoundError(f"cannot write {target}: there is no folder {target.parent}")
         tensors, levels = pack_levels(self.levels)
         header = {
             "format": FORMAT,
@@ -187,8 +183,7 @@ class PruningResult:
         }
         header = json.loads(json.dumps(header, default=str))
         header["sha256"] = _checksum(header, sorted(tensors.items()))
-        with replacing(target) as partial:
-            save_file(tensors, partial, metadata={"capruner": json.dumps(header)})
+        save_tensors(path, tensors, header)
 
 
 def load_result(path: str | Path) -> PruningResult:

@@ -318,7 +318,7 @@ def test_the_engine_where_none_is_asked_for(
         monkeypatch.delitem(sys.modules, name)
     capsys.readouterr()
     one_shot_pruning.main(arguments(place, recipe, sparsities=[0.5]))
-    told = "OBSPruningModifier is carried out by capruner's own method obs" in capsys.readouterr().err
+    told = "OBSPruningModifier is carried out by capruner's own methods" in capsys.readouterr().err
     assert (summary(place)["engine"], told) == ("native", not ours)
     with pytest.raises(cli.UserError, match="--engine sparseml: SparseML cannot be imported here"):
         one_shot_pruning.main(arguments(place, recipe, engine="sparseml"))

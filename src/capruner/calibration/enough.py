@@ -128,11 +128,7 @@ class Sample:
         return found
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Resume from a :meth:`state_dict`.
-
-        Raises:
-            KeyError, RuntimeError: it is from a different calibration.
-        """
+        """Resume from a :meth:`state_dict`; raise ``KeyError`` or ``RuntimeError`` if it is from a different calibration."""
         for name, tensor in self.state_dict().items():
             tensor.copy_(tensors[name])
 

@@ -33,11 +33,7 @@ class Notes:
         return asdict(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore notes.
-
-        Raises:
-            KeyError, TypeError: ``state`` is not one of notes.
-        """
+        """Restore notes; raise ``KeyError`` or ``TypeError`` for anything else."""
         saved = copy.deepcopy(dict(state))
         for note in fields(self):
             if type(saved[note.name]) is not type(getattr(self, note.name)):

@@ -74,11 +74,7 @@ class CalibrationStream(Iterator[tuple[int, Any, Any]]):
         return {**counts, "skipped": list(self.skipped), "digests": list(self.digests)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a place; call it before the first batch is drawn.
-
-        Raises:
-            ValueError, KeyError: ``state`` is not one of a stream.
-        """
+        """Restore a place before the first batch is drawn; raise ``ValueError`` or ``KeyError`` if ``state`` is invalid."""
         counts = {name: state[name] for name in _COUNTS}
         skipped, digests = state["skipped"], state["digests"]
         if not isinstance(skipped, list) or not all(map(is_count, (*counts.values(), *skipped))):

@@ -85,11 +85,7 @@ class Store:
         self._lock.release()
 
     def load(self, files: Mapping[str, str]) -> list[dict[str, Tensor]]:
-        """The tensors of each file, on the CPU.
-
-        Raises:
-            StateError: a file is missing or damaged.
-        """
+        """The tensors of each file, on the CPU; raise ``StateError`` if one is missing or damaged."""
         loaded = []
         for name, checksum in files.items():
             path = self.folder / name
@@ -129,11 +125,7 @@ class Store:
         self._sweep()
 
     def check_space(self, size: int) -> None:
-        """Check that ``size`` bytes fit on the disk twice: the old checkpoint and the new one.
-
-        Raises:
-            OSError: not enough free disk space.
-        """
+        """Raise ``OSError`` unless ``size`` bytes fit on the disk twice: the old checkpoint and the new one."""
         free = shutil.disk_usage(self.folder).free
         names = (self.content["progress"] or {"files": {}})["files"]
         used = sum((self.folder / name).stat().st_size for name in names if (self.folder / name).is_file())
@@ -216,11 +208,7 @@ def _saving(path: Path) -> Iterator[Path]:
 
 
 def read_manifest(path: Path, remedy: str = "choose another folder") -> dict[str, Any]:
-    """The content of a manifest, after checks of its checksum and of its structure.
-
-    Raises:
-        StateError: damaged, foreign, or from another version.
-    """
+    """The content of a manifest; raise ``StateError`` if it is damaged, foreign, or from another version."""
     try:
         whole = json.loads(path.read_bytes())
         body = whole["state"]

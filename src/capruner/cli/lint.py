@@ -1,4 +1,4 @@
-"""A recipe against an architecture: does every pattern match something, do the shapes hold the mask type, can the values be."""
+"""Check a recipe against an architecture: every pattern matches something, shapes can hold the mask type, values are valid."""
 
 from __future__ import annotations
 
@@ -32,11 +32,10 @@ _SCHEDULED = ("init_sparsity", "start_epoch", "end_epoch", "update_frequency")
 
 
 def lint(path: Path, model: nn.Module) -> tuple[dict[str, nn.Parameter], list[str]]:
-    """What a recipe prunes in ``model``, and what is wrong with it. Whoever will carry the recipe out reads it: capruner, or SparseML where it can be
-    imported and modifiers are not ours.
+    """What a recipe prunes in ``model``, and its problems. The engine that will carry it out reads it.
 
     Raises:
-        UserError: the recipe cannot be read at all, or it prunes nothing.
+        UserError: the recipe cannot be read, or it prunes nothing.
     """
     others, modifiers = _read(path)
     if not modifiers:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from capruner.core.kernels import kernel_for
+from capruner.core.kernels import initial_bias, kernel_for
 from capruner.core.numerics import NotPositiveDefiniteError, full_precision
 from capruner.core.parallel import chunk_size, in_chunks
 
@@ -157,13 +157,9 @@ def _eliminate_chunk(
     # Rounding error of a diagonal entry after many subtractions: below it the entry is noise and could be negative.
     floor = diagonal * torch.finfo(w.dtype).eps
     position = torch.arange(B, device=w.device).repeat(n, 1)  # of the remaining weights, within their block
-    # Added to the saliency: −inf comes first, `never` last (recorded as a loss of inf), +inf is pruned already.
+    # `never` is recorded as a loss of inf; a bias of +inf means pruned already.
     never = torch.finfo(w.dtype).max
-    bias = torch.zeros_like(w)
-    if dead is not None:
-        bias.masked_fill_(dead, -torch.inf)
-    if frozen is not None:
-        bias.masked_fill_(frozen, never)
+    bias = initial_bias(w, dead, frozen)
     room = None if n_m is None else torch.full((n, B // n_m[1]), n_m[1] - n_m[0], device=w.device)
 
     for start in range(0, steps, PANEL):

@@ -195,11 +195,7 @@ class BlockFisher:
         return sums | {"peak": self._peak, "count": torch.tensor(self.count)}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Resume from what :meth:`tensors` returned.
-
-        Raises:
-            ValueError: it is of another matrix.
-        """
+        """Resume from what :meth:`tensors` returned; raise ``ValueError`` if it is from another matrix."""
         blocks, peak, count = tensors["blocks"], tensors["peak"], int(tensors["count"])
         same = self._blocks is not None and blocks.shape == self._blocks.shape and peak.shape == self._peak.shape
         if not same or not 0 <= count <= (count if self.num_grads is None else self.num_grads):

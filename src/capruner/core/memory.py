@@ -25,11 +25,7 @@ UNITS = {
 
 
 def parse_bytes(text: str | int) -> int:
-    """``"8GiB"``, ``"500 MB"`` or a number of bytes.
-
-    Raises:
-        ValueError: anything else.
-    """
+    """Bytes from a number or a text such as ``"8GiB"`` or ``"500 MB"``; raise ``ValueError`` for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
     if not match or match[2].lower() not in UNITS:
         raise ValueError(f"memory_budget must be bytes or a size such as '8GiB' or '500MB', got {text!r}")

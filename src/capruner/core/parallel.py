@@ -18,11 +18,7 @@ Result = TypeVar("Result")
 
 
 def chunk_size(asked: int | None, block_size: int, element_size: int, device: torch.device) -> int:
-    """Number of blocks per chunk: ``asked``, or as many as suit the caches.
-
-    Raises:
-        ValueError: ``asked`` is not positive.
-    """
+    """Number of blocks per chunk: ``asked`` (raise ``ValueError`` unless positive), or as many as suit the caches."""
     if asked is None:
         budget = STATE_BYTES.get(device.type, STATE_BYTES["cuda"])
         return max(1, budget // (block_size * block_size * element_size))

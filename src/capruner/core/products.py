@@ -76,11 +76,7 @@ class FullSums:
         return {"blocks": self.blocks} | ({"fourth": self.fourth} if self.norms else {})
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Resume from what :meth:`tensors` returned.
-
-        Raises:
-            ValueError: it does not fit.
-        """
+        """Resume from what :meth:`tensors` returned; raise ``ValueError`` if it does not fit."""
         if tensors.keys() - {"peak", "count", "scales"} != self.tensors().keys():
             raise ValueError("the sums were saved by a capruner with other kernels: install or remove numba as before")
         for name, tensor in self.tensors().items():

@@ -104,11 +104,7 @@ class Worker:
         self._process.send_signal(signal.SIGSTOP)
 
     def turn(self, seconds: float) -> float:
-        """Median seconds of one batch over a turn.
-
-        Raises:
-            RuntimeError: the engine has stopped.
-        """
+        """Median seconds of one batch over a turn; raise ``RuntimeError`` if the engine has stopped."""
         assert self._process.stdin is not None
         self._process.send_signal(signal.SIGCONT)
         self._process.stdin.write(f"{seconds}\n")

@@ -184,11 +184,7 @@ def _zeros(model: nn.Module) -> int:
 def _check(
     engine: str, outputs: Outputs, model: nn.Module, input_size: Sequence[int], path: Path, tolerance: float
 ) -> float:
-    """Largest relative difference between an engine's outputs and the model's.
-
-    Raises:
-        RuntimeError: it exceeds ``tolerance``.
-    """
+    """Largest relative difference between an engine's outputs and the model's; raise ``RuntimeError`` if it exceeds ``tolerance``."""
     differences = []
     for batch in (1, 3):
         x = torch.randn(batch, *input_size, generator=torch.Generator().manual_seed(batch))

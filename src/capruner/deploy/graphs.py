@@ -12,11 +12,7 @@ _PRODUCTS = ("MatMul", "Gemm", "Conv")
 
 
 def read(path: Path) -> Any:
-    """A checked ``onnx.ModelProto``.
-
-    Raises:
-        ValueError: not ONNX, or damaged.
-    """
+    """A checked ``onnx.ModelProto``; raise ``ValueError`` if the file is not ONNX, or damaged."""
     import onnx
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
@@ -65,11 +61,7 @@ def fill_zeros(source: Path, target: Path) -> None:
 
 
 def image_shape(path: Path) -> tuple[int, ...]:
-    """Shape of one input of an ONNX file, without the batch.
-
-    Raises:
-        ValueError: several inputs, or open sizes.
-    """
+    """Shape of one input of an ONNX file, without the batch; raise ``ValueError`` for several inputs or open sizes."""
     inputs = read(path).graph.input
     sizes = [dimension.dim_value for dimension in inputs[0].type.tensor_type.shape.dim][1:]
     if len(inputs) != 1 or not sizes or not all(sizes):

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from capruner.bits import pack, unpack
-from capruner.files import read_header, replacing
+from capruner.files import read_header, save_tensors
 from capruner.models.wrappers import unwrap
 
 FORMAT = "capruner-sparse"
@@ -40,6 +38,7 @@ def save_sparse(
         Size of the file in bytes.
 
     Raises:
+        FileNotFoundError: the folder does not exist.
         ValueError: with ``half``, a value exceeds float16's range.
     """
     state = unwrap(weights).state_dict() if isinstance(weights, nn.Module) else weights
@@ -52,8 +51,7 @@ def save_sparse(
         stored |= _pack(name, tensor.detach().cpu(), half)
         index[name] = {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
     header = {"format": FORMAT, "version": 1, "tensors": index, "facts": dict(facts or {})}
-    with replacing(path) as partial:
-        save_file(stored, partial, metadata={"capruner": json.dumps(header)})
+    save_tensors(path, stored, header)
     return Path(path).stat().st_size
 
 

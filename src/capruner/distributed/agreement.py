@@ -44,11 +44,7 @@ def agreeing(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def agree(arguments: Mapping[str, Any], model: nn.Module) -> None:
-    """Compare arguments (JSON values) and the model's parameters over all processes.
-
-    Raises:
-        ValueError: on every process, with what differs and on which ranks.
-    """
+    """Raise ``ValueError`` on every process unless all have the same arguments (JSON values) and parameters; says what differs where."""
     _REACHED.get()[0] = True
     if processes().world_size == 1:
         return  # without the digests of all parameters

@@ -39,11 +39,7 @@ class SingleProcess:
         return [value]
 
     def all_gather_counts(self, count: int, what: str) -> list[int]:
-        """The count of every rank, each at least 0.
-
-        Raises:
-            PeerError: another process failed while doing ``what``, see :meth:`together`.
-        """
+        """The count of every rank, each at least 0; raise :class:`PeerError` if another failed while doing ``what``."""
         return [count]
 
     def all_gather_objects(self, value: Any) -> list[Any]:

@@ -43,11 +43,7 @@ def remember_peers(peers: list[tuple[int, int]]) -> None:
 
 @contextmanager
 def naming_dead_peers() -> Iterator[None]:
-    """Turn an error of the transport into one that names the processes of this machine that died.
-
-    Raises:
-        PeerError: in place of any ``RuntimeError``.
-    """
+    """Turn a ``RuntimeError`` of the transport into a :class:`PeerError` that names the processes of this machine that died."""
     try:
         yield
     except RuntimeError as error:

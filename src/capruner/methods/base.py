@@ -163,11 +163,7 @@ class Method(ABC):
         return [name for name, fisher in self._fishers.items() if not fisher.largest]
 
     def load_state_dict(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Resume from the :meth:`state_dict` of a layer.
-
-        Raises:
-            ValueError: it is from a different calibration.
-        """
+        """Resume from the :meth:`state_dict` of a layer; raise ``ValueError`` if it is from a different calibration."""
         raise ValueError(f"method {self.name!r} keeps no gradients of {name}")
 
     def compile(self, dtype: torch.dtype) -> None:  # noqa: B027
@@ -179,11 +175,7 @@ class Method(ABC):
 
     @abstractmethod
     def solve(self, levels: Sequence[Sequence[Target]]) -> list[dict[str, LayerSolution]]:
-        """Masks and weights of every layer, for the targets of each level.
-
-        Raises:
-            ValueError: a target out of reach.
-        """
+        """Masks and weights of every layer, for the targets of each level; raise ``ValueError`` if one is out of reach."""
 
 
 class RankedMethod(Method):

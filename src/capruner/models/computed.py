@@ -7,13 +7,11 @@ convolutions is looked at where PyTorch dispatches them.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from capruner.batches import BatchError
 from capruner.models.macs import factors, plain_products
-from capruner.models.modes import eval_mode
+from capruner.models.modes import eval_mode, random_state_kept
 from capruner.models.wrappers import own_names
 
 _aten = torch.ops.aten
@@ -89,13 +87,8 @@ def _half(weight: Tensor) -> Tensor:
 @contextmanager
 def _no_trace(model: nn.Module) -> Iterator[None]:
     """Eval mode; buffers and random numbers are as before afterwards."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    try:
-        with eval_mode(model), torch.random.fork_rng(), torch.no_grad(), plain_products():
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
+    with random_state_kept(), eval_mode(model), torch.no_grad(), plain_products():
+        yield
 
 
 def lost_zeros(model: nn.Module, parameters: Mapping[str, nn.Parameter], call: Callable[[Any], Any]) -> list[str]:

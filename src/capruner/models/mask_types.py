@@ -32,11 +32,7 @@ def supporting(
     skip_unsupported: bool,
     linear: Mapping[str, LinearWeight],
 ) -> tuple[dict[str, nn.Parameter], list[str]]:
-    """The parameters that can hold ``pattern``, and the names of those that cannot.
-
-    Raises:
-        SelectionError: some cannot and ``skip_unsupported`` is False, or none can.
-    """
+    """The parameters that can hold ``pattern``, and the names of the others; raise ``SelectionError`` if these may not be skipped."""
     bad = unsupported(pattern, parameters, linear)
     if bad and not skip_unsupported:
         shapes = ", ".join(f"{name} {tuple(parameters[name].shape)}" for name in bad[:8])

@@ -34,11 +34,7 @@ class _Masks:
         self.last: dict[str, int] = {}  # id of the parameter that each mask was last applied to
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The masked parameters as they are now; none if the model no longer exists.
-
-        Raises:
-            ValueError: one of them is no longer a parameter, or has another shape.
-        """
+        """The masked parameters as they are now, none if the model is gone; raise ``ValueError`` if one was removed or reshaped."""
         model = self.model()
         for name in self.masks if model is not None else ():
             assert model is not None

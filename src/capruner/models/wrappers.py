@@ -20,11 +20,7 @@ Value = TypeVar("Value")
 
 
 def _inner(module: nn.Module) -> str | None:
-    """The attribute under which a wrapper holds what it wraps; None: not a wrapper.
-
-    Raises:
-        ValueError: a wrapper that shards the weights over processes.
-    """
+    """The attribute under which a wrapper holds what it wraps, else None; raise ``ValueError`` for one that shards the weights."""
     if isinstance(module, _PARALLEL):
         return "module"
     sharded = any(key in module._modules or key in module._parameters for key in _SHARDED)
@@ -75,11 +71,7 @@ def own_names(model: nn.Module, tensors: Mapping[str, Value]) -> dict[str, Value
 
 
 def owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that has the parameter ``name`` today, and its attribute there.
-
-    Raises:
-        AttributeError: no such module.
-    """
+    """The module that has the parameter ``name`` now, and its attribute there; raise ``AttributeError`` if there is none."""
     path, _, attribute = name.rpartition(".")
     module = unwrap(model)
     for part in filter(None, path.split(".")):
@@ -96,11 +88,7 @@ def find(names: Mapping[str, Value], name: str) -> str:
 
 
 def by_first_name(model: nn.Module, values: Mapping[str, Value], what: str) -> dict[str, Value]:
-    """``values`` by parameter name, under the first name of each parameter. Names that the model does not have stay as they are.
-
-    Raises:
-        ValueError: two names of one parameter have different values.
-    """
+    """``values`` under the first name of each parameter; unknown names stay. Raise ``ValueError`` for different values of one parameter."""
     names = all_parameters(model)
     first = {id(p): name for name, p in first_names(model).items()}
     found: dict[str, Value] = {}

@@ -66,8 +66,8 @@ def calculate(expression: str, variables: Mapping[str, float]) -> int | float:
     """The number that an expression stands for.
 
     Raises:
-        UnknownVariableError: it names something else than a variable.
-        ValueError: it is no arithmetic, or its result is no finite number or too large.
+        UnknownVariableError: it names something other than a variable.
+        ValueError: not arithmetic, or a result that is not finite or too large.
     """
     if len(expression) > LONGEST:
         raise ValueError(f"eval(...) has more than {LONGEST:,} characters")

@@ -22,11 +22,7 @@ def locate(recipe: str) -> str:
 
 
 def find(name: str) -> Path:
-    """The file of a shipped recipe's name, or that file.
-
-    Raises:
-        UserError: there is no such recipe, or the file is not a recipe.
-    """
+    """The file of a shipped recipe's name, or a recipe file; raise ``UserError`` if there is neither."""
     path = Path(locate(name))
     if path.is_file():
         if path.suffix not in (".yaml", ".md"):

@@ -27,11 +27,7 @@ _IDLE = {"recomputation_inter_func": "linear"}
 
 
 def convert(path: str | Path) -> tuple[str, list[str], list[str]]:
-    """The text of a recipe that loads here, what was changed, and what is left to do by hand.
-
-    Raises:
-        UserError: the file is not a recipe.
-    """
+    """Convert a recipe: its new text, what was changed, and what is left to do by hand. Raise ``UserError`` for anything but a recipe."""
     changes: list[str] = []
     problems: list[str] = []
     converted = []

@@ -113,11 +113,7 @@ class OneShot:
         return self.kind.method
 
     def selected(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """The parameters that are pruned.
-
-        Raises:
-            SelectionError: ``params`` do not fit the model, or a layer cannot hold the mask type.
-        """
+        """The parameters to prune; raise ``SelectionError`` if ``params`` or the mask type do not fit the model."""
         needs_gradients = METHODS[self.method].uses_gradients
         exclude = self.knobs.get("exclude", ())
         selection, _ = selected(model, self.params, self.final_sparsity, exclude, needs_gradients)
@@ -126,11 +122,7 @@ class OneShot:
         return supporting(pattern, selection.parameters, skip, linear_weights(model))[0]
 
     def targets(self, model: nn.Module) -> dict[str, float]:
-        """The final sparsity of each parameter that is pruned.
-
-        Raises:
-            SelectionError: as :meth:`selected`.
-        """
+        """The final sparsity of each parameter of :meth:`selected`."""
         needs_gradients = METHODS[self.method].uses_gradients
         _, own = selected(model, self.params, self.final_sparsity, (), needs_gradients)
         return {name: own[name] if own else self.final_sparsity for name in self.selected(model)}  # type: ignore[misc]
@@ -153,11 +145,7 @@ class OneShot:
 
 
 def read_modifiers(path: str | Path) -> list[Modifier]:
-    """All modifiers of a recipe file, of any name.
-
-    Raises:
-        UserError: it is no recipe.
-    """
+    """All modifiers of a recipe file, of any name; raise ``UserError`` for anything but a recipe."""
     text = checked_text(path)
     try:
         return modifiers(text)
@@ -170,22 +158,14 @@ def read_modifiers(path: str | Path) -> list[Modifier]:
 
 
 def refuse_others(path: str | Path, found: Iterable[Modifier]) -> None:
-    """Check that all modifiers are of :data:`KINDS`.
-
-    Raises:
-        UserError: one is not; the message says what to do.
-    """
+    """Raise ``UserError`` unless all modifiers are of :data:`KINDS`; it says what to do."""
     for modifier in found:
         if modifier.name not in KINDS:
             raise UserError(f"{path}: {refusal(modifier.name)}")
 
 
 def load(path: str | Path) -> OneShot:
-    """The pruning modifier of a recipe file.
-
-    Raises:
-        UserError: it is no recipe, has another modifier, or an invalid parameter.
-    """
+    """The pruning modifier of a recipe file; raise ``UserError`` if it has others, or an invalid parameter."""
     found = read_modifiers(path)
     refuse_others(path, found)
     if len(found) != 1:
@@ -200,11 +180,7 @@ def load(path: str | Path) -> OneShot:
 
 
 def one_shot(modifier: Modifier) -> OneShot:
-    """A modifier of :data:`KINDS` with its parameters read.
-
-    Raises:
-        ValueError: a parameter is missing, is not one of the modifier's, or has an invalid value.
-    """
+    """Read a modifier of :data:`KINDS`; raise ``ValueError`` for a missing, unknown or invalid parameter."""
     kind, who, given = KINDS[modifier.name], modifier.name, dict(modifier.values)
     values.check_names(who, given, sorted(kind.parameters), ("params", "final_sparsity"))
     globally = given.pop("global_sparsity", kind.globally) if kind.says_globally else kind.globally

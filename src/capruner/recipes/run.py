@@ -16,6 +16,7 @@ from capruner.batches import default_loss
 from capruner.bits import pack, unpack
 from capruner.calibration.gradients import LossFunction
 from capruner.checkpoint import remove_state
+from capruner.files import reading_state
 from capruner.models.masking import MaskHandle, mask_model
 from capruner.models.selection import ALL, SelectionError, select_parameters
 from capruner.models.wrappers import first_names, unwrap
@@ -132,13 +133,7 @@ class RecipeRun:
         Raises:
             ValueError: the state was saved for another recipe, model or number of steps in an epoch, or is damaged.
         """
-        if not isinstance(state, Mapping) or state.get("format") != _FORMAT:
-            raise ValueError("this is not a state of a recipe; pass what RecipeRun.state_dict() returned")
-        try:
-            if state["version"] > _VERSION:
-                raise ValueError(
-                    f"the state of the recipe is from a newer capruner (format {state['version']}, this one reads {_VERSION})"
-                )
+        with reading_state(state, _FORMAT, _VERSION, "recipe"):
             if state["recipe"] != self._fingerprint():
                 raise ValueError("the state was saved with another recipe; load it with the recipe of that training")
             if state["steps_per_epoch"] != self.steps_per_epoch:
@@ -148,8 +143,6 @@ class RecipeRun:
             for pruner, saved in zip(self._pruners, state["pruners"], strict=True):
                 pruner.load(saved)
             self.step, self.history = int(state["step"]), [(int(a), float(b)) for a, b in state["history"]]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"the state of the recipe is damaged: {error!r}") from error
         self.hold()
         self._freeze(resumed=True)
 

@@ -72,11 +72,7 @@ def _yaml_of(path: str | Path, text: str) -> str:
 
 
 def _check_size(path: str | Path, text: str) -> None:
-    """YAML readers take quadratic time or more for these.
-
-    Raises:
-        UserError: the recipe is nested too deeply, or has too many keys or values.
-    """
+    """Raise ``UserError`` for deep nesting, and for too many keys or values: YAML readers take quadratic time or more for them."""
     depth = keys = 0
     for count, token in enumerate(_tokens(text)):
         depth += isinstance(token, _OPENING) - isinstance(token, _CLOSING)

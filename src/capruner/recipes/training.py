@@ -224,11 +224,7 @@ _CONVERT: dict[str, values.Convert] = {
 
 
 def action(modifier: Modifier) -> Action:
-    """A modifier with its parameters read.
-
-    Raises:
-        ValueError: it is not one of those of this module, a parameter is missing, unknown or invalid.
-    """
+    """Read a modifier; raise ``ValueError`` if it is not of this module, or a parameter is missing, unknown or invalid."""
     who = modifier.name
     if who in KINDS:
         return _pruning(modifier)
@@ -295,10 +291,10 @@ class TrainingRecipe:
         return max(math.ceil(max(ends, default=0.0) - SAME_EPOCH), 0)
 
     def climb(self, sparsities: Sequence[float]) -> None:
-        """Let a list of sparsities decide the target of each update, in the place of interpolations; updates after the last keep the last.
+        """Let a list of sparsities decide the target of each update instead of the interpolation; updates after the last keep the last.
 
         Raises:
-            UserError: more sparsities than updates, or a modifier with a sparsity for each layer.
+            UserError: more sparsities than updates, or a modifier with per-layer sparsities.
         """
         for pruning in self.pruning:
             if isinstance(pruning.one_shot.final_sparsity, dict):
@@ -326,11 +322,7 @@ class TrainingRecipe:
 
 
 def check_ladder(due: Sequence[float], sparsities: Sequence[float], path: str) -> None:
-    """Check that there are no more sparsities than updates.
-
-    Raises:
-        UserError: there are.
-    """
+    """Raise ``UserError`` if there are more sparsities than updates."""
     if len(sparsities) > len(due):
         shown = ", ".join(f"{epoch:g}" for epoch in due)
         raise UserError(
@@ -345,11 +337,7 @@ def rung(due: Sequence[float], sparsities: Sequence[float], epoch: float) -> flo
 
 
 def load_training(path: str | Path) -> TrainingRecipe:
-    """The recipe of a training.
-
-    Raises:
-        UserError: it is not a recipe, nothing in it prunes, or it has a modifier or a value that cannot be carried out; the message says which and what to do.
-    """
+    """Read the recipe of a training; raise ``UserError`` if it is invalid or prunes nothing."""
     try:
         actions = [action(modifier) for modifier in read_modifiers(path)]
     except ValueError as error:

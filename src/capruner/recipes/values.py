@@ -60,11 +60,7 @@ def one_of(*words: str) -> Convert:
 
 
 def converted(who: str, name: str, convert: Convert, value: Any) -> Any:
-    """``convert(value)``.
-
-    Raises:
-        ValueError: the value cannot be; the message names modifier and parameter.
-    """
+    """``convert(value)``, whose ``ValueError`` names modifier and parameter."""
     try:
         return convert(value)
     except (TypeError, ValueError, OverflowError) as error:
@@ -72,11 +68,7 @@ def converted(who: str, name: str, convert: Convert, value: Any) -> Any:
 
 
 def final_sparsity(who: str, value: Any, globally: bool) -> float | dict[float, list[str]]:
-    """A sparsity, or ``{sparsity: [params]}``.
-
-    Raises:
-        ValueError: neither, or a dict together with one target over all layers.
-    """
+    """A sparsity, or ``{sparsity: [params]}``; raise ``ValueError`` for neither, or a dict together with one target over all layers."""
     if not isinstance(value, Mapping):
         return sparsity(who, value)
     if globally:
@@ -87,21 +79,13 @@ def final_sparsity(who: str, value: Any, globally: bool) -> float | dict[float, 
 
 
 def sparsity(who: str, value: Any) -> float:
-    """A share of weights.
-
-    Raises:
-        ValueError: not in [0, 1).
-    """
+    """A share of weights; raise ``ValueError`` unless it lies in [0, 1)."""
     found: float = converted(who, "a sparsity", share, value)
     return found
 
 
 def check_schedule(who: str, leave_enabled: Any, grad_sampler_kwargs: Any, traces_backup_dir: Any) -> None:
-    """Parameters of the life cycle.
-
-    Raises:
-        ValueError: one cannot be what it is.
-    """
+    """Check the parameters of the life cycle; raise ``ValueError`` for an invalid one."""
     converted(who, "leave_enabled", flag, leave_enabled)
     if not isinstance(grad_sampler_kwargs or {}, Mapping):
         raise ValueError(f"{who}: grad_sampler_kwargs must be a dict, got {grad_sampler_kwargs!r}")

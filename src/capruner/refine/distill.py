@@ -151,11 +151,7 @@ def zeros_of(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _of(parameters: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``masks`` of ``parameters``, as bool.
-
-    Raises:
-        ValueError: they name something else, or have another shape.
-    """
+    """``masks`` of ``parameters``, as bool; raise ``ValueError`` for other names or shapes."""
     check_masks(masks)
     for name, mask in masks.items():
         if name not in parameters:

@@ -78,11 +78,7 @@ class _Lessons:
         self._digest: str | None = None
 
     def collect(self) -> list[Lesson]:
-        """The lessons; the model must be dense at the first call.
-
-        Raises:
-            StateError: they differ from those that an interrupted run has distilled from.
-        """
+        """The lessons (the model must be dense at the first call); raise ``StateError`` if they differ from those of an interrupted run."""
         if self._lessons:
             return self._lessons
         batches, checkpoint = self._calibration.batches, self._calibration.checkpoint

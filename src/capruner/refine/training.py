@@ -300,21 +300,13 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def log_probabilities(model: nn.Module, inputs: Any, device: torch.device) -> Tensor:
-    """Log-probabilities of a model's classes, ``(batch, classes)``.
-
-    Raises:
-        ValueError: the outputs are not logits.
-    """
+    """Log-probabilities of a model's classes, ``(batch, classes)``; raise ``BatchError`` if its outputs are not logits."""
     logits = checked_logits(call_model(model, own_copy(inputs, device)))
     return logits.to(working_dtype(logits)).log_softmax(dim=1)
 
 
 def checked_logits(outputs: Any) -> Tensor:
-    """The logits ``(batch, classes)`` among a model's outputs.
-
-    Raises:
-        BatchError: there are none.
-    """
+    """The logits ``(batch, classes)`` among a model's outputs; raise ``BatchError`` if there are none."""
     logits = logits_of(outputs)
     if logits is None or logits.dim() != 2 or logits.shape[1] < 2 or not logits.is_floating_point():
         raise BatchError(

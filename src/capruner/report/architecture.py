@@ -64,11 +64,7 @@ def input_size(model: nn.Module, img_size: int | Sequence[int] | None = None) ->
 
 
 def architecture_macs(model: nn.Module, img_size: int | None = None) -> MultiplyAdds:
-    """Multiply-adds of :func:`architecture` at :func:`input_size`.
-
-    Raises:
-        RuntimeError: the model does not take such an input, or cannot run without numbers.
-    """
+    """Multiply-adds of :func:`architecture` at :func:`input_size`; raise ``RuntimeError`` if the model does not run there."""
     size = input_size(model, img_size)
     try:
         return multiply_adds(model, size)

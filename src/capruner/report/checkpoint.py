@@ -77,11 +77,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, path: str | Path, name: str = "the model") -> None:
-    """Put the weights of :func:`read_weights` into ``model``, all of them and no others.
-
-    Raises:
-        ValueError: they are of another architecture; also what :func:`read_weights` raises.
-    """
+    """Load all weights of :func:`read_weights`, and no others, into ``model``; raise ``ValueError`` if they do not fit."""
     try:
         model.load_state_dict(read_weights(path))
     except RuntimeError as error:

@@ -39,11 +39,7 @@ FILES = {
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write ``report.html`` into the folder of an experiment; its path.
-
-    Raises:
-        ValueError: the folder holds no results of one-shot pruning or sparse training.
-    """
+    """Write ``report.html`` into the folder of an experiment and return its path; raise ``ValueError`` if the folder has no results."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
@@ -206,11 +202,7 @@ def _training(
 def checkpoint_contents(
     path: Path, model: str, kwargs: Mapping[str, Any], params: Sequence[str], page_folder: Path
 ) -> Contents:
-    """From the weights alone, and the architecture's name.
-
-    Raises:
-        ValueError: not weights of that architecture.
-    """
+    """From weights alone, and the architecture's name; raise ``ValueError`` if they do not fit it."""
     module = architecture(model, kwargs)
     weights = read_weights(path)
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}

@@ -61,7 +61,7 @@ def depth_table(level: Measurement) -> str:
         for depth, line in grid.items()
     )
     caption = f"Weights removed at {level.name}, in % of each layer"
-    return _table(caption, f'<th scope="col">depth</th>{head}', body)
+    return table(caption, f'<th scope="col">depth</th>{head}', body)
 
 
 def layer_table(levels: Sequence[Measurement]) -> str:
@@ -73,14 +73,15 @@ def layer_table(levels: Sequence[Measurement]) -> str:
         f"<td class=none>{row['numel']:,}</td></tr>"
         for row in levels[0].layers
     )
-    return _table(
+    return table(
         "Weights removed from each layer, in %", f'<th scope="col">layer</th>{head}<th scope="col">weights</th>', body
     )
 
 
-def _table(caption: str, head: str, body: str) -> str:
+def table(caption: str, head: str, body: str, style: str = ' class="heat"') -> str:
+    """A table that scrolls on its own; ``head`` and ``body`` are HTML already."""
     return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(caption)}"><table class="heat"><caption>{escape(caption)}</caption>'
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(caption)}"><table{style}><caption>{escape(caption)}</caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from capruner.report.charts import Series, decades, halvings, line_chart, nice_ticks, power_of_ten
 from capruner.report.contents import Contents, Measurement
-from capruner.report.heatmap import breakable, depth_table, in_words, layer_table
+from capruner.report.heatmap import breakable, depth_table, in_words, layer_table, table
 
 
 @cache
@@ -99,10 +99,7 @@ def _table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]], 
         f'<tr><th scope="row">{cells[0]}</th>{"".join(c if c.startswith("<td") else f"<td>{c}</td>" for c in cells[1:])}</tr>'
         for cells in rows
     )
-    return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(caption)}"><table{style}><caption>{escape(caption)}</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
+    return table(caption, head, body, style)
 
 
 def _number(value: float | None, form: str = ".2f") -> str:
@@ -144,7 +141,7 @@ def _accuracy(contents: Contents) -> str:
         dense=dense,
     )
     line = "" if dense is None or contents.dense is None else f" The dashed line: {contents.dense.name}."
-    caption = f"Top-1 accuracy (%) against the share of weights removed, by the logarithm of what stays.{line}"
+    caption = f"Top-1 accuracy (%) against the share of weights removed, logarithmic in what remains.{line}"
     figure = f"<figure>{chart}<figcaption>{escape(caption)}</figcaption></figure>"
     recalibrated = any(level.top1_bn is not None for level in contents.levels)
     columns = [
@@ -334,8 +331,8 @@ def _epochs(contents: Contents) -> str:
         ]
         for row in rows
     ]
-    table = _table("Epoch by epoch", ["epoch", *(columns[key] for key in shown)], cells)
-    return f"<figure>{chart}<figcaption>{escape(words)}</figcaption></figure><details><summary>Epoch by epoch</summary>{table}</details>"
+    each = _table("Epoch by epoch", ["epoch", *(columns[key] for key in shown)], cells)
+    return f"<figure>{chart}<figcaption>{escape(words)}</figcaption></figure><details><summary>Epoch by epoch</summary>{each}</details>"
 
 
 def _stages(contents: Contents) -> str:
@@ -363,8 +360,8 @@ def _stage(name: str, seconds: float, total: float, gib: float | None, memory: b
 def _run(contents: Contents) -> str:
     def facts(caption: str, found: dict[str, Any]) -> str:
         rows = [[breakable(str(key)), escape(_plain(value))] for key, value in found.items() if value is not None]
-        table = _table(caption, ["name", "value"], rows, ' class="facts"') if rows else ""
-        return f"<details><summary>{caption}: {len(rows)}</summary>{table}</details>" if len(rows) > 30 else table
+        listed = _table(caption, ["name", "value"], rows, ' class="facts"') if rows else ""
+        return f"<details><summary>{caption}: {len(rows)}</summary>{listed}</details>" if len(rows) > 30 else listed
 
     recipe = f"<h3>Recipe</h3><pre tabindex=0>{escape(contents.recipe)}</pre>" if contents.recipe else ""
     return facts("Arguments", contents.facts) + recipe + facts("Versions", contents.versions)

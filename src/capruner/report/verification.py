@@ -207,19 +207,16 @@ def _pattern(
 def _loads(path: Path, model: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     import timm
 
-    if is_sparse(path):
-        return _loads_sparse(path, model, kwargs)
+    sparse = is_sparse(path)
+    name = "loads" if sparse else "loads in timm"
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            timm.create_model(model, checkpoint_path=str(path), **kwargs)
-    except Exception as error:
-        return _check("loads in timm", False, describe(error))
-    return _check("loads in timm", True, f"timm.create_model({model!r}, checkpoint_path=...) takes it, nothing missing")
-
-
-def _loads_sparse(path: Path, model: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        load_weights(build(model, kwargs), path, model)
-    except ValueError as error:
-        return _check("loads", False, describe(error))
-    return _check("loads", True, "capruner.load_sparse expands it, and the model takes all of it, nothing missing")
+        if sparse:
+            load_weights(build(model, kwargs), path, model)
+        else:
+            with contextlib.redirect_stdout(io.StringIO()):
+                timm.create_model(model, checkpoint_path=str(path), **kwargs)
+    except Exception as error:  # whatever timm trips over
+        return _check(name, False, describe(error))
+    if sparse:
+        return _check(name, True, "capruner.load_sparse expands it, and the model takes all of it, nothing missing")
+    return _check(name, True, f"timm.create_model({model!r}, checkpoint_path=...) takes it, nothing missing")

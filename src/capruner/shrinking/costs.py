@@ -33,13 +33,9 @@ def multiply_adds_of(model: nn.Module, inputs: Any, attentions: Iterable[str] = 
     def after(module: nn.Module, args: Any, out: Any) -> None:
         heads[modules[module]] += counter.activations
 
-    handles = [module.register_forward_pre_hook(before) for module in modules]
-    try:
-        with eval_mode(model), plain_products(), hooked(dict.fromkeys(modules, after)), counter:
-            call_model(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = hooked(dict.fromkeys(modules, after), dict.fromkeys(modules, before))
+    with eval_mode(model), plain_products(), hooks, counter:
+        call_model(model, inputs)
     layers: dict[str, float] = {}
     for name, count in counter.weights.items():
         layer = name.rpartition(".")[0]

@@ -13,6 +13,7 @@ from torch import nn
 from capruner.batches import call_model
 from capruner.models.modes import eval_mode
 from capruner.shrinking.budget import Costs
+from capruner.shrinking.probing import hooked
 from capruner.shrinking.units import Group
 
 SECONDS = 1.0
@@ -56,25 +57,19 @@ def seconds_of_layers(model: nn.Module, inputs: Any, groups: Iterable[Group]) ->
     groups = list(groups)
     layers = {cut.layer for group in groups for cut in group.cuts}
     attentions = {group.attention: group for group in groups if group.attention}
+    modules = {model.get_submodule(name): name for name in {*layers, *attentions}}
     began: dict[str, float] = {}
     best: dict[str, float] = {}
 
-    def watch(name: str) -> list[Any]:
-        def before(module: nn.Module, args: Any) -> None:
-            began[name] = _now()
+    def before(module: nn.Module, args: Any) -> None:
+        began[modules[module]] = _now()
 
-        def after(module: nn.Module, args: Any, out: Any) -> None:
-            best[name] = min(best.get(name, float("inf")), _now() - began[name])
+    def after(module: nn.Module, args: Any, out: Any) -> None:
+        name = modules[module]
+        best[name] = min(best.get(name, float("inf")), _now() - began[name])
 
-        module = model.get_submodule(name)
-        return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
-
-    handles = [handle for name in {*layers, *attentions} for handle in watch(name)]
-    try:
+    with hooked(dict.fromkeys(modules, after), dict.fromkeys(modules, before)):
         total = fastest([model], inputs)[0]
-    finally:
-        for handle in handles:
-            handle.remove()
     heads = {
         name: max(0.0, best[name] - sum(best[cut.layer] for cut in group.cuts)) for name, group in attentions.items()
     }

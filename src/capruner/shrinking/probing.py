@@ -64,9 +64,12 @@ class Probe:
 
 
 @contextmanager
-def hooked(hooks: dict[nn.Module, Hook]) -> Iterator[None]:
-    """Forward hooks inside."""
+def hooked(
+    hooks: dict[nn.Module, Hook], before: dict[nn.Module, Callable[[nn.Module, Any], None]] | None = None
+) -> Iterator[None]:
+    """Forward hooks inside, and hooks that run ``before`` forward."""
     handles = [module.register_forward_hook(hook) for module, hook in hooks.items()]
+    handles += [module.register_forward_pre_hook(hook) for module, hook in (before or {}).items()]
     try:
         yield
     finally:

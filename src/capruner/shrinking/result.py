@@ -9,10 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from capruner.files import digest, read_header, reading, replacing
+from capruner.files import digest, read_header, reading, save_tensors
 from capruner.models.wrappers import unwrap
 from capruner.shrinking.surgery import Removal
 from capruner.shrinking.units import LeftAlone
@@ -61,15 +60,11 @@ class Shrunk:
         Raises:
             FileNotFoundError: the folder does not exist.
         """
-        target = Path(path)
-        if not target.parent.is_dir():
-            raise FileNotFoundError(f"cannot write {target}: there is no folder {target.parent}")
         tensors = {name: t.detach().cpu().contiguous().clone() for name, t in self.model.state_dict().items()}
         header: dict[str, Any] = {"format": FORMAT, "version": VERSION, **asdict(self.removal)}
         header = json.loads(json.dumps(header))
         header["sha256"] = _checksum(header, tensors)
-        with replacing(target) as partial:
-            save_file(tensors, partial, metadata={"capruner": json.dumps(header)})
+        save_tensors(path, tensors, header)
 
 
 def _cost(what: str, dense: float, now: float) -> str:

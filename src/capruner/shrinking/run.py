@@ -131,11 +131,7 @@ def _check(arguments: Mapping[str, Any]) -> None:
 def find_units(
     model: nn.Module, inputs: Any, kinds: Sequence[str], exclude: str | Sequence[str] = ()
 ) -> tuple[list[Group], list[LeftAlone]]:
-    """The groups of units of some kinds, in eval mode.
-
-    Raises:
-        ValueError: there are none.
-    """
+    """The groups of units of some kinds; raise ``ValueError`` if there are none."""
     probe = Probe(model, inputs)
     groups: list[Group] = []
     left: list[LeftAlone] = []

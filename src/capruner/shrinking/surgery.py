@@ -50,11 +50,7 @@ class Removal:
         return found
 
     def check(self, model: nn.Module) -> None:
-        """Compare a model with the dense one that this was made for.
-
-        Raises:
-            ValueError: a layer is missing or has another size.
-        """
+        """Raise ``ValueError`` unless ``model`` has the layers of the dense model that this was made for."""
         modules = dict(model.named_modules())
         for name, size in self.sizes.items():
             if name not in modules:
@@ -91,11 +87,7 @@ class Removal:
 
 
 def compare(twin: nn.Module, small: nn.Module, inputs: Any) -> None:
-    """Compare a shrunk model with its masked twin on some inputs.
-
-    Raises:
-        RuntimeError: their outputs differ by more than rounding.
-    """
+    """Raise ``RuntimeError`` if the outputs of a shrunk model and its masked twin differ by more than rounding."""
     with eval_mode(twin), eval_mode(small), torch.no_grad():
         expected, outputs = (
             [t for t in tree_leaves(call_model(m, inputs)) if isinstance(t, Tensor)] for m in (twin, small)

@@ -227,12 +227,7 @@ class CorrelationAwareModifier(BaseGradualPruningModifier):
         return modifier_state(self)
 
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> None:
-        """The inverse, on an initialized modifier: masks hold at once, and the next update comes when it would have.
-
-        Raises:
-            RuntimeError: not initialized.
-            ValueError: the state was saved for a different model.
-        """
+        """Restore :meth:`state_dict`: masks hold at once, and the next update is on schedule. The modifier must be initialized."""
         if not self.initialized:
             raise RuntimeError("load_state_dict needs an initialized modifier: call the manager's modify() first")
         load_modifier_state(self, state_dict)

@@ -58,11 +58,7 @@ def quiet_loggers() -> list[PythonLogger]:
 
 
 def load_manager(path: str) -> ScheduledModifierManager:
-    """The manager of a recipe file.
-
-    Raises:
-        UserError: no such file, not YAML, an unknown modifier, arguments that a modifier does not take.
-    """
+    """The manager of a recipe file; raise ``UserError`` if SparseML cannot read or run it."""
     text = checked_text(path)
     for name in modifier_names(text):
         if "Distillation" in name:
@@ -115,11 +111,7 @@ def known_modifiers() -> list[str]:
 
 
 def pruning_modifier(manager: ScheduledModifierManager, path: str) -> Any:
-    """The one modifier of a one-shot recipe, staged or not.
-
-    Raises:
-        UserError: it has none, several, or others that have no effect in one shot.
-    """
+    """The one modifier of a one-shot recipe, staged or not; raise ``UserError`` for none, several, or others without effect in one shot."""
     found = [modifier for modifier in manager.iter_modifiers() if isinstance(modifier, BasePruningModifier)]
     if len(found) != 1:
         names = ", ".join(type(m).__name__ for m in found) or "none"
@@ -133,22 +125,14 @@ def pruning_modifier(manager: ScheduledModifierManager, path: str) -> Any:
 
 
 def keep_inside(modifier: Any, folder: Path) -> None:
-    """Let a recipe's ``traces_backup_dir`` lie in ``folder``, the experiment's: a recipe is data, and writes nowhere else.
-
-    Raises:
-        UserError: it leads out of it.
-    """
+    """Move a recipe's ``traces_backup_dir`` into ``folder``; raise ``UserError`` if it leads out of it."""
     named = getattr(modifier, "traces_backup_dir", None)
     if isinstance(modifier, CorrelationAwareModifier) and named:
         modifier._traces_backup_dir = str(folder_inside(folder, named))
 
 
 def check_sparsities(modifier: Any, model: nn.Module, sparsities: Sequence[float], path: str) -> None:
-    """Can this recipe prune this model to these sparsities?
-
-    Raises:
-        UserError: the recipe gives each layer a sparsity of its own, or the model is sparser already than what is asked for.
-    """
+    """Raise ``UserError`` unless this recipe can prune ``model`` to these sparsities."""
     if getattr(modifier, "final_sparsity", None) is None:
         raise UserError(
             f"{path}: {type(modifier).__name__} has no final_sparsity, so it cannot prune in one shot; it acts in a training, "
@@ -174,11 +158,7 @@ def apply_at(path: str, model: nn.Module, sparsity: float, grad_sampler: dict[st
 
 
 def check_patterns(manager: ScheduledModifierManager, model: nn.Module) -> None:
-    """Can the names of this model be matched with the patterns of a recipe? SparseML's own modifiers do so without a limit of time.
-
-    Raises:
-        SelectionError: a pattern takes for ever.
-    """
+    """Raise ``SelectionError`` for a pattern that takes forever: SparseML's own modifiers match names without a time limit."""
     for modifier in manager.iter_modifiers():
         params = getattr(modifier, "params", None)
         for entry in [params] if isinstance(params, str) else params or ():
@@ -208,11 +188,7 @@ class BySparseML:
         self.distill_passes = self._modifier.distill_passes if self.once else 0.0
 
     def override(self, values: Mapping[str, Any]) -> None:
-        """Let values of the command line take precedence over the recipe's: knobs, ``state_dir``; ``costs`` are only checked.
-
-        Raises:
-            UserError: the modifier has no such parameter.
-        """
+        """Override the recipe's knobs and ``state_dir``; ``costs`` are only checked. Raise ``UserError`` for a parameter that the modifier lacks."""
         for name, value in values.items():
             parameter = "traces_backup_dir" if name == "state_dir" else name
             if name == "distill_passes":
@@ -246,11 +222,7 @@ class BySparseML:
         return self._modifier.one_shot_plan(model, sampler)
 
     def calibrate(self, model: nn.Module, batches: CalibrationBatches, costs: Any = None) -> CalibratedModel:
-        """SparseML prunes to a sparsity that is known beforehand.
-
-        Raises:
-            UserError: always.
-        """
+        """Raise ``UserError``: SparseML prunes to a sparsity that is known beforehand."""
         raise UserError("--engine sparseml prunes to given sparsities; --max-drop needs --engine native")
 
     def apply_at(self, path: str, model: nn.Module, sparsity: float, builder: Callable[[], CalibrationBatches]) -> None:

@@ -26,11 +26,7 @@ def manager_state(manager: Any) -> dict[str, dict[str, Any]]:
 
 
 def load_manager_state(manager: Any, state: dict[str, dict[str, Any]]) -> None:
-    """Bring an initialized manager to where ``state`` was taken.
-
-    Raises:
-        ValueError: the state is of another recipe, or of a model with other parameters.
-    """
+    """Restore :func:`manager_state` in an initialized manager; raise ``ValueError`` if it is from another recipe or model."""
     modifiers = _keyed(manager)
     if modifiers.keys() != state.keys():
         ours, theirs = (sorted(key.split("-")[0].split(" ")[-1] for key in keys) for keys in (modifiers, state))
@@ -53,11 +49,7 @@ def modifier_state(modifier: Any) -> dict[str, Any]:
 
 
 def load_modifier_state(modifier: Any, state: dict[str, Any]) -> None:
-    """The inverse of :func:`modifier_state`, on an initialized modifier; masks are applied to the weights where they were enforced.
-
-    Raises:
-        ValueError: masks of other parameters or shapes.
-    """
+    """Restore :func:`modifier_state` in an initialized modifier; enforced masks are applied. Raise ``ValueError`` if they do not fit."""
     masks: Any = getattr(modifier, "module_masks", None)
     names = [] if masks is None else masks.names
     saved: dict[str, Tensor] = {name: value for name, value in state.items() if name.endswith(".sparsity_mask")}

@@ -27,11 +27,7 @@ from capruner.training.schedules import SAME_EPOCH, update_epochs
 
 
 class BySparseML:
-    """A recipe carried out by SparseML's manager; see :mod:`capruner.vision.training_recipe`.
-
-    Raises:
-        UserError: nothing in it prunes; a modifier that would have no effect; ``--sparsities`` do not fit it.
-    """
+    """A recipe carried out by SparseML's manager; see :mod:`capruner.vision.training_recipe`. Raises ``UserError`` if it is invalid."""
 
     name = "sparseml"
 

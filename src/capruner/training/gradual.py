@@ -37,6 +37,7 @@ from capruner.calibration.driver import Calibration
 from capruner.calibration.gradients import LossFunction
 from capruner.checkpoint import remove_state
 from capruner.checks import is_number
+from capruner.files import reading_state
 from capruner.job import Job
 from capruner.models.masking import MaskHandle, mask_model
 from capruner.models.wrappers import first_names
@@ -228,21 +229,13 @@ class GradualPruner:
 
     def _read(self, state: Mapping[str, Any]) -> tuple[dict[str, Tensor], float | None, list[dict[str, Any]]]:
         """Masks, epoch of the last update, and history, checked."""
-        if not isinstance(state, Mapping) or state.get("format") != _FORMAT:
-            raise ValueError("this is not a state of a GradualPruner; pass what its state_dict() returned")
-        try:
-            if state["version"] > _VERSION:
-                raise ValueError(
-                    f"the state of the GradualPruner is from a newer capruner (format {state['version']}, this one reads {_VERSION})"
-                )
+        with reading_state(state, _FORMAT, _VERSION, "GradualPruner"):
             self._compare(state)
             shapes = self._configuration["shapes"]
             masks = {name: unpack(state["masks"][name], shape, name) for name, shape in shapes.items()}
             if state["applied"] is not None and state["applied"] not in self.schedule:
                 raise TypeError(f"there is no update at epoch {state['applied']!r}")
             return masks, state["applied"], [dict(row) for row in state["history"]]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"the state of the GradualPruner is damaged: {error!r}") from error
 
     def _compare(self, state: Mapping[str, Any]) -> None:
         shapes, saved = self._configuration["shapes"], state["configuration"]["shapes"]

@@ -74,11 +74,7 @@ def sparsity_at(
 
 
 def update_epochs(first_epoch: float, last_epoch: float, every: float) -> list[float]:
-    """Epochs at which a recipe's modifier updates its masks: ``first_epoch + k * every``, and ``last_epoch``.
-
-    Raises:
-        ValueError: more than :data:`MOST_UPDATES`.
-    """
+    """Epochs of a recipe modifier's updates: ``first_epoch + k * every``, and ``last_epoch``; ``ValueError`` for more than :data:`MOST_UPDATES`."""
     first_epoch = max(first_epoch, 0.0)
     updates = (last_epoch - first_epoch) / every if every > 0 else 1
     if not updates <= MOST_UPDATES:

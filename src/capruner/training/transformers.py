@@ -10,20 +10,19 @@ Needs ``transformers``.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from capruner.batches import default_loss
 from capruner.bits import pack
 from capruner.calibration.gradients import LossFunction
-from capruner.files import digest, replacing
+from capruner.files import digest, save_tensors
 from capruner.models.wrappers import first_names, unwrap
 from capruner.training.gradual import GradualPruner, plain_loader
 from capruner.training.schedules import check_schedule
@@ -128,8 +127,7 @@ class PruningCallback(TrainerCallback):
             _LOGGER.warning("%s does not exist, so the masks are not saved; the zeros of the weights have them", folder)
         elif args.should_save:
             saved = self.pruner.state_dict()
-            with replacing(folder / MASKS) as partial:
-                save_file(saved["masks"], partial, metadata={"capruner": json.dumps(_header(saved))})
+            save_tensors(folder / MASKS, saved["masks"], _header(saved))
 
     def _record(self, state: TrainerState) -> None:
         """Put everything but the masks into what becomes ``trainer_state.json``."""
@@ -162,11 +160,7 @@ def _digest(masks: Mapping[str, Tensor]) -> str:
 def _find_masks(
     args: TrainingArguments, state: TrainerState, saved: Mapping[str, Any], pruner: GradualPruner
 ) -> dict[str, Tensor]:
-    """The masks that ``saved`` was saved with: from the checkpoint's file, or by the zeros of the weights that the trainer has loaded from it.
-
-    Raises:
-        ValueError: neither are the saved ones.
-    """
+    """The masks of ``saved``, from the checkpoint's file or the zeros of the loaded weights; raise ``ValueError`` if neither has them."""
     folders = [_folder(args, state)]
     if isinstance(named := args.resume_from_checkpoint, str):
         folders.insert(0, Path(named))

@@ -1,4 +1,4 @@
-"""Image folders (or any data set that timm knows) as loaders, checked before the work starts."""
+"""Image folders and timm data sets as loaders, checked before the work starts."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from capruner.vision.image_folders import Converted, ImageFolder, Images, check_
 
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "hamming", "box", "random")
 SOURCES = ("torch", "hfds", "hfids", "tfds", "wds")
-"""What timm's names of data sets begin with; it takes any other for that of a folder."""
+"""Prefixes of timm's data sets; timm takes any other name for that of a folder."""
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
 
 
 def open_splits(data_dir: str, dataset: str, model: nn.Module) -> tuple[Dataset[Any], Dataset[Any]]:
-    """The training and the validation split.
+    """Open the training and the validation split.
 
     Args:
-        data_dir: folder with ``train/<class>/*`` and ``val/<class>/*``, or the root that a timm data set wants.
+        data_dir: folder with ``train/<class>/*`` and ``val/<class>/*``, or the root of a timm data set.
         dataset: "" for image folders, else a timm name such as ``torch/cifar10``.
 
     Raises:
-        UserError: no such folder, no image in it, other classes in one split than in the other or than the model has outputs, or a model whose input
-            is not an image of one or three channels.
+        UserError: a missing folder, no images, classes that differ between the splits or from the model's outputs, or a model whose input is not an
+            image of one or three channels.
     """
     root, mode = Path(data_dir), image_mode(model)
     if not root.is_dir():
@@ -83,11 +83,7 @@ def _open_dataset(root: Path, dataset: str, split: str, mode: str) -> Any:
 
 
 def image_mode(model: nn.Module) -> str:
-    """PIL's mode for the model's input: ``L`` for one channel, ``RGB`` for three.
-
-    Raises:
-        UserError: another number of channels.
-    """
+    """PIL's mode for the model's input, ``L`` or ``RGB``; raise ``UserError`` unless it has one or three channels."""
     channels = input_size(model)[0]
     if channels not in (1, 3):
         raise UserError(
@@ -108,7 +104,7 @@ def loader(
     generator: torch.Generator | None = None,
     limit: int | None = None,
 ) -> DataLoader[Any]:
-    """Batches of ``(images, labels)``, transformed as ``config`` (see :func:`preprocessing`) says; training augmentation only on request."""
+    """Batches of ``(images, labels)``, transformed as ``config`` (see :func:`preprocessing`) says; augmented only on request."""
     data.transform = create_transform(**config, is_training=augment)  # type: ignore[attr-defined]
     if limit is not None and limit < len(data):  # type: ignore[arg-type]
         chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:limit]  # type: ignore[arg-type]
@@ -124,7 +120,7 @@ def loader(
 
 
 def preprocessing(args: Any, model: nn.Module) -> dict[str, Any]:
-    """The data configuration of timm for a command line with :func:`capruner.cli.arguments.add_preprocessing`."""
+    """timm's data configuration for a command line with :func:`capruner.cli.arguments.add_preprocessing`."""
     for flag, value in (("--img-size", args.img_size), ("--crop-pct", args.crop_pct)):
         if value is not None and not value > 0:
             raise UserError(f"{flag} {value}: must be more than 0")
@@ -137,11 +133,11 @@ def preprocessing(args: Any, model: nn.Module) -> dict[str, Any]:
     per_channel = {"mean": args.mean or config["mean"], "std": args.std or config["std"]}
     found = config | {key: _per_channel(values, channels, f"--{key}") for key, values in per_channel.items()}
     if args.checkpoint and not (args.mean or args.std or args.crop_pct) and processes().rank == 0:
-        # The weights say nothing of it, and with another preprocessing than in training they are bad without any error.
+        # A checkpoint does not record its preprocessing, and a mismatch silently costs accuracy.
         mean, std = (" ".join(f"{value:g}" for value in found[key]) for key in ("mean", "std"))
         print(
             f"note: images are preprocessed as timm says for {args.model}: --mean {mean} --std {std} --crop-pct {found['crop_pct']:g}; "
-            f"give what {args.checkpoint} was trained with, where it is something else",
+            f"pass the preprocessing that {args.checkpoint} was trained with if it differs",
             file=sys.stderr,
         )
     return found
@@ -157,14 +153,14 @@ def _per_channel(values: Sequence[float], channels: int, flag: str) -> tuple[flo
 
 
 class Part(Dataset[Any]):
-    """Some of the images of a data set, with their own transform."""
+    """Some images of a data set, with their own transform."""
 
     def __init__(self, data: Dataset[Any], chosen: Sequence[int]) -> None:
         self._data, self._chosen = copy.copy(data), chosen
 
     @property
     def transform(self) -> Any:
-        """Of each image."""
+        """The transform of each image."""
         return self._data.transform  # type: ignore[attr-defined]
 
     @transform.setter
@@ -179,11 +175,7 @@ class Part(Dataset[Any]):
 
 
 def hold_out(data: Dataset[Any], count: int | None, seed: int) -> tuple[Part, Part]:
-    """All images but ``count`` random ones, and these. None: 2,000, but at most a fifth.
-
-    Raises:
-        UserError: that leaves no images.
-    """
+    """Split off ``count`` random images: the rest, and these. None: 2,000, but at most a fifth. Raise ``UserError`` if none would remain."""
     total = len(data)  # type: ignore[arg-type]
     if count is None:
         count = min(2000, max(1, total // 5))
@@ -195,11 +187,17 @@ def hold_out(data: Dataset[Any], count: int | None, seed: int) -> tuple[Part, Pa
     return Part(data, order[count:]), Part(data, order[:count])
 
 
+def sampled_batch_size(kwargs: Mapping[str, Any], default: int) -> int:
+    """``batch_size`` in a recipe's ``grad_sampler_kwargs``; any other parameter raises ``UserError``."""
+    if others := sorted(kwargs.keys() - {"batch_size", "device"}):
+        raise UserError(f"grad_sampler_kwargs: {others} mean nothing here; batch_size does")
+    return int(kwargs.get("batch_size", default))
+
+
 class CalibrationBatches:
     """SparseML's ``data_loader_builder`` over a training split: endless, reshuffled at each pass and at each call.
 
-    Batches are ``([images], {}, labels)`` on ``device``: SparseML's own sampler moves nothing. ``grad_sampler_kwargs`` of a recipe may set
-    ``batch_size``. The order follows from ``seed`` alone.
+    Batches are ``([images], {}, labels)`` on ``device``, because SparseML's own sampler moves nothing. The order depends on ``seed`` alone.
     """
 
     def __init__(
@@ -222,11 +220,7 @@ class CalibrationBatches:
     def __call__(
         self, kwargs: dict[str, Any] | None = None, **more: Any
     ) -> Iterator[tuple[list[Tensor], dict[str, Any], Tensor]]:
-        given = (kwargs or {}) | more
-        size = int(given.pop("batch_size", self._batch_size))
-        given.pop("device", None)
-        if given:
-            raise UserError(f"grad_sampler_kwargs: {sorted(given)} mean nothing here; batch_size does")
+        size = sampled_batch_size((kwargs or {}) | more, self._batch_size)
         batches = loader(*self._arguments, batch_size=size, shuffle=True, **self._options)  # type: ignore[arg-type]
         while True:
             for images, labels in batches:
@@ -234,7 +228,7 @@ class CalibrationBatches:
 
 
 class PlainBatches:
-    """The same batches as ``(images, labels)``, for :func:`capruner.prune`; each pass is a fresh call of the builder."""
+    """The batches of a builder as ``(images, labels)``, for :func:`capruner.prune`; each pass calls the builder again."""
 
     def __init__(self, builder: Callable[[dict[str, Any]], Iterator[Any]], kwargs: Mapping[str, Any]) -> None:
         self._builder = builder

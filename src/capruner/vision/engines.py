@@ -1,13 +1,14 @@
-"""Who carries out a one-shot recipe: capruner itself, or SparseML. Both offer the script the same few things.
+"""Engines for one-shot recipes, capruner itself (:class:`Native`) and SparseML, behind one interface.
 
-``modifier``, ``method`` (None: one of SparseML's own), ``final_sparsity``, ``names(model)``, ``override(values)``, ``prune`` where ``once`` (one
-calibration for the whole list of sparsities) and ``apply_at`` where not, ``remove_state()``.
+``modifier``, ``method`` (None for SparseML's own modifiers), ``final_sparsity``, ``names(model)``, ``override(values)``, ``prune`` if ``once`` (one
+calibration serves the whole list of sparsities) and ``apply_at`` otherwise, ``remove_state()``.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from capruner.checkpoint import remove_state
 from capruner.cli.arguments import UserError
 from capruner.cli.knobs import flag
 from capruner.config import SECOND_ORDER, knobs
+from capruner.distributed import processes
 from capruner.planning import Plan, plan
 from capruner.pruning import calibrate
 from capruner.recipes.one_shot import OURS, OneShot
@@ -29,7 +31,7 @@ from capruner.vision.output import folder_inside
 
 
 class Native:
-    """A recipe, or the flags that stand in for one, as a call of :func:`capruner.prune`."""
+    """A recipe, or the flags that replace one, as a call of :func:`capruner.prune`."""
 
     name = "native"
     once = True
@@ -45,15 +47,11 @@ class Native:
 
     @property
     def distill_passes(self) -> float:
-        """What the recipe and ``--distill-passes`` come to."""
+        """Passes of distillation, from the recipe or ``--distill-passes``."""
         return float(self._recipe.knobs.get("distill_passes", 0.0))
 
     def override(self, values: Mapping[str, Any]) -> None:
-        """Let values of the command line take precedence over the recipe's: knobs, ``state_dir``; ``costs`` are only checked.
-
-        Raises:
-            UserError: the method has no such knob.
-        """
+        """Override the recipe's knobs and ``state_dir``; ``costs`` are only checked. Raise ``UserError`` for a knob that the method lacks."""
         for name, value in values.items():
             methods = SECOND_ORDER if name == "state_dir" else knobs()[name].methods
             if self.method not in methods:
@@ -66,7 +64,7 @@ class Native:
                 self._recipe.knobs[name] = value
 
     def names(self, model: nn.Module) -> list[str]:
-        """Names of the parameters that are pruned."""
+        """Names of the parameters to prune."""
         return list(self._recipe.selected(model))
 
     def check_sparsities(self, model: nn.Module, sparsities: Sequence[float]) -> None:
@@ -86,11 +84,7 @@ class Native:
         return plan(model, data, cross_entropy, **self._recipe.keywords)
 
     def calibrate(self, model: nn.Module, batches: CalibrationBatches, costs: Any = None) -> CalibratedModel:
-        """One calibration for any sparsity.
-
-        Raises:
-            UserError: there is a state folder, or one sparsity per layer.
-        """
+        """Calibrate once for any sparsity; raise ``UserError`` with a state folder or with per-layer sparsities."""
         if self._state_dir is not None:
             raise UserError(
                 "--max-drop searches within one calibration, which is not saved; leave --state-dir (traces_backup_dir) out"
@@ -103,53 +97,64 @@ class Native:
         return calibrate(model, data, cross_entropy, **self._recipe.keywords, costs=costs)
 
     def remove_state(self) -> None:
-        """Delete the state of a killed calibration: the result is safe."""
+        """Delete the state of an interrupted calibration, once its result is safe."""
         if self._state_dir is not None:
             remove_state(self._state_dir)
 
 
 def cross_entropy(outputs: Any, labels: Tensor) -> Tensor:
-    """Of the logits, or of the first of a tuple of outputs."""
+    """Cross-entropy of the logits, or of the first of a tuple of outputs."""
     return nn.functional.cross_entropy(outputs[0] if isinstance(outputs, tuple) else outputs, labels)
 
 
 def unsupported(name: str, modifier: str) -> UserError:
-    """The error for a value of the command line that a modifier has no use for."""
+    """The error for a value of the command line that a modifier does not support."""
     shown = "--allocate-by macs" if name == "costs" else flag(name)
     return UserError(f"{shown} is not supported by {modifier}; leave it out")
 
 
 def open_recipe(path: str, engine: str | None, folder: Path) -> Any:
-    """A recipe file in the hands of an engine: the one that is asked for, or else SparseML for recipes with modifiers that are not ours, where it imports.
+    """A one-shot recipe, carried out by :class:`Native` or :class:`capruner.sparseml.recipe.BySparseML`; see :func:`by_engine`."""
+    return by_engine(
+        path, engine, OURS, lambda: Native(recipes.load(path), folder, path), "capruner.sparseml.recipe", folder
+    )
+
+
+def by_engine(
+    path: str, engine: str | None, ours: Container[str], native: Callable[[], Any], sparseml: str, *arguments: Any
+) -> Any:
+    """A recipe with the engine that was asked for. None: SparseML for recipes with modifiers that are not ``ours``, if it can be imported.
+
+    Args:
+        native: opens the recipe for capruner itself.
+        sparseml: the module whose ``BySparseML(path, *arguments)`` opens it for SparseML.
 
     Raises:
-        UserError: the recipe is none, or the engine cannot carry it out.
+        UserError: the recipe is invalid, or the engine cannot carry it out.
     """
-    foreign = [name for name in modifier_names(recipes.checked_text(path)) if name not in OURS]
+    foreign = [name for name in modifier_names(recipes.checked_text(path)) if name not in ours]
     if engine == "native" or (engine is None and not foreign):
-        return Native(recipes.load(path), folder, path)
+        return native()
     try:
-        from capruner.sparseml.recipe import BySparseML
+        module = importlib.import_module(sparseml)
     except ImportError as error:
         if engine == "sparseml":
             raise UserError(f"--engine sparseml: SparseML cannot be imported here ({error})") from error
-        found = Native(recipes.load(path), folder, path)
-        print(
-            f"note: SparseML cannot be imported here, so {found.modifier} is carried out by capruner's own method {found.method}",
-            file=sys.stderr,
-        )
-        return found
-    return BySparseML(path, folder)
+        opened = native()
+        if processes().rank == 0:
+            names = ", ".join(sorted(set(foreign)))
+            print(
+                f"note: SparseML cannot be imported here, so {names} is carried out by capruner's own methods",
+                file=sys.stderr,
+            )
+        return opened
+    return module.BySparseML(path, *arguments)
 
 
 def check_sparsities(
     final: Any, names: Sequence[str], model: nn.Module, sparsities: Sequence[float], path: str, dict_is_fine: bool
 ) -> None:
-    """Can a recipe with ``final`` sparsity prune these parameters of the model to these sparsities?
-
-    Raises:
-        UserError: the recipe gives each layer a sparsity of its own, or the model is sparser already than what is asked for.
-    """
+    """Raise ``UserError`` if the recipe has per-layer sparsities, or the model is already sparser than one of ``sparsities``."""
     if isinstance(final, dict) and (sparsities or not dict_is_fine):
         raise UserError(
             f"{path}: final_sparsity is a dict, one sparsity per layer, so --sparsities cannot replace it; "

@@ -14,7 +14,7 @@ from capruner.models.modes import eval_mode
 def evaluate(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device, name: str = "evaluate"
 ) -> dict[str, float]:
-    """``{"top1": %, "top5": %, "loss": mean cross entropy, "images": count}``; the model is in eval mode meanwhile."""
+    """``{"top1": %, "top5": %, "loss": mean cross-entropy, "images": count}``, in eval mode."""
     top1 = top5 = count = 0
     loss = 0.0
     with eval_mode(model), torch.inference_mode():

@@ -1,6 +1,6 @@
-"""Image classifiers of Hugging Face's ``transformers``, as the commands use timm's: images in, class scores out.
+"""Hugging Face's image classifiers, used like timm's: images in, class scores out.
 
-``--model hf:NAME`` takes a name on the hub or a folder that ``save_pretrained`` wrote. Preprocessing is what its image processor's configuration says.
+``--model hf:NAME`` takes a name on the hub or a folder of ``save_pretrained``. Preprocessing follows the image processor's configuration.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ _RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
 def is_huggingface(name: str) -> bool:
-    """Whether ``--model`` names such a model."""
+    """Whether ``--model`` names a Hugging Face model."""
     return name.startswith(PREFIX)
 
 
 def build(name: str, kwargs: Mapping[str, Any], pretrained: bool = False) -> nn.Module:
-    """A classifier in eval mode, called with a tensor of images and returning logits. Parameter names are those of ``transformers``.
+    """Build a classifier in eval mode that maps a tensor of images to logits. Parameter names are those of ``transformers``.
 
     Args:
         name: ``hf:NAME`` or ``hf:FOLDER``.
         kwargs: fields of its configuration to change, such as ``num_labels``.
-        pretrained: its weights; else random ones.
+        pretrained: load its weights; otherwise they are random.
 
     Raises:
-        ValueError: there is no such classifier, or its preprocessing cannot be carried out.
+        ValueError: no such classifier, or preprocessing that is not supported.
         ModuleNotFoundError: transformers is not installed.
     """
     try:
@@ -63,7 +63,7 @@ def build(name: str, kwargs: Mapping[str, Any], pretrained: bool = False) -> nn.
 
 
 def _logits_of(kind: Any) -> Any:
-    """A class like ``kind``, of the same name, whose forward takes a tensor of images and returns logits."""
+    """A subclass of ``kind`` with the same name, whose forward takes a tensor of images and returns logits."""
 
     def forward(self: Any, pixel_values: Tensor, **more: Any) -> Tensor:
         logits: Tensor = kind.forward(self, pixel_values=pixel_values, **more).logits
@@ -73,11 +73,7 @@ def _logits_of(kind: Any) -> Any:
 
 
 def preprocessing(name: str, processor: Mapping[str, Any], config: Any) -> dict[str, Any]:
-    """timm's data configuration for what an image processor does.
-
-    Raises:
-        ValueError: it does something that has no equivalent.
-    """
+    """timm's data configuration for an image processor; raise ``ValueError`` if there is no equivalent."""
     if processor.get("do_rescale", True) and abs(255 * processor.get("rescale_factor", 1 / 255) - 1) > 1e-6:
         raise ValueError(
             f"--model {name}: its image processor scales pixels by {processor['rescale_factor']:g}, not by 1/255; use capruner.prune"
@@ -100,7 +96,7 @@ def preprocessing(name: str, processor: Mapping[str, Any], config: Any) -> dict[
 
 
 def _sides(size: Any) -> tuple[int, int] | None:
-    """Height and width from what processors write: a number, ``{"height", "width"}`` or ``{"shortest_edge"}``."""
+    """Height and width from a processor's size: a number, ``{"height", "width"}`` or ``{"shortest_edge"}``."""
     if isinstance(size, Mapping):
         if "shortest_edge" in size:
             return int(size["shortest_edge"]), int(size["shortest_edge"])
@@ -111,11 +107,7 @@ def _sides(size: Any) -> tuple[int, int] | None:
 
 
 def save(model: nn.Module, folder: Path) -> None:
-    """Write ``folder`` whole: what ``from_pretrained`` loads, model and image processor.
-
-    Raises:
-        UserError: there is no room for it.
-    """
+    """Write ``folder`` in one step, for ``from_pretrained``: model and image processor. Raise ``UserError`` if it cannot be written."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

@@ -1,6 +1,6 @@
-"""Image folders ``<split>/<class>/*.jpg``: their classes, and each image in 8-bit colours.
+"""Image folders ``<split>/<class>/*.jpg``: their classes, and their images with 8 bits per channel.
 
-Classes and the order of images are those of timm's own reader, so that labels agree. Hidden files and folders are skipped.
+Labels and the order of images are those of timm's own reader. Hidden files and folders are skipped.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from capruner.distributed import processes
 
 FORMATS = (".jpg", ".jpeg", ".png")
 OTHER_FORMATS = {".avif", ".bmp", ".gif", ".heic", ".jfif", ".jp2", ".npy", ".ppm", ".tif", ".tiff", ".webp"}
-"""Endings of images that are read, and of files that somebody may have meant as images."""
+"""Endings of images that are read, and of files that were probably meant as images."""
 
 _log = logging.getLogger(__name__)
 
@@ -36,10 +36,10 @@ class ImageFolder(Reader):
     Attributes:
         samples: ``(path, label)``, sorted as timm sorts them.
         class_to_idx: ``{name of the innermost folder: label}``.
-        unread: ``{folder: {ending: number of files}}`` of files that are images of a format that is not read.
+        unread: ``{folder: {ending: count}}`` of images in formats that are not read.
 
     Raises:
-        UserError: two classes of the same name, images outside a class folder, or no image at all.
+        UserError: two classes of the same name, images outside a class folder, or no images.
     """
 
     def __init__(self, root: Path) -> None:
@@ -80,7 +80,7 @@ class ImageFolder(Reader):
         return {name: label for label, name in enumerate(sorted(places, key=natural_key))}
 
     def describe_unread(self) -> str:
-        """`` (dog: 3 .webp files ...)``, or nothing."""
+        """``; not read are dog: 3 .webp files ...``, or nothing."""
         parts = [f"{place}: {_counted(endings)}" for place, endings in sorted(self.unread.items())]
         return f"; not read are {'; '.join(parts[:4])}{'; ...' * (len(parts) > 4)}, convert them" if parts else ""
 
@@ -97,7 +97,7 @@ class ImageFolder(Reader):
 
 
 class Images(ImageDataset):
-    """timm's data set of images, which takes the next image in place of one that cannot be decoded, whatever the decoder raises."""
+    """timm's data set of images, except that one that cannot be decoded is replaced by the next, whatever the decoder raises."""
 
     def __init__(self, reader: Any, mode: str) -> None:
         super().__init__(root=None, reader=reader, input_img_mode=mode)
@@ -137,7 +137,7 @@ class Images(ImageDataset):
 
 
 def to_mode(image: Image.Image, mode: str, name: str = "an image") -> Image.Image:
-    """``image`` as ``RGB`` or ``L`` with eight bits per channel. Of 16 bits the upper eight are taken; transparency is dropped, as timm drops it.
+    """Convert to ``RGB`` or ``L`` with 8 bits per channel: the upper 8 of 16 bits; transparency is dropped, as timm does.
 
     Raises:
         UserError: pixels without a known range (floating point, 32-bit integers), or a mode that PIL does not convert.
@@ -174,11 +174,7 @@ class Converted(Dataset[Any]):
 
 
 def check_classes(splits: Mapping[str, ImageFolder], outputs: int | None) -> None:
-    """Both splits must have the same classes, and the model an output for each. Files that are not read are mentioned.
-
-    Raises:
-        UserError: names the classes and the split.
-    """
+    """Raise ``UserError`` unless both splits have the same classes and the model one output for each. Print a note about unread files."""
     (first, train), (second, val) = splits.items()
     for name, here, other, there in ((second, val, first, train), (first, train, second, val)):
         if missing := sorted(there.class_to_idx.keys() - here.class_to_idx.keys(), key=natural_key):

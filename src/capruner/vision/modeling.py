@@ -17,11 +17,7 @@ from capruner.report.checkpoint import load_weights
 
 
 def build_model(name: str, kwargs: dict[str, Any], checkpoint: str, pretrained: bool) -> Any:
-    """A model in eval mode, with the weights of ``checkpoint`` where one is given.
-
-    Raises:
-        UserError: unknown model, missing or foreign checkpoint, arguments that it does not take.
-    """
+    """Build a model in eval mode, with the weights of ``checkpoint`` if it is given; raise ``UserError`` if that fails."""
     try:
         model = build(name, kwargs, pretrained and not checkpoint)
         if checkpoint:
@@ -34,10 +30,10 @@ def build_model(name: str, kwargs: dict[str, Any], checkpoint: str, pretrained: 
 
 @torch.no_grad()
 def check_forward(model: nn.Module, input_size: Sequence[int], name: str, training: bool = False) -> None:
-    """Run ``model`` once on blank images before any work, in training mode if asked for; BatchNorm statistics and random states are as before.
+    """Run ``model`` once on blank images, in training mode if ``training``. Buffers, modes and random states are restored.
 
     Raises:
-        UserError: it does not take images of that size, or its output is not one tensor of class scores.
+        UserError: it does not accept images of that size, or does not return one tensor of class scores.
     """
     some = next(model.parameters())
     images = torch.zeros(2, *input_size, device=some.device, dtype=some.dtype)
@@ -62,8 +58,8 @@ def seed_everything(seed: int, *place: int) -> None:
 
     Args:
         seed: of the run.
-        place: where a training stands, its epoch and rank. With the same numbers the generators have the same states, so that a resumed run has no random
-            state to restore, and worker processes, whose seeds come from torch's, agree too.
+        place: epoch and rank of a training. Equal numbers give equal states, so a resumed run has no random state to restore; worker processes take
+            their seeds from torch's.
     """
     state = int(np.random.SeedSequence([seed, *place]).generate_state(1)[0]) if place else seed
     random.seed(state)
@@ -72,7 +68,7 @@ def seed_everything(seed: int, *place: int) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto``: the GPU where there is one."""
+    """``auto`` is the GPU if there is one; raise ``UserError`` for a device that torch does not have."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,4 +1,4 @@
-"""The flags of one-shot pruning, and what they ask for: a recipe, or a :class:`capruner.PruneConfig` made of the flags."""
+"""Flags of one-shot pruning, and the recipe or :class:`capruner.PruneConfig` that they describe."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from capruner.config import PruneConfig, knobs
 from capruner.core.patterns import parse_mask_type
 from capruner.methods import MethodName
 from capruner.recipes.catalog import locate
+from capruner.recipes.make import MODIFIERS
 from capruner.recipes.one_shot import KINDS, OneShot
 from capruner.vision import original_flags, output
 
-MODIFIERS = {"cap": "CAPruningModifier", "fast_cap": "FastCAPruningModifier", "obs": "OBSPruningModifier"}
 PUBLISHED: dict[str, dict[str, Any]] = {"obs": {"damp": 1e-6, "fisher_block_size": 192}}
-"""Constants of WoodFisher, which serves for comparison: they replace the defaults of the knobs."""
+"""Published constants of WoodFisher, a baseline; they replace the defaults of the knobs."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,11 +106,7 @@ def _add_output(group: argparse._ActionsContainer) -> None:
 
 
 def checked(args: argparse.Namespace) -> argparse.Namespace:
-    """Validate ``args`` together, and fill in the experiment's name.
-
-    Raises:
-        UserError: an invalid value, or flags that exclude each other.
-    """
+    """Validate ``args`` and fill in the experiment's name; raise ``UserError`` for invalid values, or flags that exclude each other."""
     cli.check_sparsities(args.sparsities)
     if args.max_drop is not None:
         if args.sparsities:
@@ -139,7 +135,7 @@ def checked(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def one_shot(args: argparse.Namespace) -> OneShot:
-    """The pruning that the flags ask for without a recipe.
+    """The pruning that the flags describe without a recipe.
 
     Raises:
         UserError: a knob that the method does not read.
@@ -159,14 +155,14 @@ def one_shot(args: argparse.Namespace) -> OneShot:
     # FastCAP gives each layer the same target, as published. N:M, and groups of magnitudes, are decided in each layer.
     together = {"fast_cap": False, "magnitude": pattern.group == 1}.get(method, pattern.n_m is None)
     globally = values.pop("global_sparsity", together)
-    modifier = MODIFIERS.get(method, "GlobalMagnitudePruningModifier" if globally else "MagnitudePruningModifier")
+    modifier = MODIFIERS[method][0] if globally or method != "magnitude" else "MagnitudePruningModifier"
     params = "__ALL_PRUNABLE__" if args.params is None else args.params
     read = {name: getattr(config, name) for name in {**KINDS[modifier].knobs, **values}}
     return OneShot(modifier, params, sparsity, globally, read)
 
 
 def recipe_text(recipe: OneShot) -> str:
-    """``recipe`` as YAML, with the parameters that its modifier has."""
+    """``recipe`` as YAML, with all parameters of its modifier."""
     kind = recipe.kind
     values = {name: value for name, value in recipe.knobs.items() if name in kind.knobs}
     values["mask_type"] = str(parse_mask_type(values["mask_type"]))

@@ -1,4 +1,4 @@
-"""One run of one-shot pruning: the dense model, its data, a recipe or flags, and the rows of its summary."""
+"""One run of one-shot pruning: the dense model, its data, a recipe or flags, and the rows of the summary."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ COLUMNS = {
 
 
 class Run:
-    """One invocation: the dense model, its data, and the rows of the summary so far."""
+    """One run: the dense model, its data, and the rows of the summary so far."""
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self.args = args
@@ -97,14 +97,14 @@ class Run:
         return f"{name} + distillation" if self.recipe.distill_passes else name
 
     def calibration_batches(self) -> images.CalibrationBatches:
-        """Images of the training split, in an order that follows from ``--seed`` alone."""
+        """Batches of the training split, in an order that depends on ``--seed`` alone."""
         args = self.args
         return images.CalibrationBatches(
             self.train, self.config, args.gs_batch_size, args.workers, args.gs_aug, args.seed, self.device
         )
 
     def stage_done(self, stage: str, parts: dict[str, float] | None = None) -> None:
-        """A stage ends and the next begins. ``parts``: seconds of what it consisted of."""
+        """End a stage and begin the next. ``parts``: seconds of each of its parts."""
         now = time.perf_counter()
         row = {"stage": stage, "seconds": now - self._stage_began, "peak_memory_gib": peak_memory(self.device)}
         self.stages.append(row | ({"parts": parts} if parts else {}))
@@ -119,7 +119,7 @@ class Run:
         predicted: dict[str, float] | None = None,
         divergence: float | None = None,
     ) -> None:
-        """Measure a model, write its checkpoint, and bring the summary up to date.
+        """Measure a model, write its checkpoint and update the summary.
 
         Args:
             predicted: increase of the loss by layer.
@@ -233,7 +233,7 @@ class Run:
 
 
 def peak_memory(device: torch.device) -> float:
-    """High-water mark of this process in GiB: the GPU's allocations, or resident memory."""
+    """High-water mark of this process in GiB: GPU allocations, or resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -273,7 +273,7 @@ def prune_within_a_drop(run: Run) -> None:
 
 
 def record_levels(run: Run, result: capruner.PruningResult, seconds: float) -> None:
-    """Measure all levels of a result that took ``seconds``."""
+    """Measure every level of a result that took ``seconds``."""
     run.stage_done("calibrate and prune", result.timings)
     capruner.measure_divergence(result, run.model, images.PlainBatches(run.calibration_batches(), {}))
     output.write_atomically(run.folder / "result.safetensors", result.save)
@@ -291,7 +291,7 @@ def record_levels(run: Run, result: capruner.PruningResult, seconds: float) -> N
             raise RuntimeError(f"{found} zeros in the model where the masks have {asked}: please report this")
 
 
-def prune_anew_at_each(run: Run) -> None:
+def prune_at_each_sparsity(run: Run) -> None:
     wanted = run.args.sparsities or [run.recipe.final_sparsity]
     for sparsity in sorted(set(wanted)):
         model = copy.deepcopy(run.model)
@@ -303,7 +303,7 @@ def prune_anew_at_each(run: Run) -> None:
 
 
 def prune(args: argparse.Namespace) -> None:
-    """Prune as the arguments (of :mod:`capruner.vision.one_shot_arguments`) say."""
+    """Prune as ``args`` (see :mod:`capruner.vision.one_shot_arguments`) say."""
     with output.new_folder(args.output, args.experiment) as folder:
         output.check_unused(folder, args.overwrite, args.checkpoint)
         run = Run(args, folder)
@@ -315,7 +315,7 @@ def prune(args: argparse.Namespace) -> None:
         run.stage_done("plan")
         (prune_by_one_calibration if args.max_drop is None else prune_within_a_drop)(run)
     else:
-        prune_anew_at_each(run)
+        prune_at_each_sparsity(run)
     run.finish()
     if run.recipe.once:
         run.recipe.remove_state()

@@ -1,6 +1,6 @@
-"""Flags of the original repository's scripts that have no counterpart here: the idle ones are accepted with a note, the others are refused with a replacement.
+"""Flags of the original repository's scripts without a counterpart here: harmless ones are accepted with a note, the others refused with a replacement.
 
-Flags that mean the same are aliases in the parsers (``--checkpoint-path``, ``--output-dir``, ``--grad-sampler-batch-size``, ``--opt-kwargs``, ...).
+Flags with the same meaning are aliases in the parsers (``--checkpoint-path``, ``--output-dir``, ``--grad-sampler-batch-size``, ``--opt-kwargs``, ...).
 """
 
 from __future__ import annotations
@@ -71,11 +71,11 @@ GONE: dict[str, tuple[int | str, str]] = {
 }
 """``{flag: (number of values as argparse has it, what to use)}``."""
 _NOTHING = (None, False, 0, "", 1, 1.0)
-"""Values by which a configuration file asks for nothing."""
+"""Values with which a configuration file leaves a flag unset."""
 
 
 class Idle(argparse.Action):
-    """A flag without effect: a note says why."""
+    """A flag without effect; a note says why."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         told = vars(parser).setdefault("_told", set())
@@ -85,7 +85,7 @@ class Idle(argparse.Action):
 
 
 class Gone(argparse.Action):
-    """A flag that is refused: the message says what to use."""
+    """A refused flag; the error names a replacement."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         parser.error(f"{flag(self.dest)} is not supported: {self.const}")
@@ -94,7 +94,7 @@ class Gone(argparse.Action):
 def add_idle(
     parser: argparse.ArgumentParser, idle: Mapping[str, tuple[int | str, str]], action: type[argparse.Action] = Idle
 ) -> None:
-    """Accept the flags of ``idle``, which ``--help`` does not list."""
+    """Accept the flags of ``idle`` without listing them in ``--help``."""
     for name, (count, why) in idle.items():
         parser.add_argument(
             flag(name), action=action, nargs=count, const=why, help=argparse.SUPPRESS, default=argparse.SUPPRESS
@@ -102,5 +102,5 @@ def add_idle(
 
 
 def asks_for_nothing(action: argparse.Action, value: Any) -> bool:
-    """Whether a configuration file sets a flag of the original to a value without effect."""
+    """Whether a configuration file sets one of these flags to a value without effect."""
     return isinstance(action, Idle) or (isinstance(action, Gone) and value is not True and value in _NOTHING)

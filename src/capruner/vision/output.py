@@ -1,4 +1,4 @@
-"""The folder of an experiment: found writable before the work, filled atomically after each step."""
+"""Experiment folders: checked to be writable before the work, filled atomically after each step."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from capruner.text import text_table
 
 
 def make_folder(output: str, experiment: str) -> Path:
-    """``output/experiment``, made and tried out. What killed runs left half-written in it is deleted: no process writes there yet.
+    """Create ``output/experiment``, check that it is writable, and delete incomplete files of killed runs: no process writes there yet.
 
     Raises:
-        UserError: the name leads out of ``output``, or nothing can be written there.
+        UserError: the name leads out of ``output``, or the folder is not writable.
     """
     folder = Path(output) / experiment
     if not experiment or Path(experiment).is_absolute() or ".." in Path(experiment).parts:
@@ -48,15 +48,11 @@ ONE_SHOT = (
     "result.safetensors",
     "checkpoints/sparsity_*.safetensors",
 )
-"""What one-shot pruning writes into the folder of an experiment, besides the recipe."""
+"""Files of one-shot pruning in the folder of an experiment, except the recipe."""
 
 
 def check_unused(folder: Path, overwrite: bool, checkpoint: str) -> None:
-    """Refuse a folder that holds something else than an interrupted run of one-shot pruning, unless it is to be overwritten.
-
-    Raises:
-        UserError: it holds a finished run, a training, or the weights to start from.
-    """
+    """Raise ``UserError`` for a folder with a finished run (unless ``overwrite``), a training, or the weights to start from."""
     if (folder / "last.pt").exists() or (folder / "arguments.yaml").exists():
         raise UserError(f"{folder} holds a run of sparse_training.py; choose another --experiment")
     if checkpoint and folder.resolve() in Path(checkpoint).resolve().parents:
@@ -75,20 +71,20 @@ def _is_finished(summary: Path) -> bool:
 
 
 def remove_earlier(folder: Path) -> None:
-    """Delete what an earlier run of one-shot pruning has written: the folder of an experiment holds one run."""
+    """Delete the files of an earlier run of one-shot pruning."""
     for pattern in ONE_SHOT:
         for path in folder.glob(pattern):
             path.unlink()
 
 
 def model_label(name: str) -> str:
-    """A timm model's name as part of a folder's: of ``hf-hub:OWNER/NAME`` and ``local-dir:FOLDER`` without the source and with no separators."""
+    """A model name as part of a folder name: ``hf-hub:OWNER/NAME`` and ``local-dir:FOLDER`` lose their source and separators."""
     return re.sub(r"[^\w.-]+", "_", name.partition(":")[2] or name).strip("_.")
 
 
 @contextmanager
 def new_folder(output: str, experiment: str) -> Iterator[Path]:
-    """:func:`make_folder`; what was made and is still empty when an error comes out of the block goes again."""
+    """:func:`make_folder`; if the block raises, new folders that are still empty are removed."""
     folder = Path(output) / experiment
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
@@ -101,11 +97,7 @@ def new_folder(output: str, experiment: str) -> Iterator[Path]:
 
 
 def folder_inside(folder: Path, named: str) -> Path:
-    """A recipe's ``traces_backup_dir`` in ``folder``, the experiment's: a recipe is data, and writes nowhere else.
-
-    Raises:
-        UserError: it leads out of it.
-    """
+    """A recipe's ``traces_backup_dir`` inside ``folder``; raise ``UserError`` if it leads out of it: a recipe must not write elsewhere."""
     place = (folder / named).resolve()
     if Path(named).is_absolute() or folder.resolve() not in place.parents:
         raise UserError(
@@ -116,11 +108,7 @@ def folder_inside(folder: Path, named: str) -> Path:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """``write`` a file beside ``path`` and put it there in one step: a killed run leaves the old file or the new one.
-
-    Raises:
-        UserError: the disk is full, or the folder is gone.
-    """
+    """Let ``write`` create a file and move it into place in one step; raise ``UserError`` if the disk is full or the folder is gone."""
     try:
         with replacing(path) as partial:
             write(partial)

@@ -1,4 +1,4 @@
-"""The two pictures of an experiment."""
+"""The two plots of an experiment."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from capruner.report.charts import halvings
+from capruner.report.heatmap import shown
+
 # Okabe and Ito's colours: told apart by everybody.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -24,9 +27,9 @@ Layers = Mapping[float, Sequence[Mapping[str, Any]]]
 def accuracy_vs_sparsity(
     path: Path, curves: Mapping[str, Sequence[tuple[float, float]]], dense: float, title: str
 ) -> None:
-    """Top-1 over sparsity, a labelled curve per method and a line for the dense model.
+    """Plot top-1 accuracy against sparsity: a labelled curve per method, and a line for the dense model.
 
-    The axis is logarithmic in the weights that stay: from 50 to 75 % is as far as from 98 to 99 %, a halving.
+    The axis is logarithmic in the weights that remain: 50 to 75 % is as far as 98 to 99 %, a halving.
 
     Args:
         curves: method to ``(sparsity in [0, 1), top-1 in %)`` points, at least one each.
@@ -37,7 +40,7 @@ def accuracy_vs_sparsity(
     axes.axhline(dense, color=GREY, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
     ends: dict[str, float] = {}
     for (name, curve), colour, marker in zip(curves.items(), COLOURS, MARKERS):
-        xs, ys = zip(*[(_halvings(s), top1) for s, top1 in sorted(curve)])
+        xs, ys = zip(*[(halvings(s), top1) for s, top1 in sorted(curve)])
         axes.plot(xs, ys, color=colour, marker=marker, linewidth=2, markersize=6, clip_on=False, zorder=3)
         ends[name] = ys[-1]
         if len(curves) == 1:
@@ -56,9 +59,9 @@ def accuracy_vs_sparsity(
             fontweight="bold" if name in ends else "normal",
             annotation_clip=False,
         )
-    axes.set_xticks([_halvings(s) for s in points], [f"{100 * s:g}" for s in points])
+    axes.set_xticks([halvings(s) for s in points], [f"{100 * s:g}" for s in points])
     axes.set_ylim(0, 103)
-    axes.set_xlabel("weights removed (% of the prunable ones), by the logarithm of what stays")
+    axes.set_xlabel("weights removed (% of the prunable ones), logarithmic in what remains")
     axes.set_ylabel("top-1 accuracy (%)")
     axes.set_title(title, loc="left", fontsize=11, pad=12)
     axes.grid(axis="y", color="#dddddd", linewidth=0.8)
@@ -68,20 +71,20 @@ def accuracy_vs_sparsity(
 
 
 def layer_sparsity(path: Path, methods: Mapping[str, Layers], title: str) -> None:
-    """Heat maps of the sparsity of each layer (rows) at each overall sparsity (columns), one for each method; logarithmic in what stays."""
+    """Plot a heat map per method of the sparsity of each layer (rows) at each overall sparsity (columns), logarithmic in what remains."""
     first = next(iter(methods.values()))
     names = [row["name"] for row in next(iter(first.values()))]
     columns = max(len(layers) for layers in methods.values())
     size = (1.9 + (0.55 * columns + 0.35) * len(methods), 1.0 + 0.23 * len(names))
     figure, panels = plt.subplots(1, len(methods), figsize=size, sharey=True, squeeze=False, layout="constrained")
     for axes, (method, layers) in zip(panels[0], methods.items()):
-        grid = [[100 * row["sparsity"] for row in rows] for rows in zip(*layers.values())]
-        shades = [[min(_halvings(value / 100), DARKEST) if value < 100 else DARKEST for value in line] for line in grid]
+        grid = [[row["sparsity"] for row in rows] for rows in zip(*layers.values())]
+        shades = [[min(halvings(share), DARKEST) for share in line] for line in grid]
         axes.imshow(shades, aspect="auto", cmap="Blues", vmin=0, vmax=DARKEST)
         for i, line in enumerate(grid):
-            for j, value in enumerate(line):
+            for j, share in enumerate(line):
                 ink = "white" if shades[i][j] > 0.55 * DARKEST else "black"
-                axes.text(j, i, _percent(value), ha="center", va="center", fontsize=7.5, color=ink)
+                axes.text(j, i, shown(share), ha="center", va="center", fontsize=7.5, color=ink)
         axes.set_xticks(range(len(layers)), [f"{100 * s:g}" for s in layers])
         axes.set_yticks(range(len(names)), [name.removesuffix(".weight") for name in names], fontsize=8)
         axes.tick_params(length=0)
@@ -93,18 +96,8 @@ def layer_sparsity(path: Path, methods: Mapping[str, Layers], title: str) -> Non
     _save(figure, path)
 
 
-def _halvings(sparsity: float) -> float:
-    """How often the dense weights were halved: 1 at 0.5, 2 at 0.75."""
-    return -math.log2(1 - sparsity)
-
-
-def _percent(value: float) -> str:
-    """Two digits, three where they matter; 100 only where nothing is left."""
-    return f"{value:.0f}" if value < 98 or value == 100 else f"{math.floor(10 * value) / 10:.1f}"
-
-
 def _apart(heights: Mapping[str, float], gap: float = 5.0) -> dict[str, float]:
-    """Label heights moved up where they would cover each other, in the given order of names."""
+    """Label heights moved up where labels would overlap, in the order of ``heights``."""
     moved: dict[str, float] = {}
     floor = -math.inf
     for name in sorted(heights, key=heights.__getitem__):

@@ -1,4 +1,4 @@
-"""One training run while a recipe prunes: the model, what drives it, and where it stands."""
+"""One training run in which a recipe prunes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from capruner.vision.training_schedule import Schedule
 
 
 class Training:
-    """One run: the model, what drives it, and where it stands."""
+    """One run: the model, its data, optimizer and recipe, and how far it is."""
 
     def __init__(self, args: argparse.Namespace, processes: Processes, folder: Path) -> None:
         self.args, self.processes, self.folder = args, processes, folder
@@ -247,7 +247,7 @@ class Training:
             self._keep(row)
 
     def _keep(self, row: dict[str, Any]) -> None:
-        """Write all files of an epoch, ``last.pt`` at the end: what a kill in between has written twice is the same twice."""
+        """Write all files of an epoch, ``last.pt`` last: after a kill in between, the repeated epoch writes the same files."""
         args, chosen = self.args, self.ema.module if self.ema else self.model
         score, level = row["ema_top1" if self.ema else "top1"], f"{row['sparsity']:.4f}"
         if self.epoch and (level not in self.best or score > self.best[level]["top1"]):
@@ -300,7 +300,7 @@ class Training:
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train as the arguments (of :mod:`capruner.vision.training_arguments`) say."""
+    """Train as ``args`` (see :mod:`capruner.vision.training_arguments`) say."""
     with (
         started(modeling.pick_device(args.device), args.timeout) as processes,
         output.new_folder(args.output, args.experiment) as folder,

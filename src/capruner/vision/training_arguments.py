@@ -1,4 +1,4 @@
-"""The command line of ``sparse_training.py``: timm's flags where timm has them, and those of gradual pruning."""
+"""The command line of ``sparse_training.py``: timm's flags where it has them, and those of gradual pruning."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags, in groups."""
     parser.add_argument("data_positional", nargs="?", metavar="DIR", help="the data, as --data-dir")
     parser.add_argument(
-        "-c", "--config", help="YAML with any of these flags as keys; what the command line says goes first"
+        "-c", "--config", help="YAML with any of these flags as keys; flags of the command line take precedence"
     )
     for add in (_pruning, _data, _model, _training, _schedule, _augmentation, _device, _output):
         add(parser)
@@ -33,7 +33,7 @@ def _pruning(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--sparseml-recipe",
         help="YAML of SparseML modifiers: what is pruned, how far, when; see research/recipes/gradual_pruning. Its end is the number of epochs; "
-        "where it sets learning rates, --lr and --sched mean nothing",
+        "where it sets learning rates, --lr and --sched are ignored",
     )
     cli.add_engine(group)
     group.add_argument(
@@ -238,14 +238,14 @@ def _output(parser: argparse.ArgumentParser) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """:func:`parse_with` a parser of its own."""
+    """:func:`parse_with` a new parser."""
     parser = cli.Parser()
     add_arguments(parser)
     return parse_with(parser, argv)
 
 
 def parse_with(parser: cli.Parser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments, with the values of ``--config`` below those of the command line.
+    """Parse ``argv``; values of ``--config`` apply where the command line sets none.
 
     Raises:
         UserError: a missing flag, an unknown key of the configuration, an invalid value.
@@ -296,7 +296,7 @@ def uses_mixup(args: argparse.Namespace) -> bool:
 
 
 def _config_flags(parser: argparse.ArgumentParser, path: str) -> list[str]:
-    """The file's keys as flags, so that they are checked as those are."""
+    """The keys of a configuration file as flags, so that they are checked like those."""
     shipped = Path(str(files("capruner.vision") / "configs" / f"{path}.yaml"))
     if not Path(path).is_file() and shipped.is_file():
         path = str(shipped)

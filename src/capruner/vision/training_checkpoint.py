@@ -1,7 +1,7 @@
-"""Checkpoints: weights for others to load, and all that a stopped run needs to resume.
+"""Checkpoints of a training: weights for others to load, and all that a stopped run needs to resume.
 
-``last.pt`` is a file of ``torch.save`` that holds tensors and plain values only; it is read with ``weights_only=True``, so that a foreign file can run no
-code. Files are written beside their place and moved there when they are whole and on disk: after a kill or a power cut the old one is there, or the new one.
+``last.pt`` holds tensors and plain values only and is read with ``weights_only=True``, so a foreign file cannot run code. Files are written in one
+step: after a kill or a power cut either the old or the new one is complete.
 """
 
 from __future__ import annotations
@@ -26,21 +26,17 @@ CONTENT: dict[str, Any] = {
     "wandb_id": (str, type(None)),
     **{"recipe": str, "steps_per_epoch": int, "processes": int},
 }
-"""What a checkpoint of training holds, and of which kind."""
+"""Keys and types of a checkpoint."""
 
 
 def save_weights(path: Path, model: nn.Module, masks: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """A safetensors file that ``timm.create_model(..., checkpoint_path=path)`` loads.
-
-    Raises:
-        RuntimeError: a pruned weight is not zero.
-    """
+    """Write a file that ``timm.create_model(..., checkpoint_path=path)`` loads; raise ``RuntimeError`` if a pruned weight is not zero."""
     check_zeros(model, masks, path.name)
     output.save_weights(path, model, {"capruner": json.dumps(metadata)})  # one key: several would come in random order
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Everything that :func:`load_state` gives back."""
+    """Write ``state`` for :func:`load_state`."""
 
     def write(partial: Path) -> None:
         try:
@@ -52,10 +48,10 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """A file of :func:`save_state`, tensors on the CPU.
+    """Read a file of :func:`save_state`, tensors on the CPU.
 
     Raises:
-        UserError: the file is missing, torn (every part's checksum is verified), or something else.
+        UserError: the file is missing, damaged (the checksum of every part is verified), or something else.
     """
     if not path.is_file():
         raise UserError(f"--resume {path}: no such file")
@@ -96,11 +92,7 @@ def load_state(path: Path) -> dict[str, Any]:
 
 
 def load_training(path: Path) -> dict[str, Any]:
-    """:func:`load_state`, of a whole training.
-
-    Raises:
-        UserError: as there, or something is missing.
-    """
+    """:func:`load_state` of a whole training; raise ``UserError`` if something is missing."""
     state = load_state(path)
     wrong = [key for key, kind in CONTENT.items() if key not in state or not isinstance(state[key], kind)]
     if wrong:

@@ -1,6 +1,6 @@
 """Images for training, evaluation and gradient samples.
 
-What comes out follows from seed, epoch and step alone, so that a resumed run sees what it would have seen.
+They depend on seed, epoch and step alone, so a resumed run sees the same images.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from capruner.cli.arguments import UserError
+from capruner.vision.data import sampled_batch_size
 from capruner.vision.training_arguments import uses_mixup
 from capruner.vision.training_processes import Processes
 
@@ -27,10 +28,10 @@ Batch = tuple[list[Tensor], dict[str, Any], Tensor]
 def train_loader(
     data: Dataset[Any], config: dict[str, Any], args: argparse.Namespace, processes: Processes, num_classes: int
 ) -> tuple[Any, Mixup | None]:
-    """timm's training loader, and the mixup that is left to do per batch (None where the loader mixes itself, or nothing is mixed).
+    """timm's training loader, and the mixup to apply to each batch: None if the loader mixes itself, or nothing is mixed.
 
     Raises:
-        UserError: a stream of unknown length, fewer images than one batch.
+        UserError: a stream of unknown length, or fewer images than one batch.
     """
     if isinstance(data, IterableDataset):
         raise UserError(f"--dataset {args.dataset} is a stream; gradual pruning needs a data set of known length")
@@ -93,7 +94,7 @@ def train_loader(
 def validation_loader(
     data: Dataset[Any], config: dict[str, Any], args: argparse.Namespace, processes: Processes
 ) -> DataLoader[Any]:
-    """This process's share of the validation images, each image in one share only."""
+    """Loader of this process's share of the validation images; each image is in one share only."""
     data.transform = create_transform(**config)  # type: ignore[attr-defined]
     chosen = list(range(len(data)))  # type: ignore[arg-type]
     if args.val_limit is not None:
@@ -107,11 +108,11 @@ def validation_loader(
 class GradientSamples:
     """SparseML's ``data_loader_builder``: endless batches of ``([images], {}, labels)`` on the model's device.
 
-    All processes together draw what one process would have drawn alone: each takes every ``size``-th batch. The order follows from the seed and from the
-    number of optimizer steps taken, so that every calibration sees other images, and a resumed run the same.
+    Together, the processes draw what a single one would: each takes every ``size``-th batch. The order depends on the seed and on the number of
+    optimizer steps, so every calibration sees new images, and a resumed run the same ones.
 
     Args:
-        step: says how many optimizer steps were taken.
+        step: returns the number of optimizer steps taken.
     """
 
     def __init__(
@@ -128,11 +129,7 @@ class GradientSamples:
         self._drawn = (-1, 0)
 
     def __call__(self, kwargs: dict[str, Any] | None = None, **more: Any) -> Callable[[], Iterator[Batch]]:
-        given = (kwargs or {}) | more
-        size = int(given.pop("batch_size", self._args.gs_batch_size))
-        given.pop("device", None)
-        if given:
-            raise UserError(f"grad_sampler_kwargs: {sorted(given)} mean nothing here; batch_size does")
+        size = sampled_batch_size((kwargs or {}) | more, self._args.gs_batch_size)
         return lambda: self._batches(size)
 
     def _batches(self, size: int) -> Iterator[Batch]:

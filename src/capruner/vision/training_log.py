@@ -1,4 +1,4 @@
-"""What a run tells: a line per epoch, summary.csv, a picture, the sparsity of each layer at each update, Weights & Biases."""
+"""The log of a training: a line per epoch, summary.csv, a plot, layer sparsities at each update, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LINE = {
 
 
 class Log:
-    """Rows of all epochs so far, restored on resuming: every file is written from them, so that nothing is doubled or lost.
+    """Rows of all epochs so far, restored on resuming: every file is written from them, so nothing is doubled or lost.
 
     Attributes:
         rows: one per epoch; row 0 is the model before training.
@@ -56,7 +56,7 @@ class Log:
         self.wandb_id = self._wandb.id or self.wandb_id
 
     def update(self, epoch: float, masks: Mapping[str, Tensor]) -> None:
-        """A pruning update has happened at ``epoch``."""
+        """Record a pruning update at ``epoch``."""
         layers = mask_rows(masks)
         self.updates.append({"epoch": epoch, "sparsity": sparsity_of(dict(masks)), "layers": layers})
         output.write_json(self.folder / "layer_sparsity.json", self.updates)
@@ -65,7 +65,7 @@ class Log:
             print(output.table(shown, {"name": "layer", "numel": "weights", "zeros": "removed", "sparsity": "%"}))
 
     def epoch(self, row: dict[str, Any], model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-        """An epoch is done."""
+        """Record a finished epoch."""
         self.rows.append(row)
         parts = [text.format(row[key]) for key, text in LINE.items() if row.get(key) is not None]
         print(f"epoch {row['epoch']:>3}: " + ", ".join(parts) + f", {row['seconds']:.1f} s", flush=True)
@@ -93,13 +93,13 @@ class Log:
             )
 
     def close(self) -> None:
-        """Nothing more will come."""
+        """End the run in Weights & Biases."""
         if self._wandb:
             self._wandb.finish()
 
 
 def training_curves(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> None:
-    """Accuracy above, sparsity below, over epochs."""
+    """Plot accuracy (above) and sparsity (below) over epochs."""
     figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(7, 5.5), height_ratios=(3, 2))
     epochs = [row["epoch"] for row in rows]
     for key, label, colour in (("top1", "model", COLOURS[0]), ("ema_top1", "moving average", COLOURS[1])):
@@ -134,6 +134,6 @@ def training_curves(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -
 
 
 def learning_rate(optimizer: torch.optim.Optimizer) -> float:
-    """Mean over parameter groups."""
+    """Mean learning rate of the parameter groups."""
     rates = [group["lr"] for group in optimizer.param_groups]
     return sum(rates) / len(rates)

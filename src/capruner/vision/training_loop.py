@@ -1,4 +1,4 @@
-"""One epoch of training, one evaluation, and the optimizer step that the recipe hangs on."""
+"""One epoch of training, one evaluation, and the optimizer step that a recipe wraps."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _LOOK_AT_LOSS_EVERY = 20  # steps; looking waits for the GPU
 
 
 class Stepper:
-    """What the recipe's manager wraps in place of the optimizer.
+    """Stands in for the optimizer where a recipe's manager wraps it.
 
-    Its ``step`` is called once per ``--grad-accum-steps`` batches, also when mixed precision then skips the optimizer's step: the recipe's clock counts it
-    all the same. (Wrapping the optimizer itself would let every skipped step delay the recipe.)
+    Its ``step`` is called once per ``--grad-accum-steps`` batches and counts for the recipe even if mixed precision skips the optimizer's step. Wrapping
+    the optimizer itself would delay the recipe with every skipped step.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Stepper:
         self._gradients: list[Tensor | None] = []
 
     def keep_gradients(self) -> None:
-        """Remember the training gradients: modifiers of SparseML that draw gradient samples discard them."""
+        """Remember the training gradients, which SparseML's modifiers discard when they draw gradient samples."""
         self._gradients = [p.grad for p in self._parameters]
 
     def step(self) -> None:
@@ -53,7 +53,7 @@ class Stepper:
 
 
 def precision(args: argparse.Namespace, device: torch.device) -> tuple[Callable[[], Any], torch.amp.GradScaler]:
-    """Autocast as ``--amp`` says, and the loss scaling that float16 needs; both idle without."""
+    """Autocast and loss scaler for ``--amp``; without it both do nothing."""
     default = "float16" if device.type == "cuda" else "bfloat16"
     dtype = getattr(torch, args.amp_dtype or default)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp and dtype == torch.float16)
@@ -63,7 +63,7 @@ def precision(args: argparse.Namespace, device: torch.device) -> tuple[Callable[
 
 
 def training_loss(args: argparse.Namespace) -> nn.Module:
-    """The loss that fits mixup and smoothing, as timm's training script chooses it."""
+    """The loss that fits mixup and smoothing, chosen as in timm's training script."""
     if args.bce_loss:
         return BinaryCrossEntropy(0.0 if uses_mixup(args) else args.smoothing, args.bce_target_thresh)
     if uses_mixup(args):
@@ -86,8 +86,8 @@ def train_one_epoch(
     """Train on every batch once.
 
     Args:
-        model: on several processes the wrapped one.
-        take_step: called after the backward pass of each ``grad_accum_steps`` batches, the last ones of an epoch in any case.
+        model: wrapped if there are several processes.
+        take_step: called after the backward pass of every ``grad_accum_steps`` batches, and of the last ones of the epoch.
 
     Returns:
         ``train_loss`` and ``images_per_second`` over all processes.
@@ -132,7 +132,7 @@ def train_one_epoch(
 def measure(
     model: nn.Module, loader: Any, processes: Processes, autocast: Callable[[], Any], name: str
 ) -> dict[str, float]:
-    """``top1``, ``top5`` (%) and ``loss`` over all processes' shares of the validation images."""
+    """``top1``, ``top5`` (%) and ``loss`` over the validation images of all processes."""
     found = {"top1": 0.0, "top5": 0.0, "loss": 0.0, "images": 0}
     if len(loader):
         with autocast():

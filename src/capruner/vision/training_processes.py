@@ -1,4 +1,4 @@
-"""The processes of a training run: started by a launcher, each on its device, compared with each other."""
+"""The processes of a training run, each on its device."""
 
 from __future__ import annotations
 
@@ -49,11 +49,7 @@ class Processes:
         return [self.everybody.sum(value) for value in values]
 
     def check_equal(self, tensors: Mapping[str, Tensor], when: str) -> None:
-        """Check that all processes hold bit-identical tensors.
-
-        Raises:
-            RuntimeError: names the ranks and the first tensor that differ from rank 0.
-        """
+        """Raise ``RuntimeError``, naming ranks and tensor, unless all processes hold bit-identical tensors."""
         if self.size == 1:
             return
         digests = self.everybody.all_gather_objects([digest([tensor]) for tensor in tensors.values()])
@@ -67,10 +63,10 @@ class Processes:
 
 @contextmanager
 def started(device: torch.device, timeout: float) -> Iterator[Processes]:
-    """Among the other processes, if a launcher has set ``WORLD_SIZE``: NCCL on GPUs, gloo on CPUs.
+    """Join the other processes if a launcher has set ``WORLD_SIZE``: NCCL on GPUs, gloo on CPUs.
 
     Args:
-        device: where to work; of several processes on GPUs each takes the one of its ``LOCAL_RANK``.
+        device: with several processes on GPUs each uses the one of its ``LOCAL_RANK``.
         timeout: seconds after which waiting for another process is an error.
 
     Raises:
@@ -108,7 +104,7 @@ _ENVIRONMENT = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
 
 
 def parallel(model: nn.Module, processes: Processes) -> nn.Module:
-    """``model`` with gradients averaged over processes in the backward pass; as it is for one."""
+    """``model`` with gradients averaged over several processes in the backward pass; itself if there is one process."""
     if processes.size == 1:
         return model
     devices = [processes.device] if processes.device.type == "cuda" else None

@@ -1,4 +1,4 @@
-"""``--resume`` with other arguments: each takes effect, or is refused by name. Which of the two is in the tables here."""
+"""``--resume`` with changed arguments: each takes effect or is refused by name, as the tables here say."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WITHOUT_EFFECT = {
     *("workers", "pin_mem", "val_batch_size", "grad_checkpointing"),
     *("log_sparsity", "log_wandb", "log_param_histogram", "checkpoint_freq", "save_last"),
 }
-"""Where and how a run works and what it writes: may differ without a word. (The recipe's text is compared, not its place.)"""
+"""Where and how a run works, and what it writes: free to change. (The recipe's text is compared, not its path.)"""
 
 EACH_EPOCH = {
     *("epochs", "seed", "gs_batch_size", "gs_aug", "no_prefetcher", "channels_last", "sync_bn", "dist_bn"),
@@ -43,7 +43,7 @@ EACH_EPOCH = {
     *("mixup", "cutmix", "cutmix_minmax", "mixup_prob", "mixup_switch_prob", "mixup_mode", "mixup_off_epoch"),
     *("smoothing", "bce_loss", "bce_target_thresh"),
 }
-"""Read again in each epoch, and in no saved state: take effect from the next epoch on."""
+"""Read in each epoch and not part of a saved state: take effect from the next epoch on."""
 
 SCHEDULE = {
     *("sched", "sched_on_updates", "lr", "lr_noise", "lr_noise_pct", "lr_noise_std", "lr_cycle_mul", "lr_cycle_decay"),
@@ -69,22 +69,18 @@ RATE_SOURCES = {"lr_base", "lr_base_size", "lr_base_scale"}
 """Take effect through ``lr``, which is computed from them unless it is given."""
 
 STARTING = {"pretrained", "checkpoint", "random_weights"}
-"""Where the first weights came from: may be left out when resuming, and not be something else."""
+"""Where the first weights came from: may be left out when resuming, but not changed."""
 
-# Everything else is built into the weights, the saved state or the measurements so far, and is refused: the model, the data, --batch-size, --opt, ...
+# All others determine the weights, the saved state or the measurements so far, and are refused: the model, the data, --batch-size, --opt, ...
 
 
 def plain(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments as values that a checkpoint or YAML holds."""
+    """The arguments as values for a checkpoint or YAML."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(args).items()}
 
 
 def changed_arguments(then: Mapping[str, Any], args: argparse.Namespace) -> dict[str, tuple[Any, Any]]:
-    """``{argument: (value before, value now)}`` of those that matter.
-
-    Raises:
-        UserError: names one that cannot change, with both values.
-    """
+    """``{argument: (value before, value now)}`` of those that matter; raise ``UserError`` for one that cannot change."""
     now = plain(args)
     keys = sorted((then.keys() | now.keys()) - WITHOUT_EFFECT)
     changes = {key: (then.get(key), now.get(key)) for key in keys if then.get(key) != now.get(key)}
@@ -98,11 +94,7 @@ def changed_arguments(then: Mapping[str, Any], args: argparse.Namespace) -> dict
 
 
 def check_state(saved: Mapping[str, Any], epochs: int, here: Mapping[str, Any]) -> None:
-    """What no argument says must be as it was too: ``here`` has the recipe's text, the steps per epoch and the number of processes.
-
-    Raises:
-        UserError: they differ, or more epochs are done than ``--epochs`` says.
-    """
+    """Raise ``UserError`` if recipe, steps per epoch or number of processes (``here``) changed, or more epochs are done than ``epochs``."""
     if saved["epoch"] > epochs:
         raise UserError(f"--resume: --epochs {epochs}, but {saved['epoch']} epochs are done already; ask for more")
     if saved["recipe"] != here["recipe"]:
@@ -117,11 +109,7 @@ def check_state(saved: Mapping[str, Any], epochs: int, here: Mapping[str, Any]) 
 
 
 def check_schedule(changes: Mapping[str, tuple[Any, Any]], recipe_sets_rate: bool, sched: str) -> None:
-    """Refuse changes of the learning rate that would have no effect.
-
-    Raises:
-        UserError: names the argument, with both values.
-    """
+    """Raise ``UserError`` for changes of the learning rate that would have no effect."""
     for key, values in changes.items():
         if key in RATE_SOURCES and "lr" not in changes:
             _refuse(key, values, "--lr is given and goes before it")
@@ -132,11 +120,7 @@ def check_schedule(changes: Mapping[str, tuple[Any, Any]], recipe_sets_rate: boo
 
 
 def check_groups(changes: Mapping[str, tuple[Any, Any]], saved: Mapping[str, Any], optimizer: Any) -> None:
-    """A saved optimizer state fits the same parameter groups only; no weight decay makes one group of two, for example.
-
-    Raises:
-        UserError: names the argument that makes other groups.
-    """
+    """Raise ``UserError`` if the saved optimizer state has other parameter groups. Without weight decay there is one instead of two, for example."""
     then, now = (
         [len(group["params"]) for group in groups] for groups in (saved["param_groups"], optimizer.param_groups)
     )

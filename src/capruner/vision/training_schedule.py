@@ -1,7 +1,7 @@
-"""timm's learning-rate schedulers: the rate at any place of a training, and what has to be saved of them.
+"""timm's learning-rate schedulers.
 
-All but plateau are functions of the epoch (or step) and of the command line, so that a resumed run computes its rate again and follows changed arguments.
-Plateau keeps its rate in the optimizer and counts epochs without progress: its state is saved whole.
+All but plateau compute the rate from the epoch (or step) and the command line, so a resumed run computes it again and follows changed arguments.
+Plateau keeps its rate in the optimizer and counts epochs without progress: its state is saved.
 """
 
 from __future__ import annotations
@@ -18,10 +18,7 @@ from capruner.cli.arguments import UserError, describe
 
 
 class Schedule:
-    """The scheduler of ``--sched``, or none (``--sched none``, and where the recipe sets the learning rate).
-
-    Args:
-        active: False where the recipe sets the learning rate.
+    """The scheduler of ``--sched``; none with ``--sched none``, or if the recipe sets the learning rate (``active`` is False).
 
     Raises:
         UserError: timm cannot build it.
@@ -46,29 +43,29 @@ class Schedule:
         self.place(0, 0)
 
     def place(self, epoch: int, steps: int) -> None:
-        """Set the rate that follows ``epoch`` whole epochs of ``steps`` steps in all; plateau's is where it left it."""
+        """Set the rate after ``epoch`` epochs of ``steps`` steps in total; plateau's comes with its state."""
         if self._scheduler is not None and not self.by_metric:
             self._scheduler.step(epoch)
             self._scheduler.step_update(steps)
 
     def after_step(self, steps: int) -> None:
-        """A step was taken, the ``steps``-th."""
+        """Set the rate after step number ``steps``."""
         if self._scheduler is not None:
             self._scheduler.step_update(steps)
 
     def after_epoch(self, epoch: int, top1: float) -> None:
-        """An epoch is over, the ``epoch``-th; the model before training is no epoch."""
+        """Set the rate after epoch number ``epoch``; 0 is the model before training."""
         if self._scheduler is not None and epoch > 0:
             self._scheduler.step(epoch, top1)
 
     def state_dict(self) -> dict[str, Any] | None:
-        """What cannot be computed: plateau's counters."""
+        """Plateau's counters; None for other schedulers."""
         if not self.by_metric:
             return None
         return {"plateau": self._scheduler.lr_scheduler.state_dict(), "restore_lr": self._scheduler.restore_lr}
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """The inverse of :meth:`state_dict`."""
+        """Restore :meth:`state_dict`."""
         if self.by_metric and state is not None:
             self._scheduler.lr_scheduler.load_state_dict(state["plateau"])
             self._scheduler.restore_lr = state["restore_lr"]

@@ -1,7 +1,7 @@
-"""Which process died? Collectives only say that one did.
+"""Name the process that died: collectives only report that one did.
 
-Each process counts up a number in the store that all of them share, and looks at the numbers of the others. One that stands still for the time-out is dead or
-frozen: the others say so and leave, whatever they are waiting in. One that fails by an error of its own leaves the error there for the others to tell.
+Each process increments a counter in the store that all share, and watches the counters of the others. If one stands still for the time-out, its process is
+dead or frozen, and the others report that and exit, whatever they are waiting for. A process that fails leaves its error in the store for the others.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _BEATS_PER_TIMEOUT = 8
 
 
 class Watch:
-    """Watches over all processes in a thread, from :meth:`start` to :meth:`stop`.
+    """A thread that watches over all processes, from :meth:`start` to :meth:`stop`.
 
     Args:
-        store: a ``torch.distributed`` store of its own for the thread.
+        store: a ``torch.distributed`` store for the thread alone.
         timeout: seconds.
     """
 
@@ -34,19 +34,19 @@ class Watch:
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def start(self) -> None:
-        """Begin; all processes must."""
+        """Start; all processes must."""
         self._beat("0")
         self._thread.start()
 
     def stop(self) -> None:
-        """This process needs the others no more, and they do not need it."""
+        """Stop; the processes no longer wait for each other."""
         self._quit.set()
         self._thread.join()
         with contextlib.suppress(RuntimeError):  # rank 0, which keeps the store, has left before
             self._beat(_DONE)
 
     def explain(self, error: BaseException) -> str:
-        """What to tell of an error: another process's failure where that came first."""
+        """The message for an error: another process's failure if that came first."""
         own = f"{type(error).__name__}: {error}" if not str(error) else str(error)
         try:
             for rank in range(self.size):

@@ -11,13 +11,13 @@ from capruner.cli.arguments import UserError
 
 
 class WandbLog:
-    """A run in Weights & Biases, for as long as it answers. ``WANDB_PROJECT``, ``WANDB_NAME`` and ``WANDB_DIR`` go before the values here.
+    """A run in Weights & Biases, as long as it responds. ``WANDB_PROJECT``, ``WANDB_NAME`` and ``WANDB_DIR`` override the options.
 
     Args:
         options: of ``wandb.init``.
 
     Attributes:
-        id: of the run; None where there is none.
+        id: of the run; None if there is none.
 
     Raises:
         UserError: the package is not installed.
@@ -41,7 +41,7 @@ class WandbLog:
             self._lost(error)
 
     def log(self, values: Mapping[str, Any], step: int | None = None) -> None:
-        """Values that are not None."""
+        """Log the values that are not None."""
         if self._run is None:
             return
         try:
@@ -50,7 +50,7 @@ class WandbLog:
             self._lost(error)
 
     def finish(self) -> None:
-        """Nothing more will come."""
+        """End the run."""
         if self._run is not None:
             try:
                 self._run.finish()
@@ -61,6 +61,6 @@ class WandbLog:
         self._run = None
         reason = " ".join(str(error).split())[:200]
         print(
-            f"warning: Weights & Biases does not answer ({type(error).__name__}: {reason}); going on without it, all is in the experiment's folder",
+            f"warning: Weights & Biases does not answer ({type(error).__name__}: {reason}); continuing without it; everything is in the experiment's folder",
             file=sys.stderr,
         )

@@ -14,6 +14,7 @@ import importlib.util
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 
 def kernel_for(device: torch.device) -> ModuleType | None:
@@ -24,6 +25,17 @@ def kernel_for(device: torch.device) -> ModuleType | None:
 def products_kernel_for(device: torch.device) -> ModuleType | None:
     """The module whose ``add_products`` runs on ``device``: numba's for CPUs where that is installed, else None."""
     return _load(("numba", "products") if device.type == "cpu" else None)
+
+
+def initial_bias(weight: Tensor, dead: Tensor | None, frozen: Tensor | None) -> Tensor:
+    """What is added to saliencies, in the shape of ``weight``: ``-inf`` for dead weights, which come first, the largest number for frozen ones, which come
+    last, and 0 for candidates."""
+    bias = torch.zeros_like(weight)
+    if dead is not None:
+        bias.masked_fill_(dead, -torch.inf)
+    if frozen is not None:
+        bias.masked_fill_(frozen, torch.finfo(weight.dtype).max)
+    return bias
 
 
 @functools.cache

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from capruner.core.kernels import initial_bias
+
 SCRATCH_BYTES = 256 * 2**20
 """Cholesky rows of the blocks in flight: some thousand blocks, several for each multiprocessor."""
 
@@ -26,13 +28,7 @@ def eliminate_blocks(
 ) -> None:
     """See :func:`capruner.core.elimination.eliminate`; writes ``order`` and ``losses``."""
     n, B = weight.shape
-    never = torch.finfo(weight.dtype).max
-    # Added to the saliency: −inf leaves first, `never` last.
-    bias = torch.zeros_like(weight)
-    if dead is not None:
-        bias.masked_fill_(dead, -torch.inf)
-    if frozen is not None:
-        bias.masked_fill_(frozen, never)
+    bias = initial_bias(weight, dead, frozen)
     stay, group = n_m or (0, B)
     weight, fisher_inv = weight.contiguous(), fisher_inv.contiguous()
     width = triton.next_power_of_2(B)
@@ -53,7 +49,7 @@ def eliminate_blocks(
             stay,
             group,
             torch.finfo(weight.dtype).eps,
-            never,
+            torch.finfo(weight.dtype).max,
             WIDTH=width,
             TILE=max(1, TILE_NUMBERS // width),
         )
