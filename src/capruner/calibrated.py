@@ -81,13 +81,7 @@ class CalibratedModel:
         return self._job.result(self._calibrated.solve(levels), self._calibration)
 
     def sparsest(
-        self,
-        metric: Metric,
-        within: float = 1.0,
-        *,
-        low: float = 0.0,
-        high: float = 0.99,
-        tolerance: float = 0.005,
+        self, metric: Metric, within: float = 1.0, *, low: float = 0.0, high: float = 0.99, tolerance: float = 0.005
     ) -> Sparsest:
         """Search for the largest sparsity whose metric is at least that of the dense model minus ``within``.
 
@@ -105,15 +99,7 @@ class CalibratedModel:
         Raises:
             ValueError: an invalid argument, a metric that is not a finite number, or one that is out of bounds even at ``low``.
         """
-        check_number("within", within, least=0)
-        check_number("tolerance", tolerance)
-        check_number("low", low, least=0)
-        check_function("metric", metric, "of the model that returns a number")
-        if self._job.config.pattern.n_m is not None:
-            raise ValueError(f"mask_type {self._job.config.pattern} has one sparsity only; there is nothing to search")
-        low = max(low, self._pruned_already())
-        if not (is_number(high) and low < high < 1):
-            raise ValueError(f"high must lie between low={low:g} and 1, got {show(high)}")
+        start = self._check_search(metric, within, low, high, tolerance)
         dense = self._measured(metric, self._dense, "the dense model")
         curve: list[tuple[float, float]] = []
         best: tuple[float, float, PruningResult] | None = None
@@ -129,11 +115,11 @@ class CalibratedModel:
             bar.update()
             return good
 
-        rounds = max(0, math.ceil(math.log2((high - low) / tolerance)))
-        start = low
+        rounds = max(0, math.ceil(math.log2((high - start) / tolerance)))
         hidden = not self._calibration.progress or self._processes.rank != 0
         with tqdm(total=1 + rounds, desc="sparsest", disable=hidden) as bar:
             if not meets(high):
+                low = start
                 while high - low > tolerance:
                     middle = (low + high) / 2
                     low, high = (middle, high) if meets(middle) else (low, middle)
@@ -146,6 +132,19 @@ class CalibratedModel:
             )
         sparsity, value, result = best
         return Sparsest(sparsity, value, dense, result, sorted(curve))
+
+    def _check_search(self, metric: Metric, within: float, low: float, high: float, tolerance: float) -> float:
+        """Check the arguments of :meth:`sparsest`; returns the lowest sparsity to try."""
+        check_number("within", within, least=0)
+        check_number("tolerance", tolerance)
+        check_number("low", low, least=0)
+        check_function("metric", metric, "of the model that returns a number")
+        if self._job.config.pattern.n_m is not None:
+            raise ValueError(f"mask_type {self._job.config.pattern} has one sparsity only; there is nothing to search")
+        low = max(low, self._pruned_already())
+        if not (is_number(high) and low < high < 1):
+            raise ValueError(f"high must lie between low={low:g} and 1, got {show(high)}")
+        return low
 
     def _measured(self, metric: Metric, weights: Mapping[str, Tensor], where: str) -> float:
         """The metric with these weights in place."""

@@ -165,10 +165,7 @@ class PruneConfig:
     )
     relative_damp: bool = _knob(False, kinds.FLAG, "damp is a fraction of the mean diagonal of each block.", COMPETING)
     solver: Solver = _knob(
-        "auto",
-        one_of(get_args(Solver)),
-        'How Fisher blocks are inverted: "auto", "woodbury", "accumulate".',
-        COMPETING,
+        "auto", one_of(get_args(Solver)), 'How Fisher blocks are inverted: "auto", "woodbury", "accumulate".', COMPETING
     )
     blocks_in_parallel: int | None = _knob(
         None,

@@ -80,14 +80,11 @@ class Job:
         without_data: bool = False,
         **knobs: Any,
     ) -> Job:
-        """Validate the arguments of :func:`capruner.prune`, before any side effect.
+        """Validate the arguments of :func:`capruner.prune`, before any side effect; the ``ValueError`` says what is invalid.
 
         Args:
             sparsity: None: decided later.
             without_data: accept a missing ``batches``.
-
-        Raises:
-            ValueError: an invalid argument, parameter selection or model.
         """
         arguments = dict(locals())
         config = resolve(config, knobs)
@@ -101,9 +98,8 @@ class Job:
         needs_grad, pattern = config.kind.uses_gradients, config.pattern
         selection, own = selected(model, params, 0.0 if sparsity is None else sparsity, config.exclude, needs_grad)
         parameters, skipped = supporting(pattern, selection.parameters, config.skip_unsupported, linear_weights(model))
-        costs = None
-        if config.costs is not None:
-            costs = checked_costs(by_first_name(model, config.costs, "costs"), parameters)
+        costs = None if config.costs is None else checked_costs(by_first_name(model, config.costs, "costs"), parameters)
+        if costs is not None:
             check_competition(config, per_layer=own is not None)
         job = cls(
             config,

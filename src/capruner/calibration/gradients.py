@@ -21,17 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from tqdm.auto import tqdm
 
-from capruner.batches import (
-    BatchError,
-    batch_size,
-    call_model,
-    describe,
-    failing,
-    is_batched,
-    logits_of,
-    plain,
-    take,
-)
+from capruner.batches import BatchError, batch_size, call_model, describe, failing, is_batched, logits_of, plain, take
 from capruner.calibration.finite import BadBatchError, check_loss, checked, floats
 from capruner.calibration.stream import CalibrationStream
 from capruner.core.memory import halved

@@ -41,9 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("files", metavar="FILE", type=Path, nargs="+", help="ONNX files, or checkpoints")
     parser.add_argument(
-        "--twin",
-        action="store_true",
-        help="compare with a dense twin of the first file: random values for its zeros",
+        "--twin", action="store_true", help="compare with a dense twin of the first file: random values for its zeros"
     )
     add_model(parser, used="for checkpoints")
     parser.add_argument(

@@ -81,21 +81,7 @@ class BlockFisher:
             raise ValueError(f"damp must be a positive number, got {damp}; 1e-8 to 1e-4 are usual")
         if num_grads is not None and num_grads < 1:
             raise ValueError(f"num_grads must be at least 1, got {num_grads}")
-        if solver not in get_args(Solver):
-            raise ValueError(f"solver must be one of {get_args(Solver)}, got {solver!r}")
-        if triangular and solver == "auto":
-            solver = "accumulate"
-        if triangular and solver == "woodbury":
-            raise ValueError("triangular means accumulating: use solver='accumulate'")
-        if relative_damp and solver == "woodbury":
-            raise ValueError("relative_damp needs the mean diagonal before the inverse: use solver='accumulate'")
-        if shrinkage != 0 and solver == "woodbury":
-            raise ValueError("shrinkage needs the Fisher matrix before the inverse: use solver='accumulate'")
-        if solver == "auto":
-            exact = not relative_damp and shrinkage == 0
-            solver = "woodbury" if num_grads is not None and num_grads < block_size and exact else "accumulate"
-        if num_grads is None and solver == "woodbury":
-            raise ValueError("woodbury needs to know num_grads: use solver='accumulate'")
+        solver = _choose_solver(solver, block_size, num_grads, relative_damp, shrinkage, triangular)
         self.solver = solver
         self.triangular = triangular
         self.num_grads = num_grads
@@ -361,6 +347,33 @@ class BlockFisher:
         A.masked_fill_(gone[:, :, None] | gone[:, None, :], 0)
         A.diagonal(dim1=1, dim2=2).add_(gone.double())
         H.copy_(A)
+
+
+def _choose_solver(
+    solver: Solver,
+    block_size: int,
+    num_grads: int | None,
+    relative_damp: bool,
+    shrinkage: float | None,
+    triangular: bool,
+) -> Solver:
+    """The solver that ``auto`` stands for; raise ``ValueError`` for one that cannot do what is asked for."""
+    if solver not in get_args(Solver):
+        raise ValueError(f"solver must be one of {get_args(Solver)}, got {solver!r}")
+    if triangular and solver == "auto":
+        solver = "accumulate"
+    if triangular and solver == "woodbury":
+        raise ValueError("triangular means accumulating: use solver='accumulate'")
+    if relative_damp and solver == "woodbury":
+        raise ValueError("relative_damp needs the mean diagonal before the inverse: use solver='accumulate'")
+    if shrinkage != 0 and solver == "woodbury":
+        raise ValueError("shrinkage needs the Fisher matrix before the inverse: use solver='accumulate'")
+    if solver == "auto":
+        exact = not relative_damp and shrinkage == 0
+        solver = "woodbury" if num_grads is not None and num_grads < block_size and exact else "accumulate"
+    if num_grads is None and solver == "woodbury":
+        raise ValueError("woodbury needs to know num_grads: use solver='accumulate'")
+    return solver
 
 
 def _mean_diagonal(A: Tensor, gone: Tensor | None) -> Tensor:

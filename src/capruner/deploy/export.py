@@ -92,12 +92,7 @@ def to_onnx(
     return Exported(_zeros(model), difference, path.stat().st_size)
 
 
-def to_mnn(
-    model: nn.Module,
-    path: str | Path,
-    input_size: Sequence[int],
-    tolerance: float = 1e-3,
-) -> Exported:
+def to_mnn(model: nn.Module, path: str | Path, input_size: Sequence[int], tolerance: float = 1e-3) -> Exported:
     """Write ``model`` for MNN, by way of ONNX; compare MNN's outputs with torch's at batches of 1 and 3. Arguments and errors as for :func:`to_onnx`.
 
     Raises:

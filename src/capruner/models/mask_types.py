@@ -27,10 +27,7 @@ def unsupported(pattern: Pattern, parameters: Mapping[str, Tensor], linear: Mapp
 
 
 def supporting(
-    pattern: Pattern,
-    parameters: Mapping[str, nn.Parameter],
-    skip_unsupported: bool,
-    linear: Mapping[str, LinearWeight],
+    pattern: Pattern, parameters: Mapping[str, nn.Parameter], skip_unsupported: bool, linear: Mapping[str, LinearWeight]
 ) -> tuple[dict[str, nn.Parameter], list[str]]:
     """The parameters that can hold ``pattern``, and the names of the others; raise ``SelectionError`` if these may not be skipped."""
     bad = unsupported(pattern, parameters, linear)

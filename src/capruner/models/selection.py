@@ -67,16 +67,16 @@ def select(
         params: one entry or several. An entry is the name of a parameter; the name of a module, for the weights of the linear layers in it;
             ``re:PATTERN``, matched from the start of full parameter names as ``re.match`` does; ``__ALL__`` for every parameter;
             ``__ALL_PRUNABLE__`` for the weights of all linear layers: Linear, convolutions and transposed convolutions, attention, recurrent layers,
-            and the ``Conv1D`` of transformers. Weights that are tied to an embedding are not among them. ``__BLOCKS__``: these without the stem (the
-            first convolution and what belongs to it) and the head (the classifier), which published recipes leave dense.
-        exclude: parameters that stay dense all the same: names, names of modules (everything in them), or ``re:`` patterns.
-        trainable: pass over parameters that are frozen, with a warning. An entry that stands for nothing else is an error.
+            and the ``Conv1D`` of transformers, except weights that are tied to an embedding. ``__BLOCKS__``: these without the stem (the first
+            convolution and what belongs to it) and the head (the classifier), which published recipes leave dense.
+        exclude: parameters that stay dense: names, names of modules (everything in them), or ``re:`` patterns.
+        trainable: leave out frozen parameters, with a warning. An entry that stands for nothing else is an error.
 
     Returns:
         The selection; a parameter with several names appears once, under the first.
 
     Raises:
-        SelectionError: ``params`` is empty, an entry or one alternative of a pattern matches nothing, a pattern is no regular expression, or an entry
+        SelectionError: ``params`` is empty; an entry, or one alternative of a pattern, matches nothing; a pattern is not a regular expression; an entry
             stands for parameters that are frozen, not floating point, or computed in ``forward``.
     """
     entries = _entries("params", params)

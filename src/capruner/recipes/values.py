@@ -12,13 +12,7 @@ FROM_WEIGHTS = "__FROM_PARAM__"
 """SparseML's word for the sparsity that a model has already."""
 CAP = {name: knob.default for name, knob in recipe_knobs("cap").items()}
 FAST_CAP = {name: knob.default for name, knob in recipe_knobs("fast_cap").items()}
-OBS = {
-    "mask_type": "unstructured",
-    "num_grads": 1024,
-    "damp": 1e-7,
-    "fisher_block_size": 1,
-    "num_recomputations": 1,
-}
+OBS = {"mask_type": "unstructured", "num_grads": 1024, "damp": 1e-7, "fisher_block_size": 1, "num_recomputations": 1}
 """Parameters of SparseML's own OBSPruningModifier, with its defaults."""
 MAGNITUDE = {"mask_type": "unstructured"}
 """Parameters of SparseML's own magnitude modifiers, with their defaults."""

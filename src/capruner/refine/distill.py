@@ -22,14 +22,7 @@ from capruner.checks import check_count, check_masks, check_model, check_number
 from capruner.distributed import Processes, processes
 from capruner.models.modes import eval_mode, random_state_kept, weights_restored
 from capruner.models.wrappers import by_first_name, unwrap
-from capruner.refine.training import (
-    Distillation,
-    Lesson,
-    checked_logits,
-    log_probabilities,
-    train,
-    trainable,
-)
+from capruner.refine.training import Distillation, Lesson, checked_logits, log_probabilities, train, trainable
 
 SAMPLES = 4096
 """The first samples of the data, of all processes together, that are trained on; they are held in memory meanwhile."""

@@ -54,12 +54,7 @@ def measure_divergence(
     device = next(model.parameters()).device
     dense = [p.detach().clone() for p in model.parameters()]
     sums, count = [0.0] * len(result.levels), 0
-    with (
-        everybody.together("measuring the divergence"),
-        random_state_kept(),
-        weights_restored(model),
-        eval_mode(model),
-    ):
+    with everybody.together("measuring the divergence"), random_state_kept(), weights_restored(model), eval_mode(model):
         for inputs in inputs_of(batches, batch_fn):
             for p, value in zip(model.parameters(), dense, strict=True):
                 p.copy_(value)

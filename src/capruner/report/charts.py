@@ -75,58 +75,77 @@ def line_chart(
         dense: draws a dashed line at this height.
         show: writes a tick.
     """
-    first, last = x_ticks[0][0], x_ticks[-1][0]
-    top = TOP + (18 if len(series) > 1 else 0)  # room for a legend
-    pad = (last - first) * 0.1 or 0.5
-    scale = math.log10 if logarithmic else float
-    low, high = scale(y_ticks[0]), scale(y_ticks[-1])
-
-    def x(value: float) -> float:
-        return LEFT + (value - first + pad) / (last - first + 2 * pad) * (WIDTH - LEFT - RIGHT)
-
-    def y(value: float) -> float:
-        return top + (high - scale(value)) / (high - low) * (HEIGHT - top - BOTTOM)
-
+    frame = _Frame(
+        x_ticks[0][0],
+        x_ticks[-1][0],
+        math.log10 if logarithmic else float,
+        (y_ticks[0], y_ticks[-1]),
+        TOP + (18 if len(series) > 1 else 0),  # room for a legend
+    )
     parts = [
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-labelledby="{identity}-title {identity}-words">',
         f'<title id="{identity}-title">{escape(title)}</title><desc id="{identity}-words">{escape(words)}</desc>',
     ]
     for tick in y_ticks:
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
-        parts.append(
-            f'<text class="axis" x="{LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{escape(show(tick))}</text>'
-        )
+        height = frame.y(tick)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{height:.1f}" y2="{height:.1f}"/>')
+        parts.append(_text(LEFT - 6, height + 4, show(tick), "end"))
     right = -math.inf
     for place, text in x_ticks:
         half = 3.8 * len(text)
-        if x(place) - half > right + 4:
-            parts.append(
-                f'<text class="axis" x="{x(place):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{escape(text)}</text>'
-            )
-            right = x(place) + half
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text class="axis" x="{middle:.0f}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_title)}</text>')
+        if frame.x(place) - half > right + 4:
+            parts.append(_text(frame.x(place), HEIGHT - BOTTOM + 18, text, "middle"))
+            right = frame.x(place) + half
+    parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, x_title, "middle"))
     if dense is not None:
-        parts.append(f'<line class="dense" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(dense):.1f}" y2="{y(dense):.1f}"/>')
+        height = frame.y(dense)
+        parts.append(f'<line class="dense" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{height:.1f}" y2="{height:.1f}"/>')
     for one, style in zip(series, ("one", "two")):
-        places = [(x(a), y(b)) for a, b in one.points]
-        labelled = -math.inf
-        path = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
-        parts.append(f'<polyline class="{style}" points="{path}" fill="none" stroke-width="2"/>')
-        for (a, b), (_, value) in zip(places, one.points):
-            if style == "one":
-                parts.append(f'<circle class="one" cx="{a:.1f}" cy="{b:.1f}" r="{MARK}"/>')
-            else:
-                parts.append(
-                    f'<rect class="two" x="{a - MARK:.1f}" y="{b - MARK:.1f}" width="{2 * MARK}" height="{2 * MARK}"/>'
-                )
-            if one.label and a > labelled + 34:
-                labelled = a
-                below = b + 18 if b + 18 < HEIGHT - BOTTOM - 2 else b - 9
-                parts.append(
-                    f'<text x="{a + 3:.1f}" y="{below:.1f}" text-anchor="end">{escape(one.label(value))}</text>'
-                )
+        parts += _line(frame, one, style)
     if len(series) > 1:
         for one, style, mark, left in zip(series, ("one", "two"), "●■", (LEFT, (LEFT + WIDTH) // 2)):
             parts.append(f'<text class="{style}" x="{left}" y="{TOP}">{mark} {escape(one.name)}</text>')
     return "".join([*parts, "</svg>"])
+
+
+@dataclass
+class _Frame:
+    """From values to places in the picture."""
+
+    first: float
+    last: float
+    scale: Callable[[float], float]
+    span: tuple[float, float]
+    top: float
+
+    def x(self, value: float) -> float:
+        pad = (self.last - self.first) * 0.1 or 0.5
+        return LEFT + (value - self.first + pad) / (self.last - self.first + 2 * pad) * (WIDTH - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        low, high = map(self.scale, self.span)
+        return self.top + (high - self.scale(value)) / (high - low) * (HEIGHT - self.top - BOTTOM)
+
+
+def _text(x: float, y: float, text: str, anchor: str) -> str:
+    return f'<text class="axis" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _line(frame: _Frame, series: Series, style: str) -> list[str]:
+    """A line with a mark at each point, and labels that do not cover each other."""
+    places = [(frame.x(a), frame.y(b)) for a, b in series.points]
+    path = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
+    parts = [f'<polyline class="{style}" points="{path}" fill="none" stroke-width="2"/>']
+    labelled = -math.inf
+    for (a, b), (_, value) in zip(places, series.points):
+        if style == "one":
+            parts.append(f'<circle class="one" cx="{a:.1f}" cy="{b:.1f}" r="{MARK}"/>')
+        else:
+            size = 2 * MARK
+            parts.append(f'<rect class="two" x="{a - MARK:.1f}" y="{b - MARK:.1f}" width="{size}" height="{size}"/>')
+        if series.label and a > labelled + 34:
+            labelled = a
+            below = b + 18 if b + 18 < HEIGHT - BOTTOM - 2 else b - 9
+            label = escape(series.label(value))
+            parts.append(f'<text x="{a + 3:.1f}" y="{below:.1f}" text-anchor="end">{label}</text>')
+    return parts

@@ -175,10 +175,7 @@ def _left(contents: Contents) -> str:
     for level in contents.levels:
         row = [escape(level.name), f"{100 * level.prunable:.3f}", f"{100 * level.overall:.3f}"]
         if dense:
-            row += [
-                _million(level.macs),
-                _number(None if level.macs is None else 100 * level.macs / dense, ".1f"),
-            ]
+            row += [_million(level.macs), _number(None if level.macs is None else 100 * level.macs / dense, ".1f")]
         rows.append(row)
     text = (
         "<p>Two denominators: the prunable weights are those of the layers listed below; all weights are every parameter of the model, "
@@ -245,32 +242,6 @@ def _loss(contents: Contents) -> str:
         return ""
     base = dense.loss if dense else None
     found = [(v, v.predicted or 0.0, None if base is None or v.loss is None else v.loss - base) for v in levels]
-    series = [
-        Series("predicted", [(halvings(v.requested or 0.0), p) for v, p, _ in found if p > 0]),
-        Series("measured", [(halvings(v.requested or 0.0), m) for v, _, m in found if m is not None and m > 0]),
-    ]
-    figure = ""
-    values = [value for one in series for _, value in one.points]
-    if values:
-        words = "; ".join(
-            f"at {v.name} predicted {p:.3g}, measured {'nothing' if m is None else format(m, '.3g')}"
-            for v, p, m in found
-        )
-        drawn = [one for one in series if one.points]
-        alone = f", {drawn[0].name}" if len(drawn) == 1 else ""  # a chart of one series has no legend
-        chart = line_chart(
-            "loss-chart",
-            "Increase of the loss, predicted and measured",
-            words,
-            drawn,
-            _x_ticks(levels),
-            "weights removed (%)",
-            decades(min(values), max(values)),
-            logarithmic=True,
-            show=power_of_ten,
-        )
-        missing = " Where the loss did not rise there is no point." if len(values) < 2 * len(levels) else ""
-        figure = f"<figure>{chart}<figcaption>Increase of the loss by pruning{alone}; both axes logarithmic.{missing}</figcaption></figure>"
     rows = [
         [
             escape(v.name),
@@ -287,13 +258,37 @@ def _loss(contents: Contents) -> str:
         "A factor between them is usual: gradients averaged over a batch are smaller than those of single images, and the Fisher matrix with "
         "them. Where the factor climbs, the quadratic model no longer holds, and smaller steps (num_recomputations) or retraining pay.</p>"
     )
-    return (
-        text
-        + figure
-        + _table(
-            "Increase of the loss", ["removed", "predicted", "divergence", "measured", "measured / predicted"], rows
-        )
+    columns = ["removed", "predicted", "divergence", "measured", "measured / predicted"]
+    return text + _loss_chart(found) + _table("Increase of the loss", columns, rows)
+
+
+def _loss_chart(found: Sequence[tuple[Measurement, float, float | None]]) -> str:
+    """Predicted and measured increase of the loss at each level; empty if it never rose."""
+    series = [
+        Series("predicted", [(halvings(v.requested or 0.0), p) for v, p, _ in found if p > 0]),
+        Series("measured", [(halvings(v.requested or 0.0), m) for v, _, m in found if m is not None and m > 0]),
+    ]
+    values = [value for one in series for _, value in one.points]
+    if not values:
+        return ""
+    words = "; ".join(
+        f"at {v.name} predicted {p:.3g}, measured {'nothing' if m is None else format(m, '.3g')}" for v, p, m in found
     )
+    drawn = [one for one in series if one.points]
+    alone = f", {drawn[0].name}" if len(drawn) == 1 else ""  # a chart of one series has no legend
+    chart = line_chart(
+        "loss-chart",
+        "Increase of the loss, predicted and measured",
+        words,
+        drawn,
+        _x_ticks([level for level, _, _ in found]),
+        "weights removed (%)",
+        decades(min(values), max(values)),
+        logarithmic=True,
+        show=power_of_ten,
+    )
+    missing = " Where the loss did not rise there is no point." if len(values) < 2 * len(found) else ""
+    return f"<figure>{chart}<figcaption>Increase of the loss by pruning{alone}; both axes logarithmic.{missing}</figcaption></figure>"
 
 
 def _epochs(contents: Contents) -> str:

@@ -37,7 +37,7 @@ def verify(
 
     Args:
         params: what counts as prunable, see :func:`capruner.models.selection.select_parameters`.
-        masks: a file of :meth:`capruner.PruningResult.save`, or of one tensor per parameter name, non-zero = stays.
+        masks: a file of :meth:`capruner.PruningResult.save`, or of one tensor per parameter name, non-zero = keep.
         pattern: an N:M pattern that every layer with zeros has to have.
 
     Returns:
@@ -45,12 +45,11 @@ def verify(
         denominators, ``checks`` (name, ok, detail), ``ok``.
 
     Raises:
-        ValueError: a file that cannot be read, an unknown model, parameters that cannot be selected, or no N:M pattern.
-        FileNotFoundError: no such file.
+        ValueError, FileNotFoundError: a file that cannot be read, an unknown model, parameters that cannot be selected, or not an N:M pattern.
     """
     wanted = parse_mask_type(pattern) if pattern else None
     if wanted is not None and wanted.n_m is None:
-        raise ValueError(f"--pattern must be N:M, 2:4 say, got {pattern!r}")
+        raise ValueError(f"--pattern must be N:M, such as 2:4, got {pattern!r}")
     module = architecture(model, kwargs)
     weights = read_weights(path)
     expected = {name: tuple(p.shape) for name, p in module.named_parameters()}
@@ -68,23 +67,28 @@ def verify(
     if wanted is not None:
         checks.append(_pattern(wanted, here, rows, linear_weights(module)))
     checks.append(_loads(path, model, kwargs))
-    zeros, count = sum(row["zeros"] for row in rows), sum(row["numel"] for row in rows)
-    zeros_all, count_all = sum(int((w == 0).sum()) for w in here.values()), sum(w.numel() for w in here.values())
     return {
         "checkpoint": str(path),
         "model": model,
         "pattern": None if wanted is None else str(wanted),
-        "sparsity": {
-            "prunable": zeros / max(count, 1),
-            "all": zeros_all / max(count_all, 1),
-            "zeros_prunable": zeros,
-            "count_prunable": count,
-            "zeros_all": zeros_all,
-            "count_all": count_all,
-        },
+        "sparsity": _sparsity(rows, here),
         "layers": rows,
         "checks": checks,
         "ok": all(check["ok"] for check in checks),
+    }
+
+
+def _sparsity(rows: Sequence[Mapping[str, Any]], weights: Mapping[str, Tensor]) -> dict[str, float]:
+    """Zeros over the prunable weights, and over all."""
+    zeros, count = sum(row["zeros"] for row in rows), sum(row["numel"] for row in rows)
+    zeros_all, count_all = sum(int((w == 0).sum()) for w in weights.values()), sum(w.numel() for w in weights.values())
+    return {
+        "prunable": zeros / max(count, 1),
+        "all": zeros_all / max(count_all, 1),
+        "zeros_prunable": zeros,
+        "count_prunable": count,
+        "zeros_all": zeros_all,
+        "count_all": count_all,
     }
 
 
@@ -168,10 +172,7 @@ def read_masks(path: Path, weights: Mapping[str, Tensor]) -> tuple[dict[str, Ten
 
 
 def _pattern(
-    pattern: Pattern,
-    weights: Mapping[str, Tensor],
-    rows: list[dict[str, Any]],
-    linear: Mapping[str, LinearWeight],
+    pattern: Pattern, weights: Mapping[str, Tensor], rows: list[dict[str, Any]], linear: Mapping[str, LinearWeight]
 ) -> dict[str, Any]:
     """Adds to each row what it makes of the pattern."""
     broken: list[str] = []

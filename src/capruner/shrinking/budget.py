@@ -87,11 +87,7 @@ class Ledger:
 
 
 def allocate_units(
-    model: nn.Module,
-    groups: Sequence[Group],
-    losses: Mapping[str, Tensor],
-    costs: Costs,
-    target: float,
+    model: nn.Module, groups: Sequence[Group], losses: Mapping[str, Tensor], costs: Costs, target: float
 ) -> dict[str, int]:
     """Units to remove from each group, so that at most ``target`` of the cost remains with the least predicted loss.
 

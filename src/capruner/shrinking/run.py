@@ -227,7 +227,4 @@ class _Plan:
 
 def _costs(dense: Costs, model: nn.Module, small: nn.Module, inputs: Any) -> dict[str, tuple[float, float]]:
     parameters = [sum(p.numel() for p in m.parameters()) for m in (model, small)]
-    return {
-        "macs": (dense.total, multiply_adds_of(small, inputs).total),
-        "parameters": (parameters[0], parameters[1]),
-    }
+    return {"macs": (dense.total, multiply_adds_of(small, inputs).total), "parameters": (parameters[0], parameters[1])}

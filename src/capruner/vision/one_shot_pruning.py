@@ -160,12 +160,7 @@ class Run:
     def recalibrate(self, model: nn.Module, row: dict[str, Any]) -> None:
         generator = torch.Generator().manual_seed(self.args.seed)
         loader = images.loader(
-            self.train,
-            self.config,
-            self.args.val_batch_size,
-            self.args.workers,
-            shuffle=True,
-            generator=generator,
+            self.train, self.config, self.args.val_batch_size, self.args.workers, shuffle=True, generator=generator
         )
         if capruner.recalibrate_bn(model, loader, self.args.recalibrate_bn):
             again = evaluate.evaluate(model, self.val, self.device, "after BatchNorm recalibration")

@@ -45,38 +45,17 @@ def train_loader(
             f"note: --aug-repeats {args.aug_repeats} is for several processes; it is off in this run of one",
             file=sys.stderr,
         )
-    mixup = None
-    if uses_mixup(args):
-        kind = Mixup if args.no_prefetcher else FastCollateMixup
-        mixup = kind(
-            mixup_alpha=args.mixup,
-            cutmix_alpha=args.cutmix,
-            cutmix_minmax=args.cutmix_minmax,
-            prob=args.mixup_prob,
-            switch_prob=args.mixup_switch_prob,
-            mode=args.mixup_mode,
-            label_smoothing=args.smoothing,
-            num_classes=num_classes,
-        )
+    mixup = _mixup(args, num_classes) if uses_mixup(args) else None
     in_loader = isinstance(mixup, FastCollateMixup)
     loader = create_loader(
         data,
         **{key: config[key] for key in ("input_size", "mean", "std", "crop_pct")},
         batch_size=args.batch_size,
         is_training=True,
-        no_aug=args.no_aug,
         re_prob=args.reprob,
         re_mode=args.remode,
         re_count=args.recount,
-        train_crop_mode=args.train_crop_mode,
-        scale=args.scale,
-        ratio=args.ratio,
-        hflip=args.hflip,
-        vflip=args.vflip,
-        color_jitter=args.color_jitter,
-        color_jitter_prob=args.color_jitter_prob,
-        grayscale_prob=args.grayscale_prob,
-        gaussian_blur_prob=args.gaussian_blur_prob,
+        **{name: getattr(args, name) for name in _AUGMENTATION},
         auto_augment=args.aa,
         num_aug_repeats=args.aug_repeats if processes.size > 1 else 0,
         interpolation=config["interpolation"] if args.no_aug else args.train_interpolation,
@@ -89,6 +68,27 @@ def train_loader(
         persistent_workers=False,  # workers that live on have random states that depend on all epochs before
     )
     return loader, None if in_loader else mixup
+
+
+_AUGMENTATION = (
+    *("no_aug", "train_crop_mode", "scale", "ratio", "hflip", "vflip", "color_jitter", "color_jitter_prob"),
+    *("grayscale_prob", "gaussian_blur_prob"),
+)
+"""Arguments that have the same names in timm's loader."""
+
+
+def _mixup(args: argparse.Namespace, num_classes: int) -> Mixup:
+    kind = Mixup if args.no_prefetcher else FastCollateMixup
+    return kind(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=num_classes,
+    )
 
 
 def validation_loader(
@@ -145,11 +145,6 @@ class GradientSamples:
             batches = [order[i : i + size] for i in range(0, count - size + 1, size)] or [order]
             mine = batches[first :: self._processes.size]
             first = (first - len(batches)) % self._processes.size
-            loader = DataLoader(
-                self._data,
-                batch_sampler=mine,
-                num_workers=self._args.workers,
-                generator=generator,
-            )
+            loader = DataLoader(self._data, batch_sampler=mine, num_workers=self._args.workers, generator=generator)
             for images, labels in loader:
                 yield [images.to(device)], {}, labels.to(device)

@@ -83,14 +83,11 @@ def train_one_epoch(
     take_step: Callable[[], None],
     name: str,
 ) -> dict[str, float]:
-    """Train on every batch once.
+    """Train on every batch once; returns ``train_loss`` and ``images_per_second`` over all processes.
 
     Args:
         model: wrapped if there are several processes.
         take_step: called after the backward pass of every ``grad_accum_steps`` batches, and of the last ones of the epoch.
-
-    Returns:
-        ``train_loss`` and ``images_per_second`` over all processes.
 
     Raises:
         RuntimeError: the loss is not finite.
@@ -102,12 +99,7 @@ def train_one_epoch(
     images, began = 0, time.perf_counter()
     with tqdm(loader, desc=name, leave=False, disable=not processes.first) as bar:
         for index, (inputs, targets) in enumerate(bar):
-            if args.no_prefetcher:
-                inputs, targets = inputs.to(processes.device), targets.to(processes.device)
-                if mixup is not None:
-                    inputs, targets = mixup(inputs, targets)
-            if args.channels_last:
-                inputs = inputs.contiguous(memory_format=torch.channels_last)
+            inputs, targets = _prepare(inputs, targets, mixup, args, processes.device)
             together = remainder if index >= batches - remainder else args.grad_accum_steps
             due = (index + 1) % args.grad_accum_steps == 0 or index + 1 == batches
             quiet = model.no_sync() if processes.size > 1 and not due else nullcontext()
@@ -127,6 +119,17 @@ def train_one_epoch(
                 bar.set_postfix(loss=f"{value:.3f}", refresh=False)
     loss_sum, count = processes.sum(float(total), images)
     return {"train_loss": loss_sum / count, "images_per_second": count / (time.perf_counter() - began)}
+
+
+def _prepare(inputs: Tensor, targets: Tensor, mixup: Any, args: argparse.Namespace, device: torch.device) -> Any:
+    """What the loader leaves to do for a batch."""
+    if args.no_prefetcher:
+        inputs, targets = inputs.to(device), targets.to(device)
+        if mixup is not None:
+            inputs, targets = mixup(inputs, targets)
+    if args.channels_last:
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
+    return inputs, targets
 
 
 def measure(

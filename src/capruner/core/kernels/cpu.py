@@ -100,14 +100,7 @@ def _minimum(values: NDArray, count: int) -> float:
 
 @_compiled
 def _eliminate_one(
-    weight: NDArray,
-    H: NDArray,
-    kind: NDArray,
-    stay: int,
-    group: int,
-    steps: int,
-    order: NDArray,
-    losses: NDArray,
+    weight: NDArray, H: NDArray, kind: NDArray, stay: int, group: int, steps: int, order: NDArray, losses: NDArray
 ) -> None:
     B = weight.shape[0]
     info = np.finfo(weight.dtype)

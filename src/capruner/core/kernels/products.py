@@ -98,9 +98,7 @@ def _tile_code(context: Any, builder: Any, signature: Any, arguments: Any) -> An
     vector, number = ir.VectorType(element, lanes), start.type
     zeros = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
     fused = cgutils.get_or_insert_function(
-        builder.module,
-        ir.FunctionType(vector, [vector] * 3),
-        f"llvm.fmuladd.v{lanes}{element.intrinsic_name}",
+        builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fmuladd.v{lanes}{element.intrinsic_name}"
     )
     target, gradients = (
         context.make_array(kind)(context, builder, array).data
