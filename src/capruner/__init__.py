@@ -3,7 +3,7 @@
     result = capruner.prune(model, batches, loss_fn, sparsity=[0.5, 0.75, 0.9])
     result.apply(model, 0.75)
 
-The method reads top to bottom in ``gradients``, ``fisher``, ``obs``, ``allocation``; ``pruning.prune`` puts it together. Nothing here needs SparseML:
+The method reads top to bottom in ``core``: ``fisher``, ``elimination``, ``allocation``; ``pruning.prune`` puts it together. Nothing here needs SparseML:
 the recipe modifiers live in ``capruner.sparseml``.
 """
 

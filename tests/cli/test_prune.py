@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from image_folders import write_images
-from safetensors.torch import load_file, save_file
-from training_case import KWARGS, MODEL
+from safetensors.torch import load_file
+from training_case import KWARG_WORDS, KWARGS, MODEL
 
 import capruner
 from capruner.cli.main import COMMANDS, main
@@ -22,17 +21,6 @@ from capruner.cli.main import COMMANDS, main
 timm = pytest.importorskip("timm")
 
 CAPRUNER = [sys.executable, "-m", "capruner"]
-KWARG_WORDS = [f"{key}={value}" for key, value in KWARGS.items()]
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with data/train, data/val and dense.safetensors."""
-    root = tmp_path_factory.mktemp("place")
-    write_images(root / "data", train=6, val=3)
-    torch.manual_seed(0)
-    save_file(timm.create_model(MODEL, **KWARGS).state_dict(), root / "dense.safetensors")
-    return root
 
 
 def words(place: Path, **changes: Any) -> list[str]:

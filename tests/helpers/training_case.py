@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -16,6 +17,15 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # for the package `research`
 MODEL = "vit_tiny_patch16_224"
 KWARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 3}
+KWARG_WORDS = [f"{key}={value}" for key, value in KWARGS.items()]
+SMALLER: dict[str, Any] = {
+    "img_size": 16,
+    "patch_size": 8,
+    "embed_dim": 8,
+    "depth": 1,
+    "num_heads": 2,
+    "num_classes": 2,
+}
 PRUNABLE = 2 * 12 * 16 * 16  # attention and MLP of both blocks
 Line = Callable[..., list[str]]
 SPARSEML = any(found.name == "sparseml" for found in metadata.distributions())

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from training_case import SMALLER as KWARGS
 
 pytest.importorskip("timm")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -19,15 +20,6 @@ import timm
 
 from capruner.cli.arguments import UserError
 from capruner.vision import data
-
-KWARGS: dict[str, Any] = {
-    "img_size": 16,
-    "patch_size": 8,
-    "embed_dim": 8,
-    "depth": 1,
-    "num_heads": 2,
-    "num_classes": 2,
-}
 
 
 def model(**kwargs: Any) -> torch.nn.Module:

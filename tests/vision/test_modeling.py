@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from training_case import SMALLER as KWARGS
 
 pytest.importorskip("timm")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -22,14 +23,6 @@ from capruner.cli.arguments import UserError
 from capruner.vision import evaluate, modeling, one_shot_pruning, training_arguments
 
 NAME = "vit_tiny_patch16_224"
-KWARGS: dict[str, Any] = {
-    "img_size": 16,
-    "patch_size": 8,
-    "embed_dim": 8,
-    "depth": 1,
-    "num_heads": 2,
-    "num_classes": 2,
-}
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])

@@ -26,6 +26,7 @@ from capruner.methods.base import RankedMethod
 from capruner.models.modes import Mode, eval_mode
 from capruner.models.weights import linear_weights
 from capruner.result import Level
+from capruner.text import some
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -142,9 +143,8 @@ class Calibration:
         self.notes.num_grads = int(group.sum(stream.taken))
         self._save(pruner, stream, sample)
         if skipped := stream.skipped:
-            numbers = ", ".join(map(str, skipped[:8])) + (", ..." if len(skipped) > 8 else "")
             _LOGGER.warning(
-                "skipped %d of %d calibration batches for NaN or Inf: %s", len(skipped), stream.drawn, numbers
+                "skipped %d of %d calibration batches for NaN or Inf: %s", len(skipped), stream.drawn, some(skipped, 8)
             )
         self.notes.skipped_batches += int(pruner.processes.sum(len(skipped)))
 

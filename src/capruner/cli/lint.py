@@ -21,6 +21,7 @@ from capruner.recipes.one_shot import KINDS, OURS, one_shot, read_modifiers, ref
 from capruner.recipes.text import checked_text, modifier_names
 from capruner.recipes.training import ACTIONS, action
 from capruner.recipes.values import FROM_WEIGHTS
+from capruner.text import some
 
 _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "update_frequency": (lambda v: 0 < v < math.inf or v == -1, "more than 0, or -1 for an update at every step"),
@@ -176,11 +177,9 @@ def _pattern(
         problems += [f"mask_type {pattern} is a sparsity of {pattern.sparsity:g}, the recipe says {s:g}" for s in wrong]
     cannot = unsupported(pattern, chosen, linear)
     if cannot and not getattr(modifier, "skip_unsupported", False):
-        some = ", ".join(f"{name} {tuple(chosen[name].shape)}" for name in cannot[:4]) + (
-            ", ..." if len(cannot) > 4 else ""
-        )
+        layers = some([f"{name} {tuple(chosen[name].shape)}" for name in cannot], 4)
         problems.append(
-            f"{len(cannot)} layers cannot hold mask_type {pattern}, their inputs are no multiple of {pattern.group}: {some}; "
+            f"{len(cannot)} layers cannot hold mask_type {pattern}, their inputs are no multiple of {pattern.group}: {layers}; "
             "leave them out of params, or set skip_unsupported: True"
         )
     return problems

@@ -12,6 +12,7 @@ from torch import nn
 from capruner.distributed.collectives import processes
 from capruner.distributed.failures import PeerError
 from capruner.files import digest
+from capruner.text import some
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -97,5 +98,4 @@ def _odd_ranks(values: list[Any]) -> str:
 
 
 def _ranks(ranks: list[int]) -> str:
-    some = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
-    return f"rank{'s' * (len(ranks) > 1)} {some}"
+    return f"rank{'s' * (len(ranks) > 1)} {some(ranks, 8)}"

@@ -21,6 +21,7 @@ from capruner.batches import BatchError
 from capruner.models.macs import factors, plain_products
 from capruner.models.modes import eval_mode, random_state_kept
 from capruner.models.wrappers import own_names
+from capruner.text import some
 
 _aten = torch.ops.aten
 _CONSTANTS = (_aten.lift_fresh, _aten.lift_fresh_copy)
@@ -138,7 +139,7 @@ class FirstLook:
         lost = lost_zeros(self.model, computed, lambda model: model(*copied_args, **copied_kwargs)) if computed else []
         if lost:
             raise BatchError(
-                f"forward computes other weights from {', '.join(lost[:5])}{' and more' if len(lost) > 5 else ''} (standardisation, for example), in "
+                f"forward computes other weights from {some(lost)} (standardisation, for example), in "
                 f"which zeros of the parameter are not zeros; leave them dense with exclude={lost!r}"
             )
         return outputs

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from capruner.core.patterns import Pattern
 from capruner.models.selection import SelectionError
 from capruner.models.weights import LinearWeight
+from capruner.text import some
 
 
 def unsupported(pattern: Pattern, parameters: Mapping[str, Tensor], linear: Mapping[str, LinearWeight]) -> list[str]:
@@ -32,11 +33,10 @@ def supporting(
     """The parameters that can hold ``pattern``, and the names of the others; raise ``SelectionError`` if these may not be skipped."""
     bad = unsupported(pattern, parameters, linear)
     if bad and not skip_unsupported:
-        shapes = ", ".join(f"{name} {tuple(parameters[name].shape)}" for name in bad[:8])
-        more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
+        shapes = some([f"{name} {tuple(parameters[name].shape)}" for name in bad], 8)
         ahead = "|".join(name.replace(".", r"\.") for name in bad)
         raise SelectionError(
-            f"{pattern} needs weights whose inputs (input channels per group) are a multiple of {pattern.group}; these are not: {shapes}{more}. "
+            f"{pattern} needs weights whose inputs (input channels per group) are a multiple of {pattern.group}; these are not: {shapes}. "
             f"Leave them dense with skip_unsupported=True or with exclude; in a recipe, a pattern that begins with 're:(?!(?:{ahead})$)' passes them over"
         )
     if len(bad) == len(parameters):

@@ -20,6 +20,7 @@ from torch import nn
 from capruner.models.weights import EXCLUDED, FROZEN, computed_weights, linear_weights, tied_to_embeddings
 from capruner.models.wrappers import all_parameters, find, first_names, walk
 from capruner.presets import BLOCKS, stem_and_head
+from capruner.text import some
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ def select(
         frozen = [n for n in found if trainable and names[n].is_floating_point() and not names[n].requires_grad]
         if found and len(frozen) == len(found):
             raise SelectionError(
-                f"frozen (requires_grad is False), so without a gradient: {_some(frozen)}; "
+                f"frozen (requires_grad is False), so without a gradient: {some(frozen)}; "
                 "call .requires_grad_(True) on them, or leave them out of params"
             )
         passed |= {first[id(names[name])]: FROZEN for name in frozen}
@@ -121,11 +122,11 @@ def _entries(what: str, entries: str | Sequence[str]) -> list[str]:
 def _check(parameters: Mapping[str, nn.Parameter]) -> None:
     integer = [name for name, p in parameters.items() if not p.is_floating_point()]
     if integer:
-        raise SelectionError(f"not floating point, so without a gradient: {_some(integer)}; leave them out of params")
+        raise SelectionError(f"not floating point, so without a gradient: {some(integer)}; leave them out of params")
     lazy = [name for name, p in parameters.items() if nn.parameter.is_lazy(p)]
     if lazy:
         raise SelectionError(
-            f"without a shape until the model has run once: {_some(lazy)}; call the model on a batch first"
+            f"without a shape until the model has run once: {some(lazy)}; call the model on a batch first"
         )
 
 
@@ -134,11 +135,7 @@ def _why(passed: Mapping[str, str]) -> str:
     by_reason: dict[str, list[str]] = {}
     for name, reason in passed.items():
         by_reason.setdefault(reason, []).append(name)
-    return "; ".join(f"{_some(names)}: {reason}" for reason, names in by_reason.items())
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return "; ".join(f"{some(names)}: {reason}" for reason, names in by_reason.items())
 
 
 def _excluded(model: nn.Module, entry: str, names: Mapping[str, nn.Parameter]) -> list[str]:
@@ -187,7 +184,7 @@ def _resolve(
         return _layer_weights(entry, modules[entry], _aliases(names, tied), computed)
     if wrong := [name for name in found if name in computed and name not in excluded]:
         raise SelectionError(
-            f"params: {_some(wrong)}: {computed[wrong[0]]}; leave them dense with exclude={wrong[:5]!r}"
+            f"params: {some(wrong)}: {computed[wrong[0]]}; leave them dense with exclude={wrong[:5]!r}"
         )
     if not found:
         raise SelectionError(f"params: '{entry}' holds no parameter")
@@ -197,7 +194,7 @@ def _resolve(
 def _all_but(found: list[str], around: set[str]) -> list[str]:
     blocks = [name for name in found if name not in around]
     if not blocks:
-        raise SelectionError(f"params: '{BLOCKS}' holds nothing but stem and head: {_some(found)}; name the parameters")
+        raise SelectionError(f"params: '{BLOCKS}' holds nothing but stem and head: {some(found)}; name the parameters")
     return blocks
 
 
@@ -217,7 +214,7 @@ def _layer_weights(
     reasons = {name: reason for name, reason in computed.items() if name.startswith(ahead)}
     if not found and reasons:
         raise SelectionError(
-            f"params: {_some(list(reasons))}: {next(iter(reasons.values()))}. Undo that first, for example with "
+            f"params: {some(list(reasons))}: {next(iter(reasons.values()))}. Undo that first, for example with "
             "torch.nn.utils.parametrize.remove_parametrizations, or prune other layers"
         )
     if not found:
@@ -363,5 +360,5 @@ def _nearest(wanted: str, names: Iterable[str]) -> str:
     return (
         f"; the nearest names are {', '.join(chosen)}"
         if chosen
-        else f"; there are {_some(list(dict.fromkeys(tails.values())))}"
+        else f"; there are {some(list(dict.fromkeys(tails.values())))}"
     )

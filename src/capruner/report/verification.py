@@ -23,6 +23,7 @@ from capruner.report.architecture import architecture, build
 from capruner.report.checkpoint import load_weights, read_weights
 from capruner.result import load_result
 from capruner.rows import weight_rows
+from capruner.text import some
 
 
 def verify(
@@ -96,18 +97,14 @@ def _check(name: str, ok: bool, detail: str) -> dict[str, Any]:
     return {"name": name, "ok": ok, "detail": detail}
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
 def _fit(expected: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tensor], model: str) -> dict[str, Any]:
     missing = [name for name in expected if name not in weights]
     other = [name for name, shape in expected.items() if name in weights and tuple(weights[name].shape) != shape]
     if not missing and not other:
         return _check("architecture", True, f"all {len(expected)} parameters of {model}, with its shapes")
-    parts = [f"missing: {_some(missing)}"] if missing else []
+    parts = [f"missing: {some(missing, 3)}"] if missing else []
     parts += (
-        [f"of another shape: {_some([f'{n} {tuple(weights[n].shape)} for {expected[n]}' for n in other])}"]
+        [f"of another shape: {some([f'{n} {tuple(weights[n].shape)} for {expected[n]}' for n in other], 3)}"]
         if other
         else []
     )
@@ -119,7 +116,7 @@ def _finite(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     bad = {name: count for name, count in bad.items() if count}
     if not bad:
         return _check("finite", True, "no NaN, no infinity")
-    return _check("finite", False, f"{sum(bad.values()):,} values are NaN or infinite, in {_some(list(bad))}")
+    return _check("finite", False, f"{sum(bad.values()):,} values are NaN or infinite, in {some(list(bad), 3)}")
 
 
 def _masks(path: Path, weights: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -127,7 +124,7 @@ def _masks(path: Path, weights: Mapping[str, Tensor]) -> dict[str, Any]:
     unfit = [name for name, mask in masks.items() if name not in weights or weights[name].shape != mask.shape]
     if unfit:
         return _check(
-            "masks", False, f"{source}: the checkpoint has no such parameter, or of another shape: {_some(unfit)}"
+            "masks", False, f"{source}: the checkpoint has no such parameter, or of another shape: {some(unfit, 3)}"
         )
     alive = {name: int((weights[name][~mask] != 0).sum()) for name, mask in masks.items()}
     alive = {name: count for name, count in alive.items() if count}
@@ -136,7 +133,7 @@ def _masks(path: Path, weights: Mapping[str, Tensor]) -> dict[str, Any]:
         return _check(
             "masks",
             False,
-            f"{source}: {sum(alive.values()):,} of {removed:,} removed weights are not zero, in {_some(list(alive))}",
+            f"{source}: {sum(alive.values()):,} of {removed:,} removed weights are not zero, in {some(list(alive), 3)}",
         )
     more = sum(int((weights[name][mask] == 0).sum()) for name, mask in masks.items())
     extra = f"; {more:,} weights that stay are zero too" if more else ""
@@ -197,7 +194,7 @@ def _pattern(
             if wrong:
                 broken.append(f"{name} ({wrong:,} of {len(groups):,} groups)")
     if broken:
-        return _check(f"pattern {pattern}", False, f"broken in {len(broken)} layers: {_some(broken)}")
+        return _check(f"pattern {pattern}", False, f"broken in {len(broken)} layers: {some(broken, 3)}")
     if not held:
         return _check(f"pattern {pattern}", False, "no prunable layer has a zero")
     return _check(

@@ -213,13 +213,11 @@ class BySparseML:
         self, model: nn.Module, sparsities: list[float], batches: CalibrationBatches, costs: Any = None
     ) -> PruningResult:
         """One calibration for the whole list; ``model`` is not changed."""
-        sampler = {"data_loader_builder": batches, "loss_function": nn.functional.cross_entropy}
-        return self._modifier.one_shot(model, sparsities, sampler, costs=costs)
+        return self._modifier.one_shot(model, sparsities, _sampler(batches), costs=costs)
 
     def plan(self, model: nn.Module, batches: CalibrationBatches) -> Plan:
         """What :meth:`prune` would do. Draws two of ``batches``."""
-        sampler = {"data_loader_builder": batches, "loss_function": nn.functional.cross_entropy}
-        return self._modifier.one_shot_plan(model, sampler)
+        return self._modifier.one_shot_plan(model, _sampler(batches))
 
     def calibrate(self, model: nn.Module, batches: CalibrationBatches, costs: Any = None) -> CalibratedModel:
         """Raise ``UserError``: SparseML prunes to a sparsity that is known beforehand."""
@@ -228,14 +226,18 @@ class BySparseML:
     def apply_at(self, path: str, model: nn.Module, sparsity: float, builder: Callable[[], CalibrationBatches]) -> None:
         """Prune in place with the recipe of ``path`` (the same, where it lies now), and distil where asked for."""
         dense = copy.deepcopy(model) if self.distill_passes else None
-        apply_at(path, model, sparsity, {"data_loader_builder": builder(), "loss_function": finite_cross_entropy})
+        apply_at(path, model, sparsity, _sampler(builder(), finite_cross_entropy))
         if dense is not None:
-            sampler = {"data_loader_builder": builder(), "loss_function": finite_cross_entropy}
-            capruner.distill(model, dense, GradSamplerBatches(sampler), passes=self.distill_passes)
+            batches = GradSamplerBatches(_sampler(builder(), finite_cross_entropy))
+            capruner.distill(model, dense, batches, passes=self.distill_passes)
 
     def remove_state(self) -> None:
         """Delete the state of a killed calibration: the result is safe."""
         self._modifier.remove_state()
+
+
+def _sampler(batches: CalibrationBatches, loss: Callable[..., Tensor] = nn.functional.cross_entropy) -> dict[str, Any]:
+    return {"data_loader_builder": batches, "loss_function": loss}
 
 
 def finite_cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:

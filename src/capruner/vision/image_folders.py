@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 
 from capruner.cli.arguments import UserError
 from capruner.distributed import processes
+from capruner.text import some
 
 FORMATS = (".jpg", ".jpeg", ".png")
 OTHER_FORMATS = {".avif", ".bmp", ".gif", ".heic", ".jfif", ".jp2", ".npy", ".ppm", ".tif", ".tiff", ".webp"}
@@ -179,13 +180,13 @@ def check_classes(splits: Mapping[str, ImageFolder], outputs: int | None) -> Non
     for name, here, other, there in ((second, val, first, train), (first, train, second, val)):
         if missing := sorted(there.class_to_idx.keys() - here.class_to_idx.keys(), key=natural_key):
             raise UserError(
-                f"{name} has no images of {_names(missing)}, which {other} has as class folders; "
+                f"{name} has no images of {some([*map(repr, missing)], 8)}, which {other} has as class folders; "
                 f"add them there, or move what is no class out of {other}{here.describe_unread()}"
             )
     count = len(train.class_to_idx)
     if outputs is not None and count != outputs:
         raise UserError(
-            f"the data has {count} classes, the model {outputs} outputs; the class folders are {_names(list(train.class_to_idx))}. "
+            f"the data has {count} classes, the model {outputs} outputs; the class folders are {some([*map(repr, train.class_to_idx)], 8)}. "
             f"If each is a class, use a checkpoint trained on them, with --model-kwargs num_classes={count}{train.describe_unread()}"
         )
     for name, folder in splits.items():
@@ -199,7 +200,3 @@ def _ending(name: str) -> str:
 
 def _counted(endings: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {ending} file{'s' * (count > 1)}" for ending, count in sorted(endings.items()))
-
-
-def _names(names: list[str]) -> str:
-    return ", ".join(map(repr, names[:8])) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

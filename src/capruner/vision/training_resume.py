@@ -9,19 +9,8 @@ from typing import Any
 from capruner.cli.arguments import UserError
 
 WITHOUT_EFFECT = {
-    *(
-        "resume",
-        "debug",
-        "config",
-        "sparseml_recipe",
-        "data_dir",
-        "output",
-        "experiment",
-        "device",
-        "local_rank",
-        "timeout",
-    ),
-    *("workers", "pin_mem", "val_batch_size", "grad_checkpointing"),
+    *("resume", "debug", "config", "sparseml_recipe", "data_dir", "output", "experiment", "device", "local_rank"),
+    *("timeout", "workers", "pin_mem", "val_batch_size", "grad_checkpointing"),
     *("log_sparsity", "log_wandb", "log_param_histogram", "checkpoint_freq", "save_last"),
 }
 """Where and how a run works, and what it writes: free to change. (The recipe's text is compared, not its path.)"""
@@ -47,17 +36,8 @@ EACH_EPOCH = {
 
 SCHEDULE = {
     *("sched", "sched_on_updates", "lr", "lr_noise", "lr_noise_pct", "lr_noise_std", "lr_cycle_mul", "lr_cycle_decay"),
-    *(
-        "lr_cycle_limit",
-        "lr_k_decay",
-        "lr_decay_fn",
-        "lr_stable_timescale",
-        "warmup_lr",
-        "min_lr",
-        "decay_milestones",
-        "decay_epochs",
-        "warmup_epochs",
-    ),
+    *("lr_cycle_limit", "lr_k_decay", "lr_decay_fn", "lr_stable_timescale", "warmup_lr", "min_lr", "decay_milestones"),
+    *("decay_epochs", "warmup_epochs"),
     *("warmup_prefix", "cooldown_epochs", "patience_epochs", "decay_rate"),
 }
 """The learning rate follows the new schedule from the next epoch on; refused where the recipe or plateau sets the rate."""
