@@ -19,7 +19,8 @@ from capruner.job import Job
 from capruner.models.modes import eval_mode, weights_restored
 from capruner.models.wrappers import first_names
 from capruner.result import PruningResult
-from capruner.targets import Sparsity, pruned_share, selected
+from capruner.rows import zero_share
+from capruner.targets import Sparsity, selected
 
 Metric = Callable[[nn.Module], Any]
 
@@ -166,7 +167,7 @@ class CalibratedModel:
         """The lowest sparsity that ``masks`` leaves open."""
         masks = self._job.masks
         groups = [tuple(masks)] if self._job.config.global_sparsity else [(name,) for name in masks]
-        return max(pruned_share(names, masks) for names in groups)
+        return max(zero_share(masks[name] for name in names) for names in groups)
 
     def _own(self, sparsity: Mapping[float, Sequence[str]]) -> dict[str, float]:
         """The target of each calibrated parameter; raise ``ValueError`` unless exactly those have one."""

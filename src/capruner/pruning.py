@@ -27,7 +27,8 @@ from capruner.models.wrappers import unwrap
 from capruner.recomputation import recompute_levels
 from capruner.refine.levels import refine_levels
 from capruner.result import Level, PruningResult
-from capruner.targets import Sparsity, initial_masks, pruned_share
+from capruner.rows import zero_share
+from capruner.targets import Sparsity, initial_masks
 
 
 @agreeing
@@ -201,7 +202,7 @@ def compensate_masks(
     pruner, layouts = calibrated.pruner, calibration.layouts
     assert isinstance(pruner, OBS)
     blocks = {n: layouts[n].to_blocks(~k, torch.bool)[pruner.partition.own(n)] for n, k in keep.items()}
-    level = calibrated.level(pruned_share(tuple(keep), keep), pruner.solve_masks(blocks))
+    level = calibrated.level(zero_share(keep.values()), pruner.solve_masks(blocks))
     return PruningResult(
         method="masks",
         levels=[level],

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from capruner.methods import SparsityLevel
 from capruner.models.modes import weights_restored
 from capruner.result import Level
-from capruner.targets import pruned_share
+from capruner.rows import zero_share
 
 Interpolation = Literal["linear", "cubic", "inverse_cubic", "geometric"]
 
@@ -46,7 +46,7 @@ def recompute_levels(
     reached = []
     with weights_restored(model):
         for level in levels:
-            starts = [pruned_share(target.names, masks) for target in level.targets]
+            starts = [zero_share(masks[name] for name in target.names) for target in level.targets]
             losses = dict.fromkeys(parameters, 0.0)
             for step in range(1, steps + 1):
                 now = tuple(

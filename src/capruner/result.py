@@ -143,7 +143,7 @@ class PruningResult:
             parameters[name].copy_(weight)
 
     def masks(self, sparsity: float | None = None) -> dict[str, Tensor]:
-        """``{parameter name: bool tensor, True = stays}``."""
+        """``{parameter name: bool tensor, True = keep}``."""
         return dict(self.level(sparsity).masks)
 
     def predicted_loss(self, sparsity: float | None = None) -> float:

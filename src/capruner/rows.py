@@ -1,4 +1,4 @@
-"""Rows about layers: the same keys in results, reports, summaries and logs."""
+"""Counts of zeros, and rows about layers: the same keys in results, reports, summaries and logs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
+
+
+def zero_share(tensors: Iterable[Tensor]) -> float:
+    """Share of the entries of weights that are exactly 0, or of masks that are False."""
+    counts = [(int((tensor.detach() == 0).sum()), tensor.numel()) for tensor in tensors]
+    return sum(zeros for zeros, _ in counts) / sum(numel for _, numel in counts)
 
 
 def layer_row(name: str, keep: Tensor) -> dict[str, Any]:

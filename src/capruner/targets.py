@@ -115,8 +115,3 @@ def check_not_below(targets: Sequence[Target], masks: Mapping[str, Tensor], patt
     for target in targets:
         pruned = sum(int((~masks[name]).sum()) for name in target.names)
         refuse_below(pruned, target.steps(pattern.group) * pattern.group, target.names)
-
-
-def pruned_share(names: Sequence[str], masks: Mapping[str, Tensor]) -> float:
-    """Fraction of the weights of these parameters that is pruned."""
-    return sum(int((~masks[n]).sum()) for n in names) / sum(masks[n].numel() for n in names)

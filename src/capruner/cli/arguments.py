@@ -144,7 +144,6 @@ DATASET = "a data set that timm knows, such as torch/cifar10 (default: image fol
 
 
 def add_gradient_batch(group: argparse._ActionsContainer) -> None:
-    """``-gb``."""
     group.add_argument(
         *("-gb", "--gs-batch-size", "--grad-sampler-batch-size"),
         type=int,
@@ -154,13 +153,11 @@ def add_gradient_batch(group: argparse._ActionsContainer) -> None:
 
 
 def add_seed_and_device(group: argparse._ActionsContainer) -> None:
-    """``--seed`` and ``--device``."""
     group.add_argument("--seed", type=int, default=42, help="default 42")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: the GPU if there is one)")
 
 
 def add_wandb(group: argparse._ActionsContainer) -> None:
-    """``--log-wandb``."""
     group.add_argument(
         "--log-wandb", action="store_true", help="log to Weights & Biases too (WANDB_MODE=offline needs no account)"
     )

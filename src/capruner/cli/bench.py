@@ -36,7 +36,6 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags."""
     from capruner.deploy.bench import ENGINES
 
     parser.add_argument("files", metavar="FILE", type=Path, nargs="+", help="ONNX files, or checkpoints")
@@ -143,6 +142,7 @@ def _checkpoints(args: argparse.Namespace, folder: Path) -> tuple[list[Subject],
     from safetensors.torch import save_file
 
     from capruner.deploy import bench, export
+    from capruner.rows import zero_share
 
     files = dict(zip(_names(args), args.files))
     if args.twin:
@@ -153,8 +153,7 @@ def _checkpoints(args: argparse.Namespace, folder: Path) -> tuple[list[Subject],
     subjects = []
     for number, (name, file) in enumerate(files.items()):
         model, shape = export.load_pruned(args.model, args.model_kwargs, file)
-        weights = export.prunable_weights(model).values()
-        zeros = sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
+        zeros = zero_share(export.prunable_weights(model).values())
         graph = None
         if set(args.engines) - set(bench.TORCH_ENGINES):
             graph = folder / f"{number}.onnx"

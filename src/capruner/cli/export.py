@@ -47,7 +47,6 @@ FORMATS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="weights, .safetensors or .pth")
     add_model(parser, required=True)
     parser.add_argument("--output", required=True, type=Path, help="file to write")

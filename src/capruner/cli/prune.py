@@ -25,7 +25,6 @@ research/one_shot_pruning.py is the same command.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags."""
     from capruner.vision import one_shot_arguments
 
     one_shot_arguments.add_arguments(parser)

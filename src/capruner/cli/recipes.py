@@ -35,7 +35,6 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags."""
     parser.add_argument("action", choices=("list", "show", "lint", "make", "convert"))
     parser.add_argument(
         "what", nargs="*", metavar="NAME", help="a name as list prints it; for lint also a file, for convert a file"

@@ -21,7 +21,6 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags."""
     parser.add_argument(
         "path",
         metavar="EXPERIMENT_OR_CHECKPOINT",

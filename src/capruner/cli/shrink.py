@@ -37,7 +37,6 @@ A first try: --macs 0.7. Lower it until accuracy falls, then add --distill-passe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags."""
     from capruner.cli.knobs import add_knobs
 
     what = parser.add_argument_group("what to shrink")

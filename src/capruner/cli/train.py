@@ -27,7 +27,6 @@ research/sparse_training.py is the same command.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags."""
     from capruner.vision import training_arguments
 
     training_arguments.add_arguments(parser)

@@ -23,6 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from capruner.models.selection import select_parameters
 from capruner.models.wrappers import by_first_name, owner, unwrap
+from capruner.rows import zero_share
 
 
 class _Masks:
@@ -129,10 +130,10 @@ class MaskHandle:
         Raises:
             ValueError: the model no longer exists.
         """
-        parameters = [p.detach() for _, p in self._masks.parameters()]
+        parameters = [p for _, p in self._masks.parameters()]
         if not parameters:
             raise ValueError("the model of this handle no longer exists, so it has no sparsity")
-        return sum(int((p == 0).sum()) for p in parameters) / sum(p.numel() for p in parameters)
+        return zero_share(parameters)
 
     def apply(self) -> None:
         """Zero the masked weights now: for optimizers that are not ``torch.optim.Optimizer``, and after writing weights by hand."""

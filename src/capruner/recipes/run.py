@@ -29,8 +29,9 @@ from capruner.recipes.training import (
     TrainableParams,
     TrainingRecipe,
 )
-from capruner.recipes.updates import next_sparsity, prune_resumably, zero_share
+from capruner.recipes.updates import next_sparsity, prune_resumably
 from capruner.recipes.values import FROM_WEIGHTS
+from capruner.rows import zero_share
 from capruner.training.schedules import SAME_EPOCH
 
 _FORMAT, _VERSION = "capruner-recipe", 1
@@ -93,8 +94,7 @@ class RecipeRun:
     @property
     def sparsity(self) -> float:
         """Share of pruned weights in :attr:`masks`."""
-        masks = self.masks.values()
-        return sum(int((~mask).sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+        return zero_share(self.masks.values())
 
     def update(self) -> None:
         """Do what is due at this step. Call it once for each optimizer step: after the backward pass, before gradients are clipped."""
@@ -272,7 +272,7 @@ class _Pruner:
         init = self._spec.init_sparsity
         if init != FROM_WEIGHTS:
             return dict.fromkeys(self.masks, float(init))
-        return {name: zero_share(parameters[name]) for name in self.masks}
+        return {name: zero_share([parameters[name]]) for name in self.masks}
 
     def shown(self) -> dict[str, Tensor]:
         """Masks for whoever looks from outside."""

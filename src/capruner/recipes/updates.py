@@ -60,8 +60,3 @@ def prune_resumably(prune: Callable[[], PruningResult], folder: str | Path | Non
         _LOGGER.warning("this update is calibrated from the start: %s", error)
         remove_state(folder)
         return prune()
-
-
-def zero_share(parameter: Tensor) -> float:
-    """Share of weights that are exactly 0."""
-    return int((parameter.detach() == 0).sum()) / parameter.numel()

@@ -33,9 +33,10 @@ from capruner.models.wrappers import owner
 from capruner.planning import Plan, plan
 from capruner.pruning import prune
 from capruner.recipes import values
-from capruner.recipes.updates import next_sparsity, prune_resumably, zero_share
+from capruner.recipes.updates import next_sparsity, prune_resumably
 from capruner.recomputation import INTERPOLATIONS
 from capruner.result import PruningResult
+from capruner.rows import zero_share
 from capruner.sparseml.sampling import GradSamplerBatches
 from capruner.sparseml.state import load_modifier_state, modifier_state
 from capruner.training.schedules import SAME_EPOCH, sparsity_at
@@ -164,7 +165,7 @@ class CorrelationAwareModifier(BaseGradualPruningModifier):
         """A mask that another modifier has put on a parameter is taken over, so that a ladder of modifiers continues instead of starting again."""
         super().initialize_extras(module)
         if self._init_sparsity_orig == FROM_PARAM_TOKEN:
-            self._init_sparsity = [zero_share(p) for p in self._module_masks.params_data]
+            self._init_sparsity = [zero_share([p]) for p in self._module_masks.params_data]
         self._adopt_masks()
 
     def check_mask_update(self, module: nn.Module, epoch: float, steps_per_epoch: int, **kwargs: Any) -> None:

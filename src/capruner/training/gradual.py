@@ -43,6 +43,7 @@ from capruner.models.masking import MaskHandle, mask_model
 from capruner.models.wrappers import first_names
 from capruner.pruning import prune
 from capruner.result import PruningResult
+from capruner.rows import zero_share
 from capruner.training.schedules import SAME_EPOCH, Schedule, check_schedule, plain_number
 
 _LOGGER = logging.getLogger(__name__)
@@ -108,8 +109,7 @@ class GradualPruner:
     def sparsity(self) -> float:
         """Share of zeros in the selected weights, counted in the model as it is now."""
         parameters = first_names(self.model)
-        weights = [parameters[name].detach() for name in self._masks]
-        return sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
+        return zero_share(parameters[name] for name in self._masks)
 
     @property
     def next(self) -> float | None:

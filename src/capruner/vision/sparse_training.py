@@ -19,6 +19,7 @@ from capruner.cli import arguments as cli
 from capruner.recipes import checked_text
 from capruner.recipes.text import stored_text
 from capruner.report import write_report
+from capruner.rows import zero_share
 from capruner.vision import data as images
 from capruner.vision import modeling, output, training_resume
 from capruner.vision.training_arguments import parse
@@ -27,7 +28,7 @@ from capruner.vision.training_data import GradientSamples, train_loader, validat
 from capruner.vision.training_log import Log, learning_rate
 from capruner.vision.training_loop import Stepper, measure, precision, train_one_epoch, training_loss
 from capruner.vision.training_processes import Processes, parallel, started
-from capruner.vision.training_recipe import apply_masks, epochs, open_training, sparsity_of
+from capruner.vision.training_recipe import apply_masks, epochs, open_training
 from capruner.vision.training_schedule import Schedule
 
 
@@ -155,7 +156,9 @@ class Training:
         self.best = saved["best"]
         self.log.rows, self.log.updates = saved["rows"], saved["updates"]
         self.log.wandb_id = saved["wandb_id"]
-        self.processes.say(f"resumed after epoch {self.epoch} at sparsity {sparsity_of(self.recipe.masks()):.4f}")
+        self.processes.say(
+            f"resumed after epoch {self.epoch} at sparsity {zero_share(self.recipe.masks().values()):.4f}"
+        )
 
     def _surroundings(self) -> dict[str, Any]:
         return {
@@ -234,7 +237,7 @@ class Training:
 
     def _finish_epoch(self, found: dict[str, float], began: float) -> None:
         masks = self.recipe.masks()
-        row: dict[str, Any] = {"epoch": self.epoch, "steps": self.steps, "sparsity": sparsity_of(masks)}
+        row: dict[str, Any] = {"epoch": self.epoch, "steps": self.steps, "sparsity": zero_share(masks.values())}
         row |= {"train_loss": None, "lr": learning_rate(self.optimizer) if self.epoch else None} | found
         row |= measure(self.model, self.val, self.processes, self.autocast, "evaluate")
         if self.ema is not None:

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from capruner.recipes import read as read_recipe
-from capruner.rows import mask_rows
+from capruner.rows import mask_rows, zero_share
 from capruner.vision import output
 from capruner.vision.plots import COLOURS, plt
-from capruner.vision.training_recipe import sparsity_of
 from capruner.vision.wandb_log import WandbLog
 
 LINE = {
@@ -58,7 +57,7 @@ class Log:
     def update(self, epoch: float, masks: Mapping[str, Tensor]) -> None:
         """Record a pruning update at ``epoch``."""
         layers = mask_rows(masks)
-        self.updates.append({"epoch": epoch, "sparsity": sparsity_of(dict(masks)), "layers": layers})
+        self.updates.append({"epoch": epoch, "sparsity": zero_share(masks.values()), "layers": layers})
         output.write_json(self.folder / "layer_sparsity.json", self.updates)
         if self.args.log_sparsity:
             shown = [row | {"sparsity": 100 * row["sparsity"]} for row in layers]

@@ -107,11 +107,6 @@ def epochs(recipe: Any, args: argparse.Namespace) -> int:
     return int(args.epochs or recipe.end)
 
 
-def sparsity_of(masks: dict[str, Tensor]) -> float:
-    """Share of weights that are pruned."""
-    return sum(int((~mask).sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
-
-
 @torch.no_grad()
 def apply_masks(model: nn.Module, masks: dict[str, Tensor]) -> None:
     """Zero the pruned weights of a model that the recipe does not know (the moving average)."""
