@@ -117,8 +117,9 @@ def torch_pruning_at(
 
 def engines(model: nn.Module, input_size: tuple[int, ...]) -> dict[str, Callable[[torch.Tensor], Any]]:
     """A network in torch and in onnxruntime, one thread each."""
-    from capruner.deploy.export import to_onnx
     from onnxruntime import InferenceSession, SessionOptions
+
+    from capruner.deploy.export import to_onnx
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"

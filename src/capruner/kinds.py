@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from capruner.checks import check_count, check_flag, check_names, check_number, is_number, show
-from capruner.convert import Convert, blocks, flag, names, none_or, number, whole
 from capruner.core.blocks import check_block_size
 from capruner.core.memory import parse_bytes
 from capruner.core.patterns import parse_mask_type
 
 Check = Callable[[str, Any], object]
 """Takes a knob's name and value; raises ``ValueError`` for an invalid value."""
+Convert = Callable[[Any], Any]
+"""Turns what YAML or a command line holds into the type of a knob; raises ``ValueError`` or ``TypeError`` for an invalid value."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,45 @@ def or_auto(kind: Kind) -> Kind:
 def at_least(least: float) -> Kind:
     """A finite number, at least ``least``."""
     return Kind(lambda name, value: check_number(name, value, least), number)
+
+
+def none_or(convert: Convert) -> Convert:
+    """A converter that also accepts None, and the words ``None`` and ``null`` that public recipes write for it."""
+    return lambda value: None if value is None or value in ("None", "null") else convert(value)
+
+
+def flag(value: Any) -> bool:
+    """A boolean; the truth of a non-empty string does not count."""
+    if not isinstance(value, bool):
+        raise ValueError("expected true or false")
+    return value
+
+
+def number(value: Any) -> float:
+    """A number; true and false are invalid."""
+    if isinstance(value, bool):
+        raise ValueError("expected a number")
+    return float(value)
+
+
+def whole(value: Any) -> int:
+    """A whole number: 4096.0 is valid, 0.5 is not."""
+    if isinstance(value, bool) or not float(value).is_integer():
+        raise ValueError("expected a whole number")
+    return int(float(value))
+
+
+def blocks(value: Any) -> int | None:
+    """A number of blocks; public recipes write -1 for "all at once", where None lets the method choose."""
+    return None if value is None or whole(value) == -1 else whole(value)
+
+
+def names(value: Any) -> list[str]:
+    """One name or pattern, or a list of them."""
+    entries = [value] if isinstance(value, str) else list(value or ())
+    if not all(isinstance(entry, str) for entry in entries):
+        raise ValueError("expected names or patterns")
+    return entries
 
 
 def _damp(name: str, value: Any) -> None:

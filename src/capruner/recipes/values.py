@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from capruner.config import recipe_knobs
-from capruner.convert import Convert, flag, none_or, number, whole
+from capruner.kinds import Convert, flag, none_or, number, whole
 
 FROM_WEIGHTS = "__FROM_PARAM__"
 """SparseML's word for the sparsity that a model has already."""
