@@ -145,7 +145,10 @@ def test_a_checkpoint_whose_preprocessing_nobody_gave_gets_a_note(capsys):
     assert capsys.readouterr().err == ""
     config(module, checkpoint="mine.pth")
     told = capsys.readouterr().err
-    assert "--mean 0.5 0.5 0.5 --std 0.5 0.5 0.5 --crop-pct 0.9; pass the preprocessing that mine.pth was trained with" in told
+    assert (
+        "--mean 0.5 0.5 0.5 --std 0.5 0.5 0.5 --crop-pct 0.9; pass the preprocessing that mine.pth was trained with"
+        in told
+    )
 
 
 def test_a_limit_takes_the_same_images_each_time(folder):
