@@ -119,7 +119,7 @@ def check_device(name: Any) -> None:
     except (RuntimeError, TypeError, AssertionError) as error:
         reason = str(error).splitlines()[0][:120]
         raise ValueError(
-            f"fisher_inv_device must be a device of this machine, 'cpu' say, got {show(name)} ({reason})"
+            f"fisher_inv_device must be a device of this machine, for example 'cpu', got {show(name)} ({reason})"
         ) from error
 
 

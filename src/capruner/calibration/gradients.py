@@ -152,9 +152,8 @@ class _BatchGradients(_Source):
                 break
             try:
                 gradients = _gradients(self.looking, *item, self.loss_fn, self.parameters)
-                if (
-                    self.on_bad_batch == "skip"
-                ):  # before it is added to the slab; otherwise a whole slab is checked at once
+                # Before it is added to the slab; otherwise a whole slab is checked at once.
+                if self.on_bad_batch == "skip":
                     checked(dict(zip(self.parameters, (g[None] for g in gradients))), item[:1])
             except BadBatchError as error:
                 self.bad(item[0], error)

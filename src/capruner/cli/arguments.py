@@ -81,7 +81,7 @@ def add_model(parser: argparse._ActionsContainer, required: bool = False, used: 
         action=KeyValues,
         default={},
         metavar="KEY=VALUE",
-        help="arguments of timm.create_model, img_size=32 or num_classes=10 say",
+        help="arguments of timm.create_model, such as img_size=32 or num_classes=10",
     )
 
 
@@ -122,7 +122,7 @@ def add_preprocessing(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--img-size", type=int, help="side of the input in pixels (default: model kwarg img_size, or the model's)"
     )
-    group.add_argument("--mean", type=float, nargs="+", help="per channel, 0.485 0.456 0.406 say")
+    group.add_argument("--mean", type=float, nargs="+", help="per channel, for example 0.485 0.456 0.406")
     group.add_argument("--std", type=float, nargs="+")
     group.add_argument("--crop-pct", type=float, help="share of the resized image that the centre crop keeps")
     group.add_argument("--interpolation", help="bicubic, bilinear, ...")

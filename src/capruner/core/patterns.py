@@ -79,7 +79,7 @@ def parse_mask_type(mask_type: Any, n: int | None = None, m: int | None = None) 
     if match and 0 < int(match[1]) < int(match[2]):
         return Pattern(int(match[1]), int(match[2]))
     raise ValueError(
-        f"mask_type must be 'unstructured', 'block4' or 'N:M' with 0 < N < M ('2:4', say: 2 of 4 stay), got {mask_type!r}"
+        f"mask_type must be 'unstructured', 'block4' or 'N:M' with 0 < N < M (for example '2:4': 2 of 4 remain), got {mask_type!r}"
         + (f" with n={n}, m={m}" if n is not None or m is not None else "")
     )
 

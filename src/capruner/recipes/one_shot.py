@@ -88,7 +88,7 @@ class OneShot:
         final_sparsity: a share, or ``{share: [params]}``.
         global_sparsity: one target over all layers.
         knobs: further keywords of :func:`capruner.prune`.
-        grad_sampler_kwargs: for whoever loads calibration data, ``batch_size`` say.
+        grad_sampler_kwargs: for whoever loads calibration data, for example ``batch_size``.
         traces_backup_dir: the recipe's state folder.
         schedule: what the recipe says of epochs, ``init_sparsity``, ``inter_func`` and ``leave_enabled``; one-shot pruning does not use it.
     """

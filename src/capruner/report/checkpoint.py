@@ -45,7 +45,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     if path.is_dir():
-        raise ValueError(f"{path} is a folder; give one of the checkpoints in it, checkpoints/*.safetensors say")
+        raise ValueError(f"{path} is a folder; give one of the checkpoints in it, such as checkpoints/*.safetensors")
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     if is_result(path):

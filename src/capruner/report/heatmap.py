@@ -38,9 +38,8 @@ def cell(share: float | None) -> str:
     if share is None:
         return '<td class="none" aria-label="no such layer">·</td>'
     shade = min(halvings(share) / DARKEST, 1.0)
-    ink = (
-        ' class="high"' if shade >= 0.76 else ' class="mid"' if shade >= 0.53 else ""
-    )  # where black and white are equally legible
+    # Where black and white are equally legible.
+    ink = ' class="high"' if shade >= 0.76 else ' class="mid"' if shade >= 0.53 else ""
     return f'<td{ink} style="--s:{shade:.2f}">{shown(share)}</td>'
 
 

@@ -213,7 +213,7 @@ class CalibrationBatches:
         self._arguments = (data, config)
         self._batch_size = batch_size
         self._device = device
-        # Lives as long as this object, so that a second calibration draws other batches than the first.
+        # Kept, so that a second calibration draws other batches than the first.
         generator = torch.Generator().manual_seed(seed)
         self._options = {"workers": workers, "augment": augment, "generator": generator}
 

@@ -143,9 +143,8 @@ def to_mode(image: Image.Image, mode: str, name: str = "an image") -> Image.Imag
     Raises:
         UserError: pixels without a known range (floating point, 32-bit integers), or a mode that PIL does not convert.
     """
-    if image.mode.startswith("I;16") or (
-        image.mode == "I" and image.format == "PNG"
-    ):  # PNG has no integers beyond 16 bits
+    # PNG has no integers beyond 16 bits.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
         kind = "32-bit integer" if image.mode == "I" else "floating-point"
@@ -181,7 +180,7 @@ def check_classes(splits: Mapping[str, ImageFolder], outputs: int | None) -> Non
         if missing := sorted(there.class_to_idx.keys() - here.class_to_idx.keys(), key=natural_key):
             raise UserError(
                 f"{name} has no images of {some([*map(repr, missing)], 8)}, which {other} has as class folders; "
-                f"add them there, or move what is no class out of {other}{here.describe_unread()}"
+                f"add them there, or move folders that are not classes out of {other}{here.describe_unread()}"
             )
     count = len(train.class_to_idx)
     if outputs is not None and count != outputs:

@@ -48,7 +48,7 @@ def check_forward(model: nn.Module, input_size: Sequence[int], name: str, traini
         ) from error
     if not isinstance(output, Tensor):
         raise UserError(
-            f"{name} returns a {type(output).__name__} {'in training mode ' * training}where one tensor of class scores is needed; "
+            f"{name} returns a {type(output).__name__} {'in training mode ' * training}but one tensor of class scores is needed; "
             "switch its other outputs off, --model-kwargs aux_logits=False for an Inception"
         )
 

@@ -66,7 +66,7 @@ def check_unused(folder: Path, overwrite: bool, checkpoint: str) -> None:
 def _is_finished(summary: Path) -> bool:
     try:
         return bool(json.loads(summary.read_text(encoding="utf-8")).get("finished", True))
-    except (OSError, ValueError, AttributeError):  # not ours, or edited: not to be deleted unasked
+    except (OSError, ValueError, AttributeError):  # not ours, or edited: never deleted unless asked for
         return True
 
 

@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 from capruner.report.charts import halvings
 from capruner.report.heatmap import shown
 
-# Okabe and Ito's colours: told apart by everybody.
+# Okabe and Ito's colours, which people with colour blindness can distinguish.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 GREY = "#555555"

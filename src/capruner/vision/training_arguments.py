@@ -41,7 +41,7 @@ def _pruning(parser: argparse.ArgumentParser) -> None:
         type=float,
         nargs="+",
         metavar="S",
-        help="a ladder, 0.4 0.6 0.75 0.9 say: the recipe's first update goes to the first of them, and so on, instead of the recipe's interpolation; "
+        help="a ladder such as 0.4 0.6 0.75 0.9: the recipe's first update goes to the first of them, and so on, instead of the recipe's interpolation; "
         "updates after the last one change nothing",
     )
     cli.add_gradient_batch(group)
@@ -159,7 +159,7 @@ def _augmentation(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--color-jitter-prob", type=float)
     group.add_argument("--grayscale-prob", type=float, default=0.0)
     group.add_argument("--gaussian-blur-prob", type=float, default=0.0)
-    group.add_argument("--aa", help="AutoAugment policy, rand-m9-mstd0.5-inc1 say")
+    group.add_argument("--aa", help="AutoAugment policy, for example rand-m9-mstd0.5-inc1")
     group.add_argument("--train-interpolation", default="random", help="bilinear, bicubic or random (default)")
     group.add_argument("--reprob", type=float, default=0.0, help="random erasing")
     group.add_argument("--remode", default="pixel")

@@ -41,7 +41,7 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     def write(partial: Path) -> None:
         try:
             torch.save(state | {"format": FORMAT}, partial)
-        except RuntimeError as error:  # what torch makes of a disk that is full
+        except RuntimeError as error:  # raised by torch for a full disk
             raise OSError(f"{str(error).splitlines()[0]}; is there room on the disk?") from error
 
     output.write_atomically(path, write)
@@ -72,21 +72,14 @@ def load_state(path: Path) -> dict[str, Any]:
         )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # torch's reader trips over foreign files in a dozen ways, and tells it with escape codes
+    except Exception as error:  # torch's reader raises anything for foreign files, with escape codes in the message
         raise UserError(
             f"--resume {path}: not a checkpoint of sparse_training.py, which hold tensors and plain values only"
         ) from error
-    if (
-        isinstance(state, dict)
-        and str(state.get("format", "")).startswith("capruner-training-")
-        and state["format"] != FORMAT
-    ):
-        raise UserError(
-            f"--resume {path}: written by another version of sparse_training.py ({state['format']}, not {FORMAT})"
-        )
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    found = str(state.get("format", "")) if isinstance(state, dict) else ""
+    if found.startswith("capruner-training-") and found != FORMAT:
+        raise UserError(f"--resume {path}: written by another version of sparse_training.py ({found}, not {FORMAT})")
+    if found != FORMAT:
         raise UserError(only_weights)
     return state
 

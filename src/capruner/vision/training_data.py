@@ -65,7 +65,7 @@ def train_loader(
         pin_memory=args.pin_mem,
         device=processes.device,
         use_prefetcher=not args.no_prefetcher,
-        persistent_workers=False,  # workers that live on have random states that depend on all epochs before
+        persistent_workers=False,  # random states of persistent workers depend on all epochs before
     )
     return loader, None if in_loader else mixup
 

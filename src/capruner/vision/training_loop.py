@@ -19,7 +19,7 @@ from capruner.vision.evaluate import evaluate
 from capruner.vision.training_arguments import uses_mixup
 from capruner.vision.training_processes import Processes
 
-_LOOK_AT_LOSS_EVERY = 20  # steps; looking waits for the GPU
+_LOOK_AT_LOSS_EVERY = 20  # steps; reading it waits for the GPU
 
 
 class Stepper:

@@ -97,7 +97,7 @@ def started(device: torch.device, timeout: float) -> Iterator[Processes]:
     finally:
         watch.stop()
     dist.destroy_process_group()
-    gc.collect()  # cycles of the training hold the group, whose threads would abort at the interpreter's end now and then
+    gc.collect()  # reference cycles keep the group alive, and its threads may abort when the interpreter exits
 
 
 _ENVIRONMENT = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))

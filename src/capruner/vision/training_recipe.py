@@ -122,5 +122,5 @@ def check_zeros(model: nn.Module, masks: dict[str, Tensor], what: str) -> None:
         alive = int((parameters[name].detach()[~mask.to(parameters[name].device)] != 0).sum())
         if alive:
             raise RuntimeError(
-                f"{alive} pruned weights of {name} are not zero in {what}; it was not written. Please report this"
+                f"{alive} pruned weights of {name} are not zero in {what}, which was not written; please report this"
             )

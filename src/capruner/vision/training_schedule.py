@@ -31,9 +31,8 @@ class Schedule:
         if active:
             try:
                 with warnings.catch_warnings():
-                    warnings.simplefilter(
-                        "ignore", FutureWarning
-                    )  # plateau's state, which timm does not save, is saved here
+                    # About plateau's state, which timm does not save: it is saved here.
+                    warnings.simplefilter("ignore", FutureWarning)
                     self._scheduler, _ = create_scheduler_v2(
                         optimizer, **scheduler_kwargs(args), updates_per_epoch=steps_per_epoch
                     )

@@ -42,7 +42,7 @@ class Watch:
         """Stop; the processes no longer wait for each other."""
         self._quit.set()
         self._thread.join()
-        with contextlib.suppress(RuntimeError):  # rank 0, which keeps the store, has left before
+        with contextlib.suppress(RuntimeError):  # rank 0, which holds the store, exited first
             self._beat(_DONE)
 
     def explain(self, error: BaseException) -> str:
@@ -74,7 +74,7 @@ class Watch:
                 self._beat(str(count))
                 self._look()
             except RuntimeError:
-                return  # the store is gone; whoever waits for others will learn it there
+                return  # the store is gone, and collectives will fail for that reason
             silent = self._silent(self.timeout)
             if silent:
                 print(

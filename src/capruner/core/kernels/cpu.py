@@ -60,10 +60,7 @@ def compiling(fastmath: set[str]) -> Callable[[Callable[..., Any]], Any]:
     def compile_function(function: Callable[..., Any]) -> Any:
         try:
             return numba.njit(cache=True, **options)(function)
-        except (
-            RuntimeError,
-            OSError,
-        ):  # "no locator available", as in a read-only container: compiled again in each process
+        except (RuntimeError, OSError):  # "no locator available", as in a read-only container
             return numba.njit(**options)(function)
 
     return compile_function
