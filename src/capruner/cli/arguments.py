@@ -51,6 +51,11 @@ def _dashed(argument: str) -> str:
     return flag.replace("_", "-") + equals + value
 
 
+def flag(name: str) -> str:
+    """``--num-grads`` for ``num_grads``."""
+    return "--" + name.replace("_", "-")
+
+
 class KeyValues(argparse.Action):
     """``--model-kwargs img_size=32 qkv_bias=False``: Python literals, or strings."""
 
@@ -167,7 +172,7 @@ def check_counts(args: argparse.Namespace, *names: str) -> None:
     """Raise ``UserError`` for flags that are given and less than 1."""
     for name in names:
         if (count := getattr(args, name)) is not None and count < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {count}")
+            raise UserError(f"{flag(name)} must be at least 1, got {count}")
 
 
 def check_sparsities(sparsities: Sequence[float]) -> None:

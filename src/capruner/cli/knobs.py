@@ -6,12 +6,8 @@ import argparse
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from capruner.cli.arguments import flag
 from capruner.config import Knob, knobs
-
-
-def flag(name: str) -> str:
-    """``--num-grads`` for ``num_grads``."""
-    return "--" + name.replace("_", "-")
 
 
 def add_knobs(parser: argparse._ActionsContainer, chosen: Iterable[Knob], defaults: bool = False) -> None:

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from capruner import recipes
 from capruner.calibrated import CalibratedModel
 from capruner.checkpoint import remove_state
-from capruner.cli.arguments import UserError
-from capruner.cli.knobs import flag
+from capruner.cli.arguments import UserError, flag
 from capruner.config import SECOND_ORDER, knobs
 from capruner.distributed import processes
 from capruner.planning import Plan, plan

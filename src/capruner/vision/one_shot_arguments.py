@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from capruner.cli import arguments as cli
-from capruner.cli.knobs import add_knobs, flag, given
+from capruner.cli.arguments import flag
+from capruner.cli.knobs import add_knobs, given
 from capruner.config import PruneConfig, knobs
 from capruner.core.patterns import parse_mask_type
 from capruner.methods import MethodName

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from capruner.cli.knobs import flag
+from capruner.cli.arguments import flag
 
 _LOADER = "calibration images always come from the training split"
 ONE_SHOT = {

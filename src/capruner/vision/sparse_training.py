@@ -141,7 +141,7 @@ class Training:
         training_resume.check_state(saved, self.epochs, self._surroundings())
         training_resume.check_schedule(changes, rated, self.args.sched)
         for key, (before, now) in changes.items():
-            self.processes.say(f"note: --{key.replace('_', '-')} was {before!r}, it is {now!r} from here on")
+            self.processes.say(f"note: {cli.flag(key)} was {before!r}, it is {now!r} from here on")
         training_resume.check_groups(changes, saved["optimizer"], self.optimizer)
         self.optimizer.load_state_dict(saved["optimizer"])
         unscheduled = self.args.sched == "none" and not rated

@@ -256,9 +256,9 @@ def parse_with(parser: cli.Parser, argv: Sequence[str] | None) -> argparse.Names
         args = parser.parse_args(argv, parser.parse_args(_config_flags(parser, first.config)))
     args.data_dir = args.data_dir or args.data_positional
     del args.data_positional
-    for flag in ("data_dir", "model", "sparseml_recipe"):
-        if not getattr(args, flag):
-            raise cli.UserError(f"--{flag.replace('_', '-')} is missing; --help shows all flags")
+    for name in ("data_dir", "model", "sparseml_recipe"):
+        if not getattr(args, name):
+            raise cli.UserError(f"{cli.flag(name)} is missing; --help shows all flags")
     _check(args)
     args.sparseml_recipe = locate(args.sparseml_recipe)
     if args.num_classes is not None:

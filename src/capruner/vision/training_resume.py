@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from capruner.cli.arguments import UserError
+from capruner.cli.arguments import UserError, flag
 
 WITHOUT_EFFECT = {
     *("resume", "debug", "config", "sparseml_recipe", "data_dir", "output", "experiment", "device", "local_rank"),
@@ -154,6 +154,6 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, An
 
 def _refuse(key: str, values: tuple[Any, Any], why: str) -> None:
     raise UserError(
-        f"--resume: --{key.replace('_', '-')} was {values[0]!r} and is {values[1]!r} now, which cannot change: {why}. "
+        f"--resume: {flag(key)} was {values[0]!r} and is {values[1]!r} now, which cannot change: {why}. "
         f"Resume with {values[0]!r}, or start another --experiment"
     )
