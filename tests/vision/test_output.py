@@ -13,6 +13,7 @@ from PIL import Image
 pytest.importorskip("matplotlib")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from capruner.cli import arguments as cli
+from capruner.report.heatmap import shown
 from capruner.vision import output, plots
 
 
@@ -120,7 +121,7 @@ def test_labels_do_not_cover_each_other():
 
 
 def test_only_an_empty_layer_is_100_percent():
-    assert [plots._percent(v) for v in (0, 74.6, 98.04, 99.96, 100)] == ["0", "75", "98.0", "99.9", "100"]
+    assert [shown(share) for share in (0, 0.746, 0.9804, 0.9996, 1)] == ["0", "75", "98.0", "99.9", "100"]
 
 
 def test_pictures(tmp_path):
