@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 import capruner
-from capruner.core.fisher import BlockFisher
 from capruner.core.numerics import NotPositiveDefiniteError
 from capruner.core.patterns import Pattern, eliminate_groups, parse_mask_type
 from capruner.report import write_report
@@ -36,15 +35,6 @@ def test_groups() -> None:
     indefinite[0, 1] = indefinite[1, 0] = 2
     with pytest.raises(NotPositiveDefiniteError, match="the system of a group will not factor"):
         eliminate_groups(torch.ones(1, 4), indefinite[None], 2)
-
-
-def test_dead_weights_of_an_inverse_that_is_none() -> None:
-    fisher = BlockFisher(2, 3, 1, 1e-2, solver="woodbury")
-    indefinite = torch.tensor([[1.0, 2.0, 0.0], [2.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
-    fisher.load({"blocks": torch.stack([torch.eye(3), indefinite]), "peak": torch.ones(2, 3), "count": torch.tensor(1)})
-    dead = torch.tensor([True, True, False]).expand(2, -1)
-    with pytest.raises(NotPositiveDefiniteError, match="1 inverse Fisher blocks are not positive definite"):
-        fisher.inverse(dead)
 
 
 def test_a_saved_outcome_that_is_of_another_run(tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ def _seconds_of_blocks(calibration: Calibration, job: Job, size: int, dtype: tor
             for start in range(0, num_grads if method.uses_gradients else 0, calibration.slab):
                 rows = min(calibration.slab, num_grads - start)
                 pruner.add({name: weights.new_empty(rows, *weights.shape).normal_()})
-            pruner.prepare({name: weights.clone()}, {name: torch.zeros_like(weights, dtype=torch.bool)})
+            pruner.prepare({name: weights.clone()})
             pruner.solve([[target]])
         runs.append(clock.seconds["blocks"])
     return partition.processes.sum(min(runs)) / partition.processes.world_size

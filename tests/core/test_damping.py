@@ -26,9 +26,9 @@ def matrices(bad: int, blocks: int = 40) -> Tensor:
 
 
 def inverse(blocks: Tensor, damp: float, rungs: int, dead: Tensor | None = None) -> tuple[Tensor, int]:
-    fisher = BlockFisher(len(blocks), blocks.shape[1], 1, damp, solver="accumulate", dtype=torch.float64)
+    fisher = BlockFisher(len(blocks), blocks.shape[1], 1, damp, solver="accumulate", dead=dead, dtype=torch.float64)
     fisher.load({"blocks": blocks, "peak": torch.ones(blocks.shape[:2]), "count": torch.tensor(1)})
-    return fisher.inverse(dead, rungs), fisher.damped
+    return fisher.inverse(rungs), fisher.damped
 
 
 @pytest.mark.promise(

@@ -54,15 +54,30 @@ def test_dead_weights_are_cut_off(solver: str, dtype: torch.dtype, tolerance: fl
     G = gradients(30, 2, 12)
     dead = torch.zeros(2, 12, dtype=torch.bool)
     dead[0, [1, 5]] = dead[1, 11] = True
-    fisher = BlockFisher(2, 12, 30, 1e-2, solver=solver, dtype=dtype)
+    fisher = BlockFisher(2, 12, 30, 1e-2, solver=solver, dead=dead, dtype=dtype)
     fisher.add(G)
-    H = fisher.inverse(dead).double()
+    H = fisher.inverse().double()
     for block in range(2):
         gone = dead[block]
         expected = fisher_inverse_rank_one(G[:, block] * ~gone, 1e-2)
         torch.testing.assert_close(H[block][~gone][:, ~gone], expected[~gone][:, ~gone], rtol=tolerance, atol=tolerance)
         assert (H[block][gone][:, ~gone] == 0).all()
         assert torch.equal(H[block][gone][:, gone], torch.eye(int(gone.sum()), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("damp", [1e-6, 1e-8, 1e-10])
+def test_dead_weights_at_damping_that_is_tiny_beside_the_gradients(damp: float) -> None:
+    G = gradients(60, 2, 64)
+    dead = torch.rand(2, 64) < torch.tensor([[0.8], [0.02]])  # fewer weights than gradients, and more
+    fisher = BlockFisher(2, 64, 60, damp, solver="woodbury", dead=dead)
+    for slab in G.float().split(7):
+        fisher.add(slab)
+    H = fisher.inverse()
+    for block in range(2):
+        gone = dead[block]
+        expected = fisher_inverse_rank_one(G[:, block][:, ~gone], damp)
+        assert relative_error(H[block][~gone][:, ~gone], expected) < 1e-6
+        assert torch.equal(H[block][gone], torch.eye(64)[gone])
 
 
 def test_relative_damp_scales_with_the_gradients() -> None:
@@ -78,11 +93,11 @@ def test_relative_damp_scales_with_the_gradients() -> None:
 @pytest.mark.parametrize("gone", [[], [0, 5, 6]])
 def test_relative_damp_is_a_share_of_the_mean_diagonal_of_the_living(gone: list[int]) -> None:
     G = gradients(40, 3, 8) * torch.logspace(0, 1, 8, dtype=torch.float64)
-    fisher = BlockFisher(3, 8, 40, 0.1, relative_damp=True, dtype=torch.float64)
-    fisher.add(G)
     dead = torch.zeros(3, 8, dtype=torch.bool)
     dead[1, gone] = True
-    H = fisher.inverse(dead if gone else None)
+    fisher = BlockFisher(3, 8, 40, 0.1, relative_damp=True, dead=dead if gone else None, dtype=torch.float64)
+    fisher.add(G)
+    H = fisher.inverse()
     for block in range(3):
         alive = ~dead[block]
         F = G[:, block, alive].T @ G[:, block, alive] / 40
@@ -128,26 +143,28 @@ def test_gradients_that_grow_and_shrink_by_weight(first: float) -> None:
     G = gradients(64, 2, 8) * torch.logspace(-24, 3, 8, dtype=torch.float64)
     G[:20] *= first
     G = G.float().double()
-    fisher, again = (BlockFisher(2, 8, 64, 1e-2, relative_damp=True) for _ in range(2))
-    fisher.add(G[:20])
-    again.load(fisher.tensors())
     dead = torch.zeros(2, 8, dtype=torch.bool)
     dead[:, 5:] = True  # what is left has gradients that are tiny beside those of the dead
+    fisher, again = (BlockFisher(2, 8, 64, 1e-2, relative_damp=True, dead=dead) for _ in range(2))
+    fisher.add(G[:20])
+    again.load(fisher.tensors())
     for one in (fisher, again):
         one.add(G[20:])
-    H = fisher.inverse(dead).double() / fisher.units[:, None, None]
+    H = fisher.inverse().double() / fisher.units[:, None, None]
     assert relative_error(H[:, :5, :5], true_inverse(G.transpose(0, 1)[:, :, :5], 1e-2, relative=True)) < 1e-3
-    assert torch.equal(H, again.inverse(dead).double() / again.units[:, None, None])
+    assert torch.equal(H, again.inverse().double() / again.units[:, None, None])
 
 
 def test_an_inverse_without_the_matrix_whose_damping_is_too_small() -> None:
     fisher = BlockFisher(1, 8, 4, 1e-12, solver="woodbury")
+    fisher.add(torch.ones(4, 1, 8) * 1e10)
     with pytest.raises(NotPositiveDefiniteError, match=r"damp=1e-12 is too small beside squared gradients of up to"):
-        fisher.add(torch.ones(4, 1, 8) * 1e10)
+        fisher.inverse()
 
 
 def test_the_solver_is_chosen_by_the_number_of_gradients() -> None:
     assert [BlockFisher(1, 8, m, 1e-2).solver for m in (7, 8)] == ["woodbury", "accumulate"]
+    assert [BlockFisher(1, 8, m, 1e-2, solver="woodbury").solver for m in (7, 8)] == ["woodbury", "accumulate"]
     assert BlockFisher(1, 8, 7, 1e-2, relative_damp=True).solver == "accumulate"
     assert BlockFisher(1, 8, 7, 1e-2, triangular=True).solver == "accumulate"
 

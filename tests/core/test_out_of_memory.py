@@ -53,7 +53,7 @@ CASES: dict[str, tuple[Any, str, dict[str, Any], str]] = {
     "groups": (patterns, "_eliminate_groups_chunk", {"mask_type": "block4", "params": ["0.weight", "4.weight"]}, "eliminating groups"),
     "solve": (obs, "_factor", {}, "solving blocks"),
     "inverse": (fisher.BlockFisher, "_invert", {}, "inverting Fisher blocks"),
-    "decoupling": (fisher.BlockFisher, "_decouple_inverse", {"num_grads": 16, "masks": "half"}, "inverting Fisher blocks"),
+    "woodbury": (fisher.BlockFisher, "_invert_gradients", {"num_grads": 16}, "inverting Fisher blocks"),
 }  # fmt: skip
 
 
@@ -65,12 +65,7 @@ def test_chunks_are_halved_and_the_result_is_the_same(
     place, name, more, what = CASES[case]
     monkeypatch.setattr(obs, "kernel_for", lambda device: None)  # the chunks of torch's operations
     on_a_gpu(monkeypatch)
-    if more.get("masks") == "half":
-        more = more | {"masks": {"2.weight": torch.arange(24 * 31).view(24, 31) % 5 != 0}}
     expected = weights(**more)
-    if name == "_decouple_inverse":  # a static method
-        original = fisher.BlockFisher._decouple_inverse
-        monkeypatch.setattr(fisher.BlockFisher, name, lambda self, H, gone: original(H, gone))
     asked = small_gpu(monkeypatch, place, name, room=7)
     with caplog.at_level(logging.WARNING, "capruner"):
         found = weights(**more)

@@ -84,13 +84,18 @@ class Calibration:
         draw = draw_uniform if self.labels == "model" else None
         return CalibrationStream(self.batches, device, draw, self.checkpoint.folder)
 
-    def new_method(self) -> Method:
+    def new_method(self, masks: Mapping[str, Tensor]) -> Method:
         """The method, without gradients yet."""
-        return self.method(Partition(self.layouts, self.method.whole_layers), self.settings, self.clock)
+        partition = Partition(self.layouts, self.method.whole_layers)
+        pruned = {
+            name: layout.to_blocks(~masks[name], torch.bool)[partition.own(name)]
+            for name, layout in self.layouts.items()
+        }
+        return self.method(partition, self.settings, self.clock, pruned)
 
     def run(self, masks: Mapping[str, Tensor], stream: CalibrationStream) -> Calibrated:
         """Calibrate the method at the model's present weights, some of which ``masks`` (True = keep) have pruned already."""
-        pruner = self.new_method()
+        pruner = self.new_method(masks)
         where = torch.device(self.settings.fisher_inv_device or stream.device)
         for dtype in {working_dtype(p) for p in self.parameters.values()} if where.type == "cpu" else ():
             pruner.compile(dtype)
@@ -98,13 +103,12 @@ class Calibration:
             with pruner.processes.together("drawing gradients"):
                 self._draw(pruner, stream)
             check_heard(pruner.silent(), pruner.partition, self.notes.layers_without_gradient, self.whole)
-        pruned, weights = {}, {}
+        weights = {}
         for name, p in self.parameters.items():
-            own = pruner.partition.own(name)
-            pruned[name] = self.layouts[name].to_blocks(~masks[name], torch.bool)[own]
-            weights[name] = self.layouts[name].to_blocks(p.detach(), working_dtype(p))[own].masked_fill(pruned[name], 0)
+            kept = p.detach().masked_fill(~masks[name], 0)
+            weights[name] = self.layouts[name].to_blocks(kept, working_dtype(p))[pruner.partition.own(name)]
         with pruner.processes.together("inverting Fisher blocks"):
-            pruner.prepare(weights, pruned)
+            pruner.prepare(weights)
         self._report(pruner)
         return Calibrated(pruner, self.parameters, self._samples_per_gradient(pruner, stream))
 

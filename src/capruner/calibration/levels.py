@@ -53,7 +53,7 @@ def _allocate(
     scores: dict[str, Tensor] = {}
     for group in groups:
         scores |= _scores(group, masks)
-    allocator = calibration.new_method()
+    allocator = calibration.new_method(masks)
     assert isinstance(allocator, RankedMethod)
     return [allocator.count(scores, level.targets) for level in levels]
 

@@ -1,18 +1,20 @@
 """Blockwise empirical Fisher matrix, ``F = (1/m) Σ g gᵀ + λ I`` per block of ``B`` weights, and its inverse ``H``.
 
-Two ways lead to ``H``; both take slabs of ``k`` gradients at a time, so that a block is read and written once per slab and not once per gradient:
+Two ways lead to ``H``:
 
 ``woodbury``
-    ``H ← H − H Gᵀ (m I + G H Gᵀ)⁻¹ G H`` from ``H = I/λ``. Exact in the directions no gradient has seen, whatever the size of ``λ``.
+    The gradients themselves are kept, ``m`` rows ``G`` where a block has room for ``B``; then ``H = (I − Gᵀ (m λ I + G Gᵀ)⁻¹ G) / λ`` in float64, or, of
+    a block with no more than ``m`` weights alive, the inverse of ``Gᵀ G / m + λ I``. Exact in the directions no gradient has seen, whatever the size of
+    ``λ``.
 ``accumulate``
-    ``F += Gᵀ G`` (a quarter of the flops with numba, half without; see :mod:`capruner.core.products`), then one Cholesky inverse of ``F / m`` in float64.
-    Directions no gradient has seen are known to the rounding of ``F``.
-
-Extreme gradients are scaled, see :mod:`capruner.core.scaling`.
+    ``F += Gᵀ G`` (see :mod:`capruner.core.products`) with slabs of gradients, so that a block is read and written once per slab and not once per
+    gradient; then one Cholesky inverse of ``F / m`` in float64. Directions no gradient has seen are known to the rounding of ``F``. Extreme gradients are
+    scaled, see :mod:`capruner.core.scaling`.
 
 A block that will not factor climbs a ladder of damping, alone: tenfold at each rung, counted, and past the last rung an error.
 
-``auto`` takes ``woodbury`` while there are fewer gradients than weights in a block (the Fisher matrix is then singular but for ``λ``), else ``accumulate``.
+``auto`` takes ``woodbury`` while there are fewer gradients than weights in a block (the Fisher matrix is then singular but for ``λ``), else ``accumulate``;
+so does ``woodbury``, which is refused where ``F`` has to be known first.
 """
 
 from __future__ import annotations
@@ -43,13 +45,15 @@ class BlockFisher:
     Args:
         num_blocks: ``n``.
         block_size: ``B``.
-        num_grads: number of gradients ``m`` that will be added, which Woodbury needs; None: as many as are added, for ``accumulate``.
+        num_grads: number of gradients ``m`` that will be added, which ``woodbury`` needs; None: as many as are added.
         damp: ``λ > 0``, absolute, in units of a squared gradient.
         relative_damp: ``λ`` is instead this fraction of the mean diagonal of each block (needs the ``accumulate`` solver).
         solver: see the module's docstring.
         shrinkage: share of the layer's common Fisher matrix in each block, in [0, 1]; None: estimated for each block. Needs the ``accumulate``
             solver and :meth:`set_common`; see :mod:`capruner.core.shrinkage`.
         triangular: accumulate the upper triangle alone; pays for few blocks that are fed with many rows at a time.
+        dead: ``(num_blocks, B)`` bool; padding, or weights removed earlier. They are cut off from the others, as if their gradients had been zero, and
+            get a unit diagonal.
         dtype: float32, or float64 for reference computations.
 
     Attributes:
@@ -74,6 +78,7 @@ class BlockFisher:
         solver: Solver = "auto",
         shrinkage: float | None = 0.0,
         triangular: bool = False,
+        dead: Tensor | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -86,6 +91,7 @@ class BlockFisher:
         self.triangular = triangular
         self.num_grads = num_grads
         self.damp = damp
+        self.dead = dead
         self.relative_damp = relative_damp
         self.count = 0
         self.damped = 0
@@ -99,10 +105,7 @@ class BlockFisher:
         self._sums: FullSums | None = None if solver == "woodbury" else sums_for(blocks, triangular, shrinkage is None)
         # The largest absolute gradient of each weight so far, and the scale of each weight's gradients; None: 1.
         self._peak = torch.zeros(num_blocks, block_size, device=device, dtype=dtype)
-        self._scales = self._scales_of(self._peak)
-        if solver == "woodbury":
-            scale = 1.0 if self._scales is None else self._scales.double()
-            blocks.diagonal(dim1=1, dim2=2).fill_(1).mul_(scale).mul_(scale).div_(damp)
+        self._scales = None if self._sums is None else self._scales_of(self._peak)
 
     @full_precision()
     def add(self, gradients: Tensor) -> None:
@@ -117,56 +120,27 @@ class BlockFisher:
         if self.num_grads is not None and self.count > self.num_grads:
             raise ValueError(f"more gradients ({self.count}) than num_grads ({self.num_grads})")
         gradients = gradients.to(self._blocks)
-        self._rescale(largest(gradients))
-        if self._sums is not None:
+        self._peak = torch.maximum(self._peak, largest(gradients))
+        if self._sums is None:
+            self._blocks[:, self.count - len(gradients) : self.count] = gradients.transpose(0, 1)
+        else:
+            self._rescale(self._sums)
             self._sums.add(gradients, self._scales)
-            return
-        slabs = (gradients if self._scales is None else gradients / self._scales).transpose(0, 1)  # (n, k, B)
-        chunk = chunk_size(None, slabs.shape[2], self._blocks.element_size(), self._blocks.device)
-
-        def work(part: slice) -> None:
-            assert self._blocks is not None
-            assert self.num_grads is not None
-            H, G = self._blocks[part], slabs[part]
-            GH = G @ H
-            inner = GH @ G.mT
-            inner.diagonal(dim1=1, dim2=2).add_(self.num_grads)
-            # The smallest eigenvalue of inner is m, so that it has a factor unless m drowns in rounding.
-            factor, info = torch.linalg.cholesky_ex(inner)
-            if info.any():
-                raise NotPositiveDefiniteError(
-                    f"damp={self.damp:g} is too small beside squared gradients of up to {self.largest**2:.2g}: raise it, or use "
-                    "relative_damp=True"
-                )
-            half = torch.linalg.solve_triangular(factor, GH, upper=False)
-            H.baddbmm_(half.mT, half, alpha=-1)
-
-        in_chunks(len(slabs), chunk, work, "adding gradients", self._blocks.device)
 
     def _scales_of(self, peak: Tensor) -> Tensor | None:
         """What to divide each weight's gradients by. Absolute damping counts as a gradient, so that neither drowns."""
-        if not self.relative_damp:
-            peak = peak.clamp(min=self.damp**0.5)
-        scales = scales_of(peak)
-        # An inverse is 1/damp in directions that no gradient has seen: a scale above 1 would make that overflow.
-        return scales if scales is None or self.solver != "woodbury" else scales.clamp(max=1)
+        return scales_of(peak if self.relative_damp else peak.clamp(min=self.damp**0.5))
 
-    def _rescale(self, peak: Tensor) -> None:
+    def _rescale(self, sums: FullSums) -> None:
         """Bring what was added to the scales that suit the gradients to come."""
-        assert self._blocks is not None
-        self._peak = torch.maximum(self._peak, peak)
         before, self._scales = self._scales, self._scales_of(self._peak)
         if before is None and self._scales is None:
             return
         ones = torch.ones_like(self._peak)
         ratio = (ones if before is None else before) / (ones if self._scales is None else self._scales)
         changed = (ratio != 1).any(dim=1).nonzero()[:, 0]
-        if self._sums is not None:
-            self._sums.settle(before)
-            self._sums.rescale(changed, ratio[changed])
-        else:
-            ratio = 1 / ratio[changed]
-            self._blocks[changed] = self._blocks[changed] * ratio[:, :, None] * ratio[:, None, :]
+        sums.settle(before)
+        sums.rescale(changed, ratio[changed])
 
     @property
     def largest(self) -> float:
@@ -189,12 +163,12 @@ class BlockFisher:
                 f"{count} gradients in blocks of shape {tuple(blocks.shape)} are not of this Fisher matrix"
             )
         assert self._blocks is not None
+        self._peak.copy_(peak)
         if self._sums is None:
             self._blocks.copy_(blocks)
         else:
             self._sums.load(tensors)
-        self._peak.copy_(peak)
-        self._scales = self._scales_of(self._peak)
+            self._scales = self._scales_of(self._peak)
         self.count = count
 
     @full_precision()
@@ -230,12 +204,10 @@ class BlockFisher:
         return A
 
     @full_precision()
-    def inverse(self, dead: Tensor | None = None, rungs: int = 0) -> Tensor:
+    def inverse(self, rungs: int = 0) -> Tensor:
         """``H``, ``(num_blocks, B, B)``, symmetric, in :attr:`units`. The Fisher matrix is consumed.
 
         Args:
-            dead: ``(num_blocks, B)`` bool; padding, or weights removed earlier. They are cut off from the others (as if their gradients had been
-                zero) and get a unit diagonal.
             rungs: times that the damping of a block that will not factor may grow tenfold (``accumulate``).
 
         Raises:
@@ -252,13 +224,10 @@ class BlockFisher:
         chunk = chunk_size(None, blocks.shape[1], 8, blocks.device)
 
         def work(part: slice) -> tuple[int, int]:
-            gone = None if dead is None or not dead[part].any() else dead[part]
+            gone = None if self.dead is None or not self.dead[part].any() else self.dead[part]
             if self.solver == "accumulate":
                 return self._invert(blocks[part], gone, part.start, rungs)
-            if gone is not None:
-                self._decouple_inverse(blocks[part], gone)
-            if self._scales is not None:
-                self._unscale_inverse(blocks[part], gone, part.start)
+            self._invert_gradients(blocks[part], gone, part.start)
             return 0, 0
 
         found = in_chunks(len(blocks), chunk, work, "inverting Fisher blocks", blocks.device)
@@ -316,37 +285,50 @@ class BlockFisher:
         F.copy_(torch.cholesky_inverse(factor))
         return damped, drowned
 
-    def _unscale_inverse(self, H: Tensor, gone: Tensor | None, first_block: int) -> None:
-        assert self._scales is not None
-        part = slice(first_block, first_block + len(H))
-        scales = self._scales[part].double()
+    def _invert_gradients(self, blocks: Tensor, gone: Tensor | None, first_block: int) -> None:
+        """Replace the gradients in the first rows of each block by the inverse."""
+        G, part = blocks[:, : self.count].double(), slice(first_block, first_block + len(blocks))
         if gone is not None:
-            scales = scales.masked_fill(gone, 1)
-        A = H.double().div_(scales[:, :, None]).div_(scales[:, None, :])
-        units = 1 / unit_of(_mean_diagonal(A, gone))
-        A *= units[:, None, None]
+            G.masked_fill_(gone[:, None], 0)
+        alive = (~(torch.zeros_like(blocks[:, 0], dtype=torch.bool) if gone is None else gone)).sum(dim=1)
+        H = torch.empty_like(blocks, dtype=torch.float64)
+        for which, invert in ((alive <= self.count, _inverse), (alive > self.count, _woodbury)):
+            if not which.any():
+                continue
+            found = invert(G[which], self.damp)
+            if found is None:
+                raise NotPositiveDefiniteError(
+                    f"damp={self.damp:g} is too small beside squared gradients of up to {self.largest**2:.2g}: raise it, or use "
+                    "relative_damp=True"
+                )
+            H[which] = found
+        units = 1 / unit_of(_mean_diagonal(H, gone))
+        H *= units[:, None, None]
         if gone is not None:
-            A.diagonal(dim1=1, dim2=2).masked_fill_(gone, 1)
+            H.diagonal(dim1=1, dim2=2).masked_fill_(gone, 1)
         self.units[part] = units
-        H.copy_(A)
+        blocks.copy_(H)
 
-    @staticmethod
-    def _decouple_inverse(H: Tensor, gone: Tensor) -> None:
-        # Eliminating the dead from H (a Schur complement) gives the inverse of the Fisher matrix of the living.
-        A = H.double()
-        system = A * (gone[:, :, None] & gone[:, None, :])
-        system.diagonal(dim1=1, dim2=2).add_((~gone).double())
-        factor, info = torch.linalg.cholesky_ex(system)
-        if info.any():
-            raise NotPositiveDefiniteError(
-                f"{int((info > 0).sum())} inverse Fisher blocks are not positive definite to working precision; raise `damp` tenfold, or use "
-                "solver='accumulate'"
-            )
-        half = torch.linalg.solve_triangular(factor, A * gone[:, :, None], upper=False)
-        A.baddbmm_(half.mT, half, alpha=-1)
-        A.masked_fill_(gone[:, :, None] | gone[:, None, :], 0)
-        A.diagonal(dim1=1, dim2=2).add_(gone.double())
-        H.copy_(A)
+
+def _inverse(G: Tensor, damp: float) -> Tensor | None:
+    """``(Gᵀ G / m + λ I)⁻¹`` of ``(n, m, B)`` gradients; None where it has no factor."""
+    F = G.mT @ G / G.shape[1]
+    F.diagonal(dim1=1, dim2=2).add_(damp)
+    factor, info = torch.linalg.cholesky_ex(F)
+    return None if info.any() else torch.cholesky_inverse(factor)
+
+
+def _woodbury(G: Tensor, damp: float) -> Tensor | None:
+    """The same from a factor of ``m`` rows."""
+    inner = G @ G.mT
+    inner.diagonal(dim1=1, dim2=2).add_(G.shape[1] * damp)
+    factor, info = torch.linalg.cholesky_ex(inner)
+    if info.any():
+        return None
+    half = torch.linalg.solve_triangular(factor, G, upper=False)
+    H = -(half.mT @ half)
+    H.diagonal(dim1=1, dim2=2).add_(1)
+    return H / damp
 
 
 def _choose_solver(
@@ -357,7 +339,7 @@ def _choose_solver(
     shrinkage: float | None,
     triangular: bool,
 ) -> Solver:
-    """The solver that ``auto`` stands for; raise ``ValueError`` for one that cannot do what is asked for."""
+    """The solver to use; raise ``ValueError`` for one that cannot do what is asked for."""
     if solver not in get_args(Solver):
         raise ValueError(f"solver must be one of {get_args(Solver)}, got {solver!r}")
     if triangular and solver == "auto":
@@ -368,12 +350,10 @@ def _choose_solver(
         raise ValueError("relative_damp needs the mean diagonal before the inverse: use solver='accumulate'")
     if shrinkage != 0 and solver == "woodbury":
         raise ValueError("shrinkage needs the Fisher matrix before the inverse: use solver='accumulate'")
-    if solver == "auto":
-        exact = not relative_damp and shrinkage == 0
-        solver = "woodbury" if num_grads is not None and num_grads < block_size and exact else "accumulate"
     if num_grads is None and solver == "woodbury":
         raise ValueError("woodbury needs to know num_grads: use solver='accumulate'")
-    return solver
+    exact = solver != "accumulate" and not relative_damp and shrinkage == 0
+    return "woodbury" if exact and num_grads is not None and num_grads < block_size else "accumulate"
 
 
 def _mean_diagonal(A: Tensor, gone: Tensor | None) -> Tensor:

@@ -121,6 +121,7 @@ class Method(ABC):
         partition: the layers, in the order that breaks ties, and which process owns which of their blocks.
         settings: the knobs.
         clock: collects the seconds of each stage.
+        pruned: ``(n, B)`` bool by layer, True = pruned by an earlier mask; None: nothing is.
     """
 
     name: ClassVar[str]
@@ -134,12 +135,15 @@ class Method(ABC):
     whole_layers: ClassVar[bool] = False
     """True for methods that cannot split a layer over processes."""
 
-    def __init__(self, partition: Partition, settings: Settings, clock: Stopwatch) -> None:
+    def __init__(
+        self, partition: Partition, settings: Settings, clock: Stopwatch, pruned: Mapping[str, Tensor] | None = None
+    ) -> None:
         self.partition, self.processes = partition, partition.processes
         self.layouts = partition.layouts
         self.settings = settings
         self.clock = clock
         self._fishers: dict[str, BlockFisher] = {}
+        self._earlier = pruned or {}
         self.drowned: dict[str, int] = {}
         """Blocks of each layer, other processes' too, whose absolute damping is less than the rounding error of their Fisher matrix."""
         self.shares: dict[str, float] = {}
@@ -149,6 +153,14 @@ class Method(ABC):
 
     def _own_shape(self, name: str) -> tuple[int, int]:
         return self.partition.count(name), self.layouts[name].block_size
+
+    def _padding(self, name: str, device: torch.device) -> Tensor:
+        return self.layouts[name].is_padding(device)[self.partition.own(name)]
+
+    def _pruned(self, name: str, device: torch.device) -> Tensor:
+        if name in self._earlier:
+            return self._earlier[name].to(device)
+        return torch.zeros(self._own_shape(name), dtype=torch.bool, device=device)
 
     @abstractmethod
     def add(self, slab: Mapping[str, Tensor]) -> None:
@@ -170,8 +182,8 @@ class Method(ABC):
         """Compile what :meth:`prepare` runs on a CPU, so that a broken compiler shows before the gradients are computed."""
 
     @abstractmethod
-    def prepare(self, weights: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> None:
-        """After the last gradient: ``(n, B)`` float32 weights of each layer, and bool, True = pruned by an earlier mask."""
+    def prepare(self, weights: Mapping[str, Tensor]) -> None:
+        """After the last gradient: ``(n, B)`` float32 weights of each layer."""
 
     @abstractmethod
     def solve(self, levels: Sequence[Sequence[Target]]) -> list[dict[str, LayerSolution]]:
@@ -181,8 +193,10 @@ class Method(ABC):
 class RankedMethod(Method):
     """A method whose blocks each have an order of elimination, so that a target is met by :func:`capruner.core.allocation.allocate`."""
 
-    def __init__(self, partition: Partition, settings: Settings, clock: Stopwatch) -> None:
-        super().__init__(partition, settings, clock)
+    def __init__(
+        self, partition: Partition, settings: Settings, clock: Stopwatch, pruned: Mapping[str, Tensor] | None = None
+    ) -> None:
+        super().__init__(partition, settings, clock, pruned)
         self._eliminations: dict[str, Elimination] = {}
         self._scores: dict[str, Tensor] = {}
         self._unit = 1 if settings.pattern.n_m is not None else settings.pattern.group
@@ -257,8 +271,10 @@ class SecondOrderMethod(RankedMethod):
 
     competing = True
 
-    def __init__(self, partition: Partition, settings: Settings, clock: Stopwatch) -> None:
-        super().__init__(partition, settings, clock)
+    def __init__(
+        self, partition: Partition, settings: Settings, clock: Stopwatch, pruned: Mapping[str, Tensor] | None = None
+    ) -> None:
+        super().__init__(partition, settings, clock, pruned)
         self._inverses: dict[str, Tensor] = {}
         self._units: dict[str, Tensor] = {}
         self._weights: dict[str, Tensor] = {}
@@ -272,6 +288,7 @@ class SecondOrderMethod(RankedMethod):
         """The Fisher blocks of a layer that this process owns; created at the first call."""
         if name not in self._fishers:
             blocks, size = self._own_shape(name)
+            device = torch.device(self.settings.fisher_inv_device or like.device)
             self._fishers[name] = BlockFisher(
                 blocks,
                 size,
@@ -280,7 +297,8 @@ class SecondOrderMethod(RankedMethod):
                 relative_damp=self.settings.relative_damp,
                 solver=self.settings.solver,
                 shrinkage=self.settings.shrinkage,
-                device=self.settings.fisher_inv_device or like.device,
+                dead=self._pruned(name, device) | self._padding(name, device),
+                device=device,
                 dtype=like.dtype,
             )
         return self._fishers[name]
@@ -288,24 +306,22 @@ class SecondOrderMethod(RankedMethod):
     def load_state_dict(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         self._fisher(name, tensors["peak"]).load(tensors)
 
-    def prepare(self, weights: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> None:
+    def prepare(self, weights: Mapping[str, Tensor]) -> None:
         for name, layout in self.layouts.items():
             fisher = self._fishers.pop(name)
             with naming(name):
                 with self.clock("fisher"):
-                    device = torch.device(self.settings.fisher_inv_device or weights[name].device)
-                    padding = layout.is_padding(device)[self.partition.own(name)]
-                    earlier = pruned[name].to(device)
                     if self.settings.shrinkage != 0:
                         self._set_common(name, fisher)
-                    H = fisher.inverse(earlier | padding, RUNGS)
+                    H = fisher.inverse(RUNGS)
                 if self.settings.shrinkage != 0:
                     self.shares[name] = self.processes.sum(float(fisher.shares.sum())) / layout.num_blocks
                 self._count_damped(name, fisher.damped)
                 self._count_drowned(name, fisher.drowned)
                 with self.clock("eliminate"):
                     weight = weights[name].to(H)
-                    self._rank(name, self._order(weight, H, earlier, padding), fisher.units)
+                    pruned, padding = self._pruned(name, H.device), self._padding(name, H.device)
+                    self._rank(name, self._order(weight, H, pruned, padding), fisher.units)
             self._weights[name], self._inverses[name], self._units[name] = weight, H, fisher.units
 
     def _set_common(self, name: str, fisher: BlockFisher) -> None:

@@ -45,15 +45,16 @@ class FastCAP(Method):
     default_damp = 0.5
     whole_layers = True
 
-    def __init__(self, partition: Partition, settings: Settings, clock: Stopwatch) -> None:
-        super().__init__(partition, settings, clock)
+    def __init__(
+        self, partition: Partition, settings: Settings, clock: Stopwatch, pruned: Mapping[str, Tensor] | None = None
+    ) -> None:
+        super().__init__(partition, settings, clock, pruned)
         self._factors: dict[str, Tensor] = {}
         self._last: dict[str, Tensor] = {}
         """Factor of a layer's last block, where that is padded: of the inverse for its real columns alone, 1 on the diagonal elsewhere."""
         self._units: dict[str, float] = {}
         self._scales: dict[str, Tensor] = {}  # (n, 1) per layer
         self._weights: Mapping[str, Tensor] = {}
-        self._pruned: Mapping[str, Tensor] = {}
 
     def add(self, slab: Mapping[str, Tensor]) -> None:
         with self.clock("fisher"):
@@ -90,8 +91,8 @@ class FastCAP(Method):
             raise ValueError(f"scales of shape {tuple(tensors['scales'].shape)} are not of {name}")
         self._scales[name].copy_(tensors["scales"])
 
-    def prepare(self, weights: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> None:
-        self._weights, self._pruned = weights, pruned
+    def prepare(self, weights: Mapping[str, Tensor]) -> None:
+        self._weights = weights
         with self.clock("fisher"), full_precision():
             for name, fisher in self._fishers.items():
                 with naming(name):
@@ -100,7 +101,9 @@ class FastCAP(Method):
                 if self.layouts[name].padding:
                     self._last[name] = _factor_of_first(H, H.shape[0] - self.layouts[name].padding).to(weights[name])
                 self._units[name] = float(fisher.units)
-                squares = self._scales[name] / (~self._padding(name)).sum(dim=1, keepdim=True)
+                squares = self._scales[name] / (~self._padding(name, self._scales[name].device)).sum(
+                    dim=1, keepdim=True
+                )
                 mean, damp = squares.mean(), self.settings.damp
                 # A layer without any gradient has no scale; a block without one is damped like the others, so that it still costs something.
                 scales = (squares / mean + damp) / (1 + damp) if mean > 0 else torch.ones_like(squares)
@@ -130,7 +133,8 @@ class FastCAP(Method):
                 if name in self._factors:
                     variance = self._by_block(name, lambda U: U.square().sum(dim=0))  # diagonal of H = UᵀU
                     saliency = self._scales[name] * self._weights[name].square() / (2 * variance)
-                ranked = rank_once(saliency, self.settings.pattern, self._pruned[name], self._padding(name)).losses
+                pruned, padding = (of(name, saliency.device) for of in (self._pruned, self._padding))
+                ranked = rank_once(saliency, self.settings.pattern, pruned, padding).losses
                 unit = torch.tensor([self._units.get(name, 1.0)], dtype=torch.float64, device=ranked.device)
                 scores.append(self.partition.gather(name, ranked * unit).flatten().sort().values[None])
             reach = [(s < torch.inf).sum(dim=1) for s in scores]
@@ -145,13 +149,10 @@ class FastCAP(Method):
             values[-1] = of(self._last[name])
         return values
 
-    def _padding(self, name: str) -> Tensor:
-        return self.layouts[name].is_padding(self._weights[name].device)[self.partition.own(name)]
-
     @full_precision()
     def _sweep(self, name: str, count: int) -> LayerSolution:
         """Remove exactly ``count`` weights of a layer (or what an N:M pattern says), left to right."""
-        dead, padding = self._pruned[name], self._padding(name)
+        dead, padding = (of(name, self._weights[name].device) for of in (self._pruned, self._padding))
         if name not in self._factors:  # another process's layer: no blocks of it here
             return LayerSolution(self._weights[name].clone(), ~dead, 0.0)
         U, n_m = self._factors[name], self.settings.pattern.n_m
@@ -195,8 +196,8 @@ class FastCAP(Method):
         """``(n, width)`` bool: the ``count`` cheapest weights of a column-block of ``W`` ``(B, n)``, the dead first, padding never."""
         variance = self._by_block(name, Tensor.diagonal)[:, columns].square()
         saliency = self._scales[name] * W[columns].T.square() / variance
-        saliency = saliency.masked_fill(self._pruned[name][:, columns], -torch.inf)
-        saliency = saliency.masked_fill(self._padding(name)[:, columns], torch.inf)
+        saliency = saliency.masked_fill(self._pruned(name, W.device)[:, columns], -torch.inf)
+        saliency = saliency.masked_fill(self._padding(name, W.device)[:, columns], torch.inf)
         chosen = saliency.flatten().argsort(stable=True)[:count]
         flat = torch.zeros(saliency.numel(), dtype=torch.bool, device=W.device)
         return flat.index_fill_(0, chosen, True).view(saliency.shape)

@@ -22,15 +22,15 @@ class Magnitude(RankedMethod):
     def add(self, slab: Mapping[str, Tensor]) -> None:
         raise TypeError("magnitude pruning takes no gradients")
 
-    def prepare(self, weights: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> None:
+    def prepare(self, weights: Mapping[str, Tensor]) -> None:
         self._weights = weights
-        for name, layout in self.layouts.items():
+        for name in self.layouts:
             saliency = weights[name].abs()
             if self._unit > 1:
                 groups = saliency.unflatten(1, (-1, self._unit)).square().sum(dim=2)
                 saliency = groups.repeat_interleave(self._unit, dim=1)
-            padding = layout.is_padding(saliency.device)[self.partition.own(name)]
-            self._rank(name, rank_once(saliency, self.settings.pattern, pruned[name], padding))
+            pruned, padding = (of(name, saliency.device) for of in (self._pruned, self._padding))
+            self._rank(name, rank_once(saliency, self.settings.pattern, pruned, padding))
 
     def _compensate(self, name: str, order: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         gone = torch.stack([~Elimination(order, order).keep_mask(k) for k in counts])
