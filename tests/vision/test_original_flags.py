@@ -22,6 +22,7 @@ amp: false
 apex_amp: false
 aug_splits: 0
 bn_eps: null
+in_chans: 3
 checkpoint_hist: 10
 data_dir: null
 eval_metric: top1
@@ -67,6 +68,7 @@ def test_a_configuration_file(tmp_path: Path) -> None:
     [
         ("apex_amp: true", "--apex-amp is not supported: use --amp"),
         ("gp: avg", "--gp is not supported: use --model-kwargs global_pool=NAME"),
+        ("in_chans: 1", "--in-chans is not supported: use --model-kwargs in_chans=N"),
         (
             "validation_batch_size_multiplier: 2",
             "--validation-batch-size-multiplier is not supported: use --val-batch-size",
@@ -95,6 +97,18 @@ def test_a_flag_without_counterpart_is_one_line(given: str, told: str, capsys: p
     with pytest.raises(SystemExit):
         parse([*TRAINING.split(), *given.split()])
     assert told in capsys.readouterr().err
+
+
+def test_a_value_that_asks_for_nothing_is_accepted() -> None:
+    for given in ("--tta 0", "--start-epoch 0", "--drop-connect 0.0", "--head-init-scale 1.0", "--in-chans 3"):
+        parse([*TRAINING.split(), *given.split()])
+
+
+@pytest.mark.parametrize("given", ["--tta 2", "--in-chans 1", "--start-epoch 5", "--bn-momentum 0", "--gp avg"])
+def test_a_value_that_asks_for_something_is_refused(given: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse([*TRAINING.split(), *given.split()])
+    assert f"{given.split()[0]} is not supported: " in capsys.readouterr().err
 
 
 def test_no_flag_of_the_original_hides_one_of_ours() -> None:

@@ -70,8 +70,19 @@ GONE: dict[str, tuple[int | str, str]] = {
     "save_images": (0, "batches are not saved"),
 }
 """``{flag: (number of values as argparse has it, what to use)}``."""
-_NOTHING = (None, False, 0, "", 1, 1.0)
-"""Values with which a configuration file leaves a flag unset."""
+_NEUTRAL: dict[str, tuple[float, ...]] = {
+    "in_chans": (3,),
+    "drop_connect": (0,),
+    "drop_block": (0,),
+    "head_init_scale": (1,),
+    "head_init_bias": (0,),
+    "epoch_repeats": (0,),
+    "start_epoch": (0,),
+    "aug_splits": (0,),
+    "tta": (0, 1),
+    "validation_batch_size_multiplier": (1,),
+}
+"""Values of flags in ``GONE`` that ask for nothing."""
 
 
 class Idle(argparse.Action):
@@ -85,9 +96,11 @@ class Idle(argparse.Action):
 
 
 class Gone(argparse.Action):
-    """A refused flag; the error names a replacement."""
+    """A refused flag, unless its value asks for nothing; the error names a replacement."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if isinstance(values, list) and len(values) == 1 and asks_for_nothing(self, values[0]):
+            return
         parser.error(f"{flag(self.dest)} is not supported: {self.const}")
 
 
@@ -102,5 +115,12 @@ def add_idle(
 
 
 def asks_for_nothing(action: argparse.Action, value: Any) -> bool:
-    """Whether a configuration file sets one of these flags to a value without effect."""
-    return isinstance(action, Idle) or (isinstance(action, Gone) and value is not True and value in _NOTHING)
+    """Whether a flag of the original is set to a value without effect, on the command line or (None and False too) in a configuration file."""
+    if isinstance(action, Idle) or not isinstance(action, Gone):
+        return isinstance(action, Idle)
+    if value is None or value is False or value == "":
+        return True
+    try:
+        return value is not True and float(value) in _NEUTRAL.get(action.dest, ())
+    except (TypeError, ValueError):
+        return False
