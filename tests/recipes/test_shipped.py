@@ -345,9 +345,9 @@ def test_the_header_says_how_to_run_it(recipe):
     header = list(itertools.takewhile(lambda line: line.startswith("#"), lines))
     assert len(header) == 3
     assert header[1].startswith("# Left dense: ")
-    script = "one_shot_pruning.py" if kind(recipe) == "one_shot" else "sparse_training.py"
-    assert f"python research/{script} " in header[2]
-    assert f"--sparseml-recipe {recipe.relative_to(ROOT)}" in header[2]
+    assert f"capruner {'prune' if kind(recipe) == 'one_shot' else 'train'} --" in header[2]
+    name = re.search(r"--sparseml-recipe (\S+)", header[2])[1]
+    assert f"{name}.yaml" == recipe.relative_to(RECIPES_DIR).as_posix()
     shown = re.search(r"--model (\S+)", header[2])[1]
     assert list(select_parameters(model(shown), pruning(recipe)[0]["params"])) == expected(shown)
 

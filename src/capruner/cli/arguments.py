@@ -96,7 +96,7 @@ def add_params(parser: argparse._ActionsContainer) -> None:
         "--params",
         nargs="+",
         default=["__ALL_PRUNABLE__"],
-        help="what counts as prunable: names, re:PATTERN (default: the weights of all linear layers)",
+        help="what counts as prunable: names, re:PATTERN (default: the weights of all linear, convolution, attention and recurrent layers)",
     )
 
 

@@ -18,8 +18,8 @@ with --model-ema), which timm.create_model(..., checkpoint_path=...) loads.
 """
 EXAMPLE = """\
 examples:
-  capruner train DATA --model deit_small_patch16_224 --pretrained --config research/configs/deit.yaml \\
-      --sparseml-recipe research/recipes/gradual_pruning/cap/vit_300ep_0.40_0.60_0.75_0.90.yaml --experiment deit_small
+  capruner train DATA --model deit_small_patch16_224 --pretrained --config deit \\
+      --sparseml-recipe gradual_pruning/cap/vit_300ep_0.40_0.60_0.75_0.90 --experiment deit_small
   torchrun --nproc-per-node=8 --no-python capruner train ...       on 8 GPUs
   capruner train ... --experiment deit_small --resume              after an interruption
 research/sparse_training.py is the same command.

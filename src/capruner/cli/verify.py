@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--masks",
         type=Path,
-        help="masks to hold against the zeros: a result.safetensors, or a safetensors file with a mask per parameter name",
+        help="masks to compare with the zeros: a result.safetensors, or a safetensors file with a mask per parameter name",
     )
     parser.add_argument(
         "--pattern",

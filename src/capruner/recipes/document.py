@@ -126,7 +126,7 @@ def _filled_in(value: Any, variables: Mapping[Any, Any]) -> Any:
     if not _is_expression(value):
         return value
     expression = value[len("eval(") : -1]
-    if expression in variables:  # of any type, a list of layers say
+    if expression in variables:  # of any type, such as a list of layers
         return variables[expression]
     numbers = {n: v for n, v in variables.items() if isinstance(v, int | float) and not isinstance(v, bool)}
     return calculate(expression, numbers)

@@ -221,7 +221,11 @@ def checkpoint_contents(
     facts = checkpoint_facts(path) | {"size": _sizes(weights)}
     level.top1 = facts.get("top1")
     level.checkpoints = [(path.name, link(Path(os.path.relpath(path.resolve(), page_folder.resolve()))))]
-    prunable = "the weights of all linear layers" if list(params) == ["__ALL_PRUNABLE__"] else ", ".join(params)
+    prunable = (
+        "the weights of all linear, convolution, attention and recurrent layers"
+        if list(params) == ["__ALL_PRUNABLE__"]
+        else ", ".join(params)
+    )
     known = {"checkpoint": path.name, "model": model, "model_kwargs": dict(kwargs), "prunable": prunable}
     contents = Contents(f"{path.name}: {model}", model, [level], facts=_facts(known | facts))
     contents.notes.append(f"Read from the checkpoint alone; prunable are {prunable}.")

@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--params",
         nargs="+",
-        help="parameters or modules to prune, re:PATTERN, or __BLOCKS__: all but stem and head (default __ALL_PRUNABLE__: the weights of all linear layers)",
+        help="parameters or modules to prune, re:PATTERN, or __BLOCKS__: all but stem and head (default __ALL_PRUNABLE__: the weights of all linear, "
+        "convolution, attention and recurrent layers)",
     )
     _add_how(parser.add_argument_group("how"))
     group = parser.add_argument_group("knobs of capruner.prune; beside a recipe they take precedence over its values")

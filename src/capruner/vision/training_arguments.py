@@ -32,8 +32,8 @@ def _pruning(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("pruning")
     group.add_argument(
         "--sparseml-recipe",
-        help="YAML of SparseML modifiers: what is pruned, how far, when; see research/recipes/gradual_pruning. Its end is the number of epochs; "
-        "where it sets learning rates, --lr and --sched are ignored",
+        help="YAML file of modifiers that says what is pruned, how far and when, or a name that 'capruner recipes list gradual' prints. Its end is the number "
+        "of epochs; where it sets learning rates, --lr and --sched are not used",
     )
     cli.add_engine(group)
     group.add_argument(
@@ -182,7 +182,7 @@ def _augmentation(parser: argparse.ArgumentParser) -> None:
 def _device(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "device and processes",
-        "Several processes: torchrun --nproc-per-node=N research/sparse_training.py ..., or python -m torch.distributed.launch.",
+        "Several processes: torchrun --nproc-per-node=N --no-python capruner train ...",
     )
     cli.add_seed_and_device(group)
     group.add_argument(
