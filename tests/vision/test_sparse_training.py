@@ -167,7 +167,7 @@ def test_the_recipes_learning_rate_switches_timms_scheduler_off(
         {"amp": True},
         {"mixup": 0.5, "cutmix": 1.0},
         {"mixup": 0.5, "no_prefetcher": True, "bce_loss": True},
-        {"aa": "rand-m9-mstd0.5-inc1", "reprob": 0.3, "drop_path": 0.1, "clip_grad": 1.0},
+        {"aa": "rand-m10-n9-inc1", "reprob": 0.3, "drop_path": 0.1, "clip_grad": 1.0},
         {"opt": "lamb", "sched": "step", "sched_on_updates": True, "channels_last": True, "smoothing": 0.0},
         {"gs_aug": True, "no_aug": True, "val_limit": 4, "grad_checkpointing": True},
     ],

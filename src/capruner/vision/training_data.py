@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.data import FastCollateMixup, Mixup, create_loader, create_transform
+from timm.data.auto_augment import posterize
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
@@ -67,7 +70,20 @@ def train_loader(
         use_prefetcher=not args.no_prefetcher,
         persistent_workers=False,  # random states of persistent workers depend on all epochs before
     )
+    _allow_zero_bits(data.transform)  # type: ignore[attr-defined]
     return loader, None if in_loader else mixup
+
+
+def _allow_zero_bits(transform: Any) -> None:
+    """Let timm's augmentation policies posterize to 0 bits, as the strongest do now and then: Pillow 13 refuses that, and earlier ones return black."""
+    for step in transform.transforms:
+        for op in itertools.chain(getattr(step, "ops", ()), *getattr(step, "policy", ())):
+            if op.aug_fn is posterize:
+                op.aug_fn = _posterize
+
+
+def _posterize(image: Image.Image, bits: int, **unused: Any) -> Image.Image:
+    return posterize(image, bits) if bits else Image.new(image.mode, image.size)
 
 
 _AUGMENTATION = (
