@@ -149,3 +149,13 @@ def test_one_calibration_serves_a_list() -> None:
 def test_padding() -> None:
     result = run(net(), 0.5, fisher_block_size=50)  # neither 768 nor 192 is a multiple of 50
     assert [row["zeros"] for row in result.layer_report()] == [384, 96]
+
+
+def test_damping_that_is_too_small_is_told_as_a_share() -> None:
+    layer = torch.nn.Linear(64, 30)
+    data = [(torch.randn(4, 64), torch.randint(0, 30, (4,))) for _ in range(8)]
+    arguments = {"num_grads": 8, "fisher_block_size": 192, "damp": 1e-8, "progress": False}
+    loss = torch.nn.functional.cross_entropy
+    with pytest.raises(ValueError, match=r"damp is relative to the mean squared gradient; try damp=0\.001 or more"):
+        capruner.prune(layer, data, loss, 0.5, method="fast_cap", **arguments)
+    capruner.prune(layer, data, loss, 0.5, method="fast_cap", **(arguments | {"damp": 1e-3}))

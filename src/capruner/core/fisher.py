@@ -277,10 +277,16 @@ class BlockFisher:
             bad = bad[~good]
         if len(bad):
             scale = float(size.mean())
+            what = (
+                "damp is relative to the mean squared gradient"
+                if self.relative_damp
+                else f"The mean squared gradient is {scale:.2g}"
+            )
+            least = 1e-3 if self.relative_damp else max(scale, 1e-12) * 1e-3
             raise NotPositiveDefiniteError(
                 f"Fisher block {first_block + int(bad[0])} ({len(bad)} in all) will not factor at damp {self.damp:g}"
-                f"{f', nor at 10^{rungs} times that' if rungs else ''}: its rounding error is larger. The mean squared gradient is {scale:.2g}; "
-                f"try damp={max(scale, 1e-12) * 1e-3:.1g} or more"
+                f"{f', nor at 10^{rungs} times that' if rungs else ''}: its rounding error is larger. {what}; "
+                f"try damp={least:.1g} or more"
             )
         F.copy_(torch.cholesky_inverse(factor))
         return damped, drowned
