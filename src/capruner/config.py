@@ -109,7 +109,7 @@ class PruneConfig:
         None,
         optional(kinds.DAMP),
         "Added to the diagonal of the Fisher matrix; absolute (a squared gradient) unless relative_damp, always relative to the mean diagonal for "
-        "fast_cap. None: the method's default, relative, 0.01, and 0.5 for fast_cap.",
+        "fast_cap. None: the method's default, relative, 0.01.",
         SECOND_ORDER,
     )
     shrinkage: float | None = _knob(
@@ -180,7 +180,10 @@ class PruneConfig:
         SECOND_ORDER,
     )
     block_size: int | None = _knob(
-        None, optional(kinds.COUNT), "Columns per mask decision. None: all of a block.", ("fast_cap",)
+        None,
+        optional(kinds.COUNT),
+        "Columns per mask decision of one sweep, as published. None: all of a block, in several steps.",
+        ("fast_cap",),
     )
     skip_unsupported: bool = _knob(
         False, kinds.FLAG, "Leave parameters dense that cannot hold the mask type, instead of raising."

@@ -1,4 +1,4 @@
-"""FastCAP: one Fisher matrix per layer, shared by its blocks; masks column-block by column-block, errors pushed to the right.
+"""FastCAP: one Fisher matrix per layer, shared by its blocks; errors of what is removed are pushed to the right.
 
 For layers whose ``d · B`` inverse Fisher blocks do not fit, or when minutes matter: ``O(B³)`` for the factor and ``O(d · B)`` for the sweep, and nothing
 larger than ``B × B`` and the weights themselves is held.
@@ -7,15 +7,21 @@ With ``H = F⁻¹`` of the average Fisher block and ``U`` its upper Cholesky fac
 columns to its left decided, the conditional variance ``U_ii²``. In each column-block the cheapest ``w² / U_ii²`` leave; then from left to right
 ``e = (w_i − q_i) / U_ii`` is spread over the columns to the right, ``W ← W − e U[i, :]``.
 
-Beyond the published method each block keeps one number of its own, ``s_b = (q_b / mean(q) + λ) / (1 + λ)`` with its mean squared gradient ``q_b`` and the
-relative damping ``λ``: the Fisher matrix of block ``b`` is taken to be ``s_b F``. Updates do not depend on it, but scores do: ``s_b w² / U_ii²``. Without
-it all neurons of a layer would count as equally sensitive. The last block of a layer may be shorter than ``B``: it has the factor of its own columns.
+Two things go beyond the published method. Unless ``block_size`` is given, a layer is pruned in steps to each of ``SHARES``: a step chooses by the
+weights that the last one has re-fitted and then sweeps the original weights, which comes close to the greedy order of CAP. And each block keeps one number
+of its own, ``s_b = (q_b / mean(q) + λ) / (1 + λ)`` with its mean squared gradient ``q_b`` and the relative damping ``λ``: the Fisher matrix of block ``b``
+is taken to be ``s_b F``. Updates do not depend on it, but scores do: ``s_b w² / U_ii²``. Without it all neurons of a layer would count as equally sensitive.
+
+The last block of a layer may be shorter than ``B``: it has the factor of its own columns.
 """
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,19 +36,18 @@ from capruner.methods.base import LayerSolution, Method, Settings, Stopwatch, Ta
 PANEL = 32
 """Columns whose errors reach the columns to the right of them together, as one matrix product."""
 
+SHARES = (0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0)
+"""Sparsities of the steps in which a layer is pruned."""
+
 
 class FastCAP(Method):
     """``damp`` is relative to the mean diagonal of the shared Fisher matrix.
 
-    The sparsity of each layer has to be known before its sweep. A target over several layers is first shared out among them by one threshold on
-    ``w² / (2 H_ii)``; a target per layer is the published method.
-
-    The published damping is 1e-2. One matrix for all neurons of a layer is a rough model of each, and trusting it less does better: from 0.5 on every layer of
-    the CIFAR-10 ViT loses less than by magnitude (``benchmarks/fast_cap.py``); with 0.1 three did not.
+    The sparsity of each layer has to be known before its sweep. A target over several layers is first shared out among them by one threshold on the
+    loss of each further weight, which sweeps to several sparsities measure; a target per layer is the published method.
     """
 
     name = "fast_cap"
-    default_damp = 0.5
     whole_layers = True
 
     def __init__(
@@ -54,6 +59,7 @@ class FastCAP(Method):
         """Factor of a layer's last block, where that is padded: of the inverse for its real columns alone, 1 on the diagonal elsewhere."""
         self._units: dict[str, float] = {}
         self._scales: dict[str, Tensor] = {}  # (n, 1) per layer
+        self._paths: dict[str, _Path] = {}
         self._weights: Mapping[str, Tensor] = {}
 
     def add(self, slab: Mapping[str, Tensor]) -> None:
@@ -93,6 +99,7 @@ class FastCAP(Method):
 
     def prepare(self, weights: Mapping[str, Tensor]) -> None:
         self._weights = weights
+        self._paths.clear()
         with self.clock("fisher"), full_precision():
             for name, fisher in self._fishers.items():
                 with naming(name):
@@ -120,27 +127,66 @@ class FastCAP(Method):
         return solutions
 
     def _counts(self, targets: Sequence[Target]) -> dict[str, int]:
-        """Weights to remove from each layer."""
+        """Weights to remove from each layer; of no use to an N:M pattern, which says so itself."""
+        if self.settings.pattern.n_m is not None:
+            return dict.fromkeys(self.layouts, 0)
         counts: dict[str, int] = {}
-        n_m = self.settings.pattern.n_m
         for target in targets:
-            if len(target.names) == 1 and n_m is None:
+            if len(target.names) == 1:
                 counts[target.names[0]] = target.steps()
                 continue
-            scores = []
-            for name in target.names:
-                saliency = torch.zeros_like(self._weights[name])
-                if name in self._factors:
-                    variance = self._by_block(name, lambda U: U.square().sum(dim=0))  # diagonal of H = UᵀU
-                    saliency = self._scales[name] * self._weights[name].square() / (2 * variance)
-                pruned, padding = (of(name, saliency.device) for of in (self._pruned, self._padding))
-                ranked = rank_once(saliency, self.settings.pattern, pruned, padding).losses
-                unit = torch.tensor([self._units.get(name, 1.0)], dtype=torch.float64, device=ranked.device)
-                scores.append(self.partition.gather(name, ranked * unit).flatten().sort().values[None])
-            reach = [(s < torch.inf).sum(dim=1) for s in scores]
-            taken = allocate(scores, target.steps(), target.names) if n_m is None else reach
+            scores = [self.partition.gather(n, self._marginal_losses(n)).flatten()[None] for n in target.names]
+            taken = allocate(scores, target.steps(), target.names)
             counts |= {name: int(k) for name, k in zip(target.names, taken)}
         return counts
+
+    def _marginal_losses(self, name: str) -> Tensor:
+        """``(n, B)`` float64, rising from row to row: the loss of each further weight of a layer, ``-inf`` for the dead and ``inf`` for padding.
+
+        ``s_b w² / (2 H_ii)`` is the loss of the first weight to leave, with all others there to make up for it. When most are gone the next one costs
+        many times that, the more the more correlated the columns are, so that layers cannot be compared by it. Instead, the rise of the loss between
+        the steps of the layer's path, per weight, is interpolated.
+        """
+        W = self._weights[name]
+        losses = torch.full((W.numel(),), torch.inf, dtype=torch.float64)
+        if name in self._factors:  # else another process's layer
+            path = self._path(name)
+            first, last = path.counts[0], path.counts[-1]
+            losses[:first] = -torch.inf
+            if first < last:
+                rises = np.diff(path.losses) / np.diff(path.counts)
+                rises = np.maximum.accumulate(rises.clip(np.finfo(float).tiny))
+                middles = (np.array(path.counts[1:]) + path.counts[:-1]) / 2
+                rising = np.exp(np.interp(np.arange(first, last), middles, np.log(rises)))
+                losses[first:last] = torch.from_numpy(rising * self._units[name])
+        return losses.view(W.shape).to(W.device)
+
+    @full_precision()
+    def _path(self, name: str) -> _Path:
+        """The layer pruned step by step to each of ``SHARES``, choosing by the weights that the last step has re-fitted."""
+        if name not in self._paths:
+            dead, padding = self._unused(name)
+            alive = int((~(dead | padding)).sum())
+            counts = sorted({int(dead.sum()) + round(share * alive) for share in (0, *SHARES)})
+            W, gone, losses = self._weights[name].T, dead.T, [0.0]
+            left = torch.where(gone, 0, len(counts)).to(torch.uint8)
+            for step, count in enumerate(counts[1:], 1):
+                gone = self._cheapest(name, W, gone, count)
+                W, loss = self._without(name, gone)
+                left[gone & (left > step)] = step
+                losses.append(loss)
+            self._paths[name] = _Path(counts, losses, left)
+        return self._paths[name]
+
+    def _without(self, name: str, gone: Tensor) -> tuple[Tensor, float]:
+        """The layer ``(B, n)`` without the weights that are ``gone``, the others re-fitted, and its loss in its own units."""
+        W = self._weights[name].T.clone(memory_format=torch.contiguous_format)
+        loss = self._loss(name, self._push(name, W, gone, slice(0, len(W))))
+        return W.masked_fill_(gone, 0), loss
+
+    def _loss(self, name: str, errors: Tensor) -> float:
+        norms = torch.linalg.vector_norm(errors, dim=0, dtype=torch.float64)
+        return float((self._scales[name][:, 0] * norms.square()).sum()) / 2
 
     def _by_block(self, name: str, of: Callable[[Tensor], Tensor]) -> Tensor:
         """``(n, B)`` values of a layer's factor, those of the last block from a factor of its own if it is padded."""
@@ -149,58 +195,106 @@ class FastCAP(Method):
             values[-1] = of(self._last[name])
         return values
 
+    def _unused(self, name: str) -> tuple[Tensor, Tensor]:
+        """``(n, B)`` bool each: the weights that were pruned before, and the padding."""
+        device = self._weights[name].device
+        return self._pruned(name, device), self._padding(name, device)
+
     @full_precision()
     def _sweep(self, name: str, count: int) -> LayerSolution:
-        """Remove exactly ``count`` weights of a layer (or what an N:M pattern says), left to right."""
-        dead, padding = (of(name, self._weights[name].device) for of in (self._pruned, self._padding))
+        """Remove exactly ``count`` weights of a layer (or what an N:M pattern says)."""
+        dead, _ = self._unused(name)
         if name not in self._factors:  # another process's layer: no blocks of it here
             return LayerSolution(self._weights[name].clone(), ~dead, 0.0)
+        if self.settings.pattern.n_m is None and self.settings.block_size is None:
+            gone = self._path(name).before(count)
+            gone = self._cheapest(name, self._without(name, gone)[0], gone, count)
+            W, loss = self._without(name, gone)
+        else:
+            W, gone, loss = self._by_column_blocks(name, count)
+        return LayerSolution(W.T.contiguous(), ~gone.T.contiguous(), loss * self._units[name])
+
+    def _by_column_blocks(self, name: str, count: int) -> tuple[Tensor, Tensor, float]:
+        """As published: the mask of a column-block is chosen when the sweep gets there. Weights and mask ``(B, n)``, and the loss."""
+        dead, padding = self._unused(name)
+        W, gone = self._weights[name].T.clone(memory_format=torch.contiguous_format), dead.T.contiguous()
+        B = len(W)
+        width = min(self.settings.block_size or B, B)
+        loss, taken = 0.0, 0
+        for start in range(0, B, width):
+            columns = slice(start, min(start + width, B))
+            if self.settings.pattern.n_m is None:
+                share = _share(count, taken, columns.stop, start, dead, padding)
+                gone[columns] = self._cheapest(name, W, gone, share, columns)
+                taken += share
+            loss += self._loss(name, self._push(name, W, gone, columns))
+        return W.masked_fill_(gone, 0), gone, loss
+
+    def _push(self, name: str, W: Tensor, gone: Tensor, columns: slice) -> Tensor:
+        """Remove what is ``gone`` of some columns, and spread the errors over the columns to their right.
+
+        Args:
+            W: ``(B, n)``, changed in place: a step works on one column of all blocks, which should lie together in memory.
+            gone: ``(B, n)`` bool. An N:M pattern is decided here, column by column.
+
+        Returns:
+            Errors ``e`` of the columns.
+        """
         U, n_m = self._factors[name], self.settings.pattern.n_m
         diagonal = self._by_block(name, Tensor.diagonal).T.contiguous()
         # What the last block has to get back of the updates that suit the others.
         excess = U - self._last[name] if name in self._last else None
-        # (B, n): a step works on one column of all blocks, which should lie together in memory.
-        W, gone = self._weights[name].T.clone(memory_format=torch.contiguous_format), dead.T.contiguous()
-        B = len(W)
-        width = min(self.settings.block_size or B, B)
+        dead, padding = self._unused(name)
         group_size = n_m[1] if n_m else 1
         panel = max(PANEL // group_size, 1) * group_size
-        loss, taken = 0.0, 0
-        for start in range(0, B, width):
-            stop = min(start + width, B)
-            if n_m is None:
-                columns = slice(start, stop)
-                share = _share(count, taken, stop, start, dead, padding)
-                gone[columns] = self._cheapest(name, W, columns, share).T
-                taken += share
-            for first in range(start, stop, panel):
-                last = min(first + panel, stop)
-                errors = torch.empty_like(W[first:last])
-                for i in range(first, last):
-                    if n_m is not None and i % n_m[1] == 0:
-                        group = slice(i, i + n_m[1])
-                        saliency = W[group].T.square() / diagonal[group].T.square()
-                        order = rank_once(saliency, self.settings.pattern, dead[:, group], padding[:, group])
-                        gone[group] = ~order.keep_mask((order.losses < torch.inf).sum(dim=1)).T
-                    torch.mul(W[i], gone[i], out=errors[i - first]).div_(diagonal[i])
-                    W[i:last].addr_(U[i, i:last], errors[i - first], alpha=-1)
-                    if excess is not None:
-                        W[i:last, -1] += excess[i, i:last] * errors[i - first, -1]
-                W[last:].addmm_(U[first:last, last:].mT, errors, alpha=-1)
+        errors = torch.empty_like(W[columns])
+        for first in range(columns.start, columns.stop, panel):
+            last = min(first + panel, columns.stop)
+            for i in range(first, last):
+                if n_m is not None and i % n_m[1] == 0:
+                    group = slice(i, i + n_m[1])
+                    saliency = W[group].T.square() / diagonal[group].T.square()
+                    order = rank_once(saliency, self.settings.pattern, dead[:, group], padding[:, group])
+                    gone[group] = ~order.keep_mask((order.losses < torch.inf).sum(dim=1)).T
+                e = errors[i - columns.start]
+                torch.mul(W[i], gone[i], out=e).div_(diagonal[i])
+                W[i:last].addr_(U[i, i:last], e, alpha=-1)
                 if excess is not None:
-                    W[last:, -1] += errors[:, -1] @ excess[first:last, last:]
-                loss += float((self._scales[name][:, 0] * errors.double().square()).sum()) / 2
-        return LayerSolution(W.masked_fill_(gone, 0).T.contiguous(), ~gone.T.contiguous(), loss * self._units[name])
+                    W[i:last, -1] += excess[i, i:last] * e[-1]
+            panel_errors = errors[first - columns.start : last - columns.start]
+            W[last:].addmm_(U[first:last, last:].mT, panel_errors, alpha=-1)
+            if excess is not None:
+                W[last:, -1] += panel_errors[:, -1] @ excess[first:last, last:]
+        return errors
 
-    def _cheapest(self, name: str, W: Tensor, columns: slice, count: int) -> Tensor:
-        """``(n, width)`` bool: the ``count`` cheapest weights of a column-block of ``W`` ``(B, n)``, the dead first, padding never."""
+    def _cheapest(self, name: str, W: Tensor, gone: Tensor, count: int, columns: slice = slice(None)) -> Tensor:
+        """``(width, n)`` bool: the ``count`` cheapest weights of a column-block of ``W`` ``(B, n)``, those that are gone first, padding never."""
         variance = self._by_block(name, Tensor.diagonal)[:, columns].square()
         saliency = self._scales[name] * W[columns].T.square() / variance
-        saliency = saliency.masked_fill(self._pruned(name, W.device)[:, columns], -torch.inf)
+        saliency = saliency.masked_fill(gone[columns].T, -torch.inf)
         saliency = saliency.masked_fill(self._padding(name, W.device)[:, columns], torch.inf)
         chosen = saliency.flatten().argsort(stable=True)[:count]
         flat = torch.zeros(saliency.numel(), dtype=torch.bool, device=W.device)
-        return flat.index_fill_(0, chosen, True).view(saliency.shape)
+        return flat.index_fill_(0, chosen, True).view(saliency.shape).T.contiguous()
+
+
+@dataclass(frozen=True)
+class _Path:
+    """How a layer empties.
+
+    Attributes:
+        counts: weights gone after each step, rising; the first is of those that were dead.
+        losses: of the layer after each step, in its own units.
+        left: ``(B, n)`` uint8, the step at which each weight has left.
+    """
+
+    counts: list[int]
+    losses: list[float]
+    left: Tensor
+
+    def before(self, count: int) -> Tensor:
+        """``(B, n)`` bool: what is gone after the last step with fewer than ``count``."""
+        return self.left < max(1, bisect.bisect_left(self.counts, count))
 
 
 def _factor_of_first(H: Tensor, real: int) -> Tensor:

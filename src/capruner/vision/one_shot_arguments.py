@@ -154,8 +154,8 @@ def one_shot(args: argparse.Namespace) -> OneShot:
     config = PruneConfig(method=method, **values)
     pattern = config.pattern
     sparsity = args.sparsities[-1] if args.sparsities else 0.5 if pattern.sparsity is None else pattern.sparsity
-    # FastCAP gives each layer the same target, as published. N:M, and groups of magnitudes, are decided in each layer.
-    together = {"fast_cap": False, "magnitude": pattern.group == 1}.get(method, pattern.n_m is None)
+    # N:M, and groups of magnitudes, are decided in each layer.
+    together = pattern.group == 1 if method == "magnitude" else pattern.n_m is None
     globally = values.pop("global_sparsity", together)
     modifier = MODIFIERS[method][0] if globally or method != "magnitude" else "MagnitudePruningModifier"
     params = "__ALL_PRUNABLE__" if args.params is None else args.params
