@@ -98,7 +98,8 @@ def test_as_a_subprocess_with_underscores_from_another_folder(place: Path, tmp_p
     with (folder / "summary.csv").open() as file:
         assert [row["requested"] for row in csv.DictReader(file)] == ["", "0.5", "0.8"]
     for picture in ("accuracy_vs_sparsity.png", "layer_sparsity.png"):
-        assert Image.open(folder / picture).size[0] > 300
+        with Image.open(folder / picture) as image:
+            assert image.size[0] > 300
     assert (folder / "recipe.yaml").read_text() == (place / "CAPruningModifier.yaml").read_text()
     assert "written to" in done.stdout
 
