@@ -44,7 +44,7 @@ class FastCAP(Method):
     """``damp`` is relative to the mean diagonal of the shared Fisher matrix.
 
     The sparsity of each layer has to be known before its sweep. A target over several layers is first shared out among them by one threshold on the
-    loss of each further weight, which sweeps to several sparsities measure; a target per layer is the published method.
+    loss of each further weight, which sweeps to several sparsities measure. A target per layer and a ``block_size`` are the published method.
     """
 
     name = "fast_cap"
@@ -99,7 +99,6 @@ class FastCAP(Method):
 
     def prepare(self, weights: Mapping[str, Tensor]) -> None:
         self._weights = weights
-        self._paths.clear()
         with self.clock("fisher"), full_precision():
             for name, fisher in self._fishers.items():
                 with naming(name):
