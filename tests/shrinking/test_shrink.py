@@ -92,6 +92,28 @@ def test_it_comes_back_from_its_file(small: Shrunk, tmp_path: Path) -> None:
         assert torch.equal(again(IMAGES), small.model(IMAGES))
 
 
+def test_heads_of_a_hugging_face_model(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+
+    def dense() -> nn.Module:
+        torch.manual_seed(1)
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+        config = transformers.ViTConfig(**sizes, image_size=32, patch_size=8, num_labels=5)
+        return transformers.ViTForImageClassification(config).eval()
+
+    small = capruner.shrink(dense(), BATCHES, units="heads", macs=0.8, example_inputs=IMAGES, num_grads=6)
+    left = [row["left"] for row in small.rows]
+    assert [row["kind"] for row in small.rows] == ["heads", "heads"]
+    assert sum(left) < 8
+    assert small.costs["macs"][1] <= 0.8 * small.costs["macs"][0]
+    small.save(tmp_path / "small.safetensors")
+    again = capruner.load_shrunk(tmp_path / "small.safetensors", dense())
+    assert torch.equal(again(IMAGES).logits, small.model(IMAGES).logits)
+    attentions = [m for m in again.modules() if type(m).__name__ == "ViTAttention"]
+    assert [m.num_attention_heads for m in attentions] == left
+    assert [m.q_proj.out_features for m in attentions] == [8 * count for count in left]
+
+
 def test_it_trains_on_and_saves_what_it_became(tmp_path: Path) -> None:
     small = shrink(vit())
     optimizer = torch.optim.SGD(small.model.parameters(), lr=0.1)

@@ -106,6 +106,41 @@ def test_a_vit_has_neurons_and_heads() -> None:
     assert not left
 
 
+@pytest.mark.parametrize("name", ["ViT", "Dinov2", "Beit", "DeiT"])
+def test_hugging_face_attention_has_heads(name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    config = getattr(transformers, f"{name}Config")(**sizes, image_size=16, patch_size=4)
+    model = getattr(transformers, f"{name}ForImageClassification")(config).eval()
+    groups, left = find_units(model, torch.randn(2, 3, 16, 16), ["heads"])
+    assert [group.units for group in groups] == [4, 4]
+    assert [len({cut.layer for cut in group.cuts}) for group in groups] == [4, 4]
+    assert not left
+
+
+def test_attention_with_a_table_per_head_is_left_alone() -> None:
+    model = timm.create_model("swin_tiny_patch4_window7_224", img_size=32, window_size=2, embed_dim=24, depths=(1, 1))
+    with pytest.raises(ValueError, match="attn: without one of them"):
+        find_units(model.eval(), IMAGES, ["heads"])
+
+
+def test_grouped_query_attention_is_left_alone() -> None:
+    class GroupedAttention(nn.Module):
+        num_heads = 4
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.kv, self.proj = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q = self.q(x).unflatten(-1, (4, 4)).transpose(-3, -2)
+            k, v = self.kv(x).unflatten(-1, (2, 2, 4)).permute(2, 0, 3, 1, 4).repeat_interleave(2, dim=2)
+            return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(-3, -2).flatten(-2))
+
+    with pytest.raises(ValueError, match="GroupedAttention has 16 \\+ 16 queries, keys and values for 4 heads"):
+        find_units(nn.Sequential(GroupedAttention()).eval(), torch.randn(2, 5, 16), ["heads"])
+
+
 def test_attention_of_other_kinds_is_left_alone_by_name() -> None:
     model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
     groups, left = find_units(model, torch.randn(2, 3, 8), ["neurons", "heads"])

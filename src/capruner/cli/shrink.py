@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--units",
         nargs="+",
         default=["neurons", "heads", "channels"],
-        help="neurons of MLPs, heads of timm's attention, channels of convolutions (these need torch-pruning); default: all. What cannot be removed is "
+        help="neurons of MLPs, heads of attention, channels of convolutions (these need torch-pruning); default: all. What cannot be removed is "
         "listed with the reason",
     )
     add_knobs(how, _knobs(), defaults=True)

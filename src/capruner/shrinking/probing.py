@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from capruner.batches import call_model
-from capruner.shrinking.units import Cut, Group, LeftAlone, own_weights
+from capruner.shrinking.units import HEAD_COUNTS, Cut, Group, LeftAlone, own_weights
 
 Hook = Callable[[nn.Module, Any, Any], Any]
 
@@ -139,55 +139,61 @@ def _not_neurons(probe: Probe, first: nn.Linear, second: nn.Linear) -> str | Non
 
 
 def heads(probe: Probe) -> tuple[list[Group], list[LeftAlone]]:
-    """Heads of timm's attention with fused queries, keys and values; and the other attention modules, with the reason."""
+    """Heads of attention modules that have linear layers for queries, keys and values, fused or apart, and one that reads the heads' outputs; and the other
+    attention modules, with the reason."""
     groups, left = [], []
     for name, module in probe.model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
             left.append(
                 LeftAlone(name, "nn.MultiheadAttention needs as many outputs as inputs, so no head can be removed")
             )
-        elif _is_attention(module) and any(hasattr(module, key) for key in ("num_heads", "num_attention_heads")):
-            reason = _not_heads(probe, name, module)
-            if reason is None:
-                groups.append(_heads_of(name, module))
+        elif _is_attention(module) and any(hasattr(module, key) for key in HEAD_COUNTS):
+            found = _heads_of(probe, name, module)
+            if isinstance(found, str):
+                left.append(LeftAlone(name, found))
             else:
-                left.append(LeftAlone(name, reason))
+                groups.append(found)
     return groups, left
 
 
-def _heads_of(name: str, module: nn.Module) -> Group:
-    count, size = int(module.num_heads), int(module.head_dim)  # type: ignore[arg-type]
-    each = torch.arange(count * size).view(count, size)
-    rows = torch.cat([each, each + count * size, each + 2 * count * size], dim=1)
-    cuts = [Cut(f"{name}.qkv", "out", rows), Cut(f"{name}.proj", "in", each)]
-    if isinstance(getattr(module, "gate", None), nn.Linear):
-        cuts.append(Cut(f"{name}.gate", "out", each))
-    return Group(name, "heads", tuple(cuts), attention=name)
-
-
-def _not_heads(probe: Probe, name: str, module: Any) -> str | None:
-    """Why heads of an attention cannot be removed; None: they can."""
-    qkv, proj = getattr(module, "qkv", None), getattr(module, "proj", None)
-    kind = type(module).__name__
-    inner = getattr(module, "attn_dim", None)
-    if not isinstance(qkv, nn.Linear) or not isinstance(proj, nn.Linear) or inner is None:
-        return f"{kind} is not timm's Attention with one layer for queries, keys and values and its own attn_dim"
-    if qkv.out_features != 3 * inner or proj.in_features != inner or inner != module.num_heads * module.head_dim:
+def _heads_of(probe: Probe, name: str, module: nn.Module) -> Group | str:
+    """The heads of an attention, or why they cannot be removed."""
+    own = {layer for layer in module.modules() if isinstance(layer, nn.Linear)}
+    called = [layer for layer in probe.calls if layer in own]
+    if len(called) < 2 or len(set(called)) < len(called):
+        return "its linear layers are called more than once, or not at all"
+    *writers, reader = called
+    inner = reader.in_features
+    count = next(int(getattr(module, key)) for key in HEAD_COUNTS if hasattr(module, key))
+    parts = [layer.out_features // inner for layer in writers]  # 3: queries, keys and values in one layer
+    if inner % count or sum(parts) < 3 or [part * inner for part in parts] != [w.out_features for w in writers]:
+        kind, sizes = type(module).__name__, " + ".join(str(layer.out_features) for layer in writers)
         return (
-            f"{kind} has {qkv.out_features} queries, keys and values for {module.num_heads} heads of {module.head_dim}"
+            f"{kind} has {sizes} queries, keys and values for {count} heads and {inner} inputs of {probe.names[reader]}"
         )
-    if reason := own_weights(probe.model, [f"{name}.qkv", f"{name}.proj"]):
+    if reason := own_weights(probe.model, [probe.names[layer] for layer in called]):
         return reason
-    if any(probe.calls.count(layer) != 1 for layer in (qkv, proj)):
-        return "it is called more than once, or not at all"
-    if module.num_heads == 1:
+    if count == 1:
         return "it has a single head"
-    out, into = probe.seen[qkv][1], probe.seen[proj][0]
-    # As if with random numbers: one constant added to all keys would change no softmax.
-    noise = torch.rand(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
-    first = torch.zeros(3 * inner, dtype=torch.bool, device=out.device)
-    first.view(3, module.num_heads, module.head_dim)[:, 0] = True
-    changed = probe.input_of(proj, {qkv: noise * (out.abs().max() + 1) * first}) != into
-    if changed[..., module.head_dim :].any():
-        return f"its heads are mixed with each other before {name}.proj reads them"
-    return None
+    each = torch.arange(inner).view(count, -1)
+    rows = [torch.cat([each + k * inner for k in range(part)], dim=1) for part in parts]
+    if not _independent(probe, dict(zip(writers, rows)), reader, each):
+        return f"its heads are mixed with each other before {probe.names[reader]} reads them"
+    cuts = [Cut(probe.names[layer], "out", positions) for layer, positions in zip(writers, rows)]
+    return Group(name, "heads", (*cuts, Cut(probe.names[reader], "in", each)), attention=name)
+
+
+def _independent(probe: Probe, rows: dict[nn.Linear, Tensor], reader: nn.Linear, columns: Tensor) -> bool:
+    """Whether a change of the first head's rows reaches its columns of the reader alone."""
+    changes: dict[nn.Module, Tensor] = {}
+    for number, (layer, positions) in enumerate(rows.items()):
+        out = probe.seen[layer][1]
+        # As if with random numbers: one constant added to all keys would change no softmax.
+        noise = torch.rand(out.shape, generator=torch.Generator().manual_seed(number)).to(out)
+        first = torch.zeros(layer.out_features, dtype=torch.bool, device=out.device)
+        first[positions[0].to(out.device)] = True
+        changes[layer] = noise * (out.abs().max() + 1) * first
+    changed = probe.input_of(reader, changes) != probe.seen[reader][0]
+    others = torch.ones(reader.in_features, dtype=torch.bool, device=changed.device)
+    others[columns[0].to(changed.device)] = False
+    return bool(changed.any()) and not bool(changed[..., others].any())

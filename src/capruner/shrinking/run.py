@@ -67,8 +67,8 @@ def shrink(
             until one is fast enough; a busy machine makes that inexact.
         example_inputs: what the model is called with: a tensor, a tuple, or a dict of keywords. Multiply-adds are counted on it, and the smaller model is
             compared on it with the dense one whose removed units are set to zero.
-        units: of ``"neurons"`` (pairs of linear layers, as in an MLP), ``"heads"`` (timm's attention) and ``"channels"`` (convolutions; models with several
-            need ``pip install 'capruner[shrink]'``). What could not be removed, and why, is in ``left_alone`` and in the report.
+        units: of ``"neurons"`` (pairs of linear layers, as in an MLP), ``"heads"`` (attention of timm and Hugging Face) and ``"channels"`` (convolutions;
+            models with several need ``pip install 'capruner[shrink]'``). What could not be removed, and why, is in ``left_alone`` and in the report.
         exclude: names of modules, or ``re:`` patterns of them, whose units all remain.
         num_grads: gradients that the Fisher matrices are estimated from: batches, or samples with ``gradients="sample"``.
         gradients: ``"batch"`` or ``"sample"``.

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from capruner.batches import call_model
 from capruner.models.modes import eval_mode
-from capruner.shrinking.units import Group, Side, channels
+from capruner.shrinking.units import HEAD_COUNTS, HEAD_WIDTHS, Group, Side, channels
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,7 @@ class Removal:
         for name, sides in self.layers.items():
             _cut(model.get_submodule(name), {side: torch.tensor(gone) for side, gone in sides.items()})
         for name, count in self.heads.items():
-            module: Any = model.get_submodule(name)
-            module.num_heads = count
-            module.attn_dim = count * module.head_dim
+            _set_heads(model.get_submodule(name), count)
 
     @torch.no_grad()
     def zero(self, model: nn.Module) -> None:
@@ -112,6 +110,14 @@ def why_not(model: nn.Module, group: Group, inputs: Any) -> str | None:
     except Exception as error:  # whatever the model's own code raises
         return f"without one of them, {' '.join(str(error).split())}"
     return None
+
+
+def _set_heads(module: Any, count: int) -> None:
+    """Write the number of heads, and their size together, where an attention keeps them."""
+    before = next(getattr(module, key) for key in HEAD_COUNTS if hasattr(module, key))
+    for key in (*HEAD_COUNTS, *HEAD_WIDTHS):
+        if hasattr(module, key):
+            setattr(module, key, getattr(module, key) // before * count)
 
 
 def _depthwise(layer: nn.Module) -> bool:

@@ -19,6 +19,10 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 UnitKind = Literal["neurons", "heads", "channels"]
 KINDS: tuple[str, ...] = get_args(UnitKind)
 Side = Literal["out", "in"]
+HEAD_COUNTS = ("num_heads", "num_attention_heads")
+"""What attention modules call the number of their heads: timm, Hugging Face."""
+HEAD_WIDTHS = ("attn_dim", "all_head_size")
+"""What they call the size of all heads together, where they keep it."""
 
 
 @dataclass(frozen=True)
