@@ -48,6 +48,10 @@ def test_it_writes_a_smaller_model_that_export_reads(place: Path, capsys: pytest
     dense, now = summary["costs"]["macs"]
     assert now <= 0.6 * dense
     assert f"macs        {dense:,} -> {now:,}" in shown
+    page = (place / "small.report.html").read_text(encoding="utf-8")
+    assert f"{summary['top1']['distilled']:.2f} %" in page
+    assert "excluded" in page
+    assert page.count('class="bar"') == len(summary["units"])
     small = capruner.load_shrunk(place / "small.safetensors", timm.create_model(MODEL, **KWARGS))
     assert capruner.multiply_adds(small, (3, 16, 16)).dense == now
     pytest.importorskip("onnxruntime")
@@ -77,6 +81,7 @@ def test_without_output_it_writes_into_the_folder_output_and_replaces_nothing(
     assert {path.name for path in (tmp_path / "output").iterdir()} == {
         f"{label}-macs-0.6.safetensors",
         f"{label}-macs-0.6.json",
+        f"{label}-macs-0.6.report.html",
     }
     assert main(line) == 2
     assert "exists already" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""``capruner shrink``: a smaller dense model out of a timm model."""
+"""``capruner shrink``: a smaller dense model out of one of timm or Hugging Face."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from capruner.shrinking.result import Shrunk
 
 HELP = """\
-Make a timm model smaller and faster in every runtime: remove neurons, heads and channels.
+Make a timm or Hugging Face model smaller and faster in every runtime: remove neurons, heads and channels.
 
 Calibrates on the training images of a folder (DATA/train/<class>/*.jpg, DATA/val/<class>/*.jpg) or of a data set that timm knows, removes whole units, re-fits
 the weights that remain, and measures accuracy before and after. The result is a dense model with smaller layers, no zeros and no special runtime.
 
-Writes OUTPUT (safetensors; by default in the folder ./output) and OUTPUT's name with .json: what was removed and what it cost.
-capruner.load_shrunk(OUTPUT, timm.create_model(MODEL)) loads it, and 'capruner export OUTPUT --model MODEL --output small.onnx' writes ONNX.
+Writes OUTPUT (safetensors; by default in the folder ./output), and beside it, ending in .json and .report.html, what was removed, what that saves and what it
+costs in accuracy. capruner.load_shrunk(OUTPUT, timm.create_model(MODEL)) loads it, and 'capruner export OUTPUT --model MODEL --output small.onnx' writes ONNX.
 """
 EXAMPLE = """\
 examples:
@@ -119,6 +119,7 @@ def run(args: argparse.Namespace) -> int:
     train, val = images.open_splits(args.data_dir, args.dataset, model)
     config = images.preprocessing(args, model)
     modeling.check_forward(model, config["input_size"], args.model)
+    args.output.parent.mkdir(exist_ok=True)  # of the default
 
     def batches(size: int) -> Any:
         generator = torch.Generator().manual_seed(args.seed)
@@ -151,11 +152,15 @@ def run(args: argparse.Namespace) -> int:
     print("\ntop-1 %     " + ", ".join(f"{what} {value:.2f}" for what, value in accuracy.items()))
     print(
         f"\nwritten to {args.output}; capruner.load_shrunk({str(args.output)!r}, timm.create_model({args.model!r}, ...)) loads it"
+        f"\npictures in {_page(args)}"
     )
     return 0
 
 
 def _write(args: argparse.Namespace, small: Shrunk, accuracy: dict[str, float]) -> None:
+    from capruner.files import replacing
+    from capruner.report.shrunk import shrunk_page
+    from capruner.text import printable
     from capruner.vision.output import write_json
 
     small.save(args.output)
@@ -166,7 +171,14 @@ def _write(args: argparse.Namespace, small: Shrunk, accuracy: dict[str, float]) 
         "units": small.rows,
         "left_alone": [asdict(item) for item in small.left_alone],
     }
-    write_json(args.output.with_suffix(".json"), json.loads(json.dumps(summary, default=str)))
+    summary = json.loads(json.dumps(summary, default=str))
+    write_json(args.output.with_suffix(".json"), summary)
+    with replacing(_page(args)) as partial:
+        partial.write_text(printable(shrunk_page(summary)), encoding="utf-8")
+
+
+def _page(args: argparse.Namespace) -> Path:
+    return args.output.with_suffix(".report.html")
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -178,9 +190,9 @@ def _check(args: argparse.Namespace) -> None:
     arguments.check_counts(args, "val_limit", "gs_batch_size")
     if args.output is None:
         args.output = _default_output(args)
-    if args.output.suffix != ".safetensors":
+    elif args.output.suffix != ".safetensors":
         raise UserError(f"--output {args.output}: the name of such a file ends in .safetensors")
-    if not args.output.parent.is_dir():
+    elif not args.output.parent.is_dir():
         raise UserError(f"--output {args.output}: there is no folder {args.output.parent}")
 
 
@@ -191,5 +203,4 @@ def _default_output(args: argparse.Namespace) -> Path:
     path = Path("output") / f"{model_label(args.model)}-{target}.safetensors"
     if path.exists():
         raise UserError(f"{path} exists already; name another file with --output, or this one to replace it")
-    path.parent.mkdir(exist_ok=True)
     return path

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+RANDOM_WEIGHTS = "The weights before pruning were random: the accuracies say nothing."
+
 
 @dataclass
 class Measurement:

@@ -20,7 +20,7 @@ from capruner.models.macs import MultiplyAdds
 from capruner.models.selection import select_parameters
 from capruner.report.architecture import architecture, architecture_macs
 from capruner.report.checkpoint import read_weights
-from capruner.report.contents import Contents, Measurement
+from capruner.report.contents import RANDOM_WEIGHTS, Contents, Measurement
 from capruner.report.page import page
 from capruner.rows import weight_rows
 from capruner.text import printable
@@ -127,7 +127,7 @@ def _one_shot(folder: Path, summary: Mapping[str, Any], arguments: Mapping[str, 
     if images:
         contents.notes.append(f"Accuracy and loss are those of {images:,} validation images.")
     if arguments.get("checkpoint") == "" and not arguments.get("pretrained"):
-        contents.notes.append("The weights before pruning were random: the accuracies say nothing.")
+        contents.notes.append(RANDOM_WEIGHTS)
     if "macs" in summary:
         macs = MultiplyAdds(**summary["macs"])
         _put_macs(contents, macs)

@@ -10,8 +10,10 @@ from typing import Any
 
 from capruner.report.charts import halvings
 from capruner.report.contents import Measurement
+from capruner.report.document import breakable, scrolling
 
 _ALONE = "single layer"
+_HEAT = ' class="heat"'
 DARKEST = 7.0  # halvings that the shades tell apart: up to 99.2 %
 
 
@@ -20,11 +22,6 @@ def place(name: str) -> tuple[str, str]:
     parts = name.removesuffix(".weight").split(".")
     cut = max((i for i, part in enumerate(parts[:-1]) if part.isdigit()), default=-1) + 1
     return ".".join(parts[:cut]), ".".join(parts[cut:])
-
-
-def breakable(name: str) -> str:
-    """A dotted name that may wrap after dots and underscores, escaped."""
-    return escape(name).replace(".", ".<wbr>").replace("_", "_<wbr>")
 
 
 def shown(share: float) -> str:
@@ -60,7 +57,7 @@ def depth_table(level: Measurement) -> str:
         for depth, line in grid.items()
     )
     caption = f"Weights removed at {level.name}, in % of each layer"
-    return table(caption, f'<th scope="col">depth</th>{head}', body)
+    return scrolling(caption, f'<th scope="col">depth</th>{head}', body, _HEAT)
 
 
 def layer_table(levels: Sequence[Measurement]) -> str:
@@ -72,17 +69,8 @@ def layer_table(levels: Sequence[Measurement]) -> str:
         f"<td class=none>{row['numel']:,}</td></tr>"
         for row in levels[0].layers
     )
-    return table(
-        "Weights removed from each layer, in %", f'<th scope="col">layer</th>{head}<th scope="col">weights</th>', body
-    )
-
-
-def table(caption: str, head: str, body: str, style: str = ' class="heat"') -> str:
-    """A table that scrolls on its own; ``head`` and ``body`` are HTML already."""
-    return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(caption)}"><table{style}><caption>{escape(caption)}</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
+    head = f'<th scope="col">layer</th>{head}<th scope="col">weights</th>'
+    return scrolling("Weights removed from each layer, in %", head, body, _HEAT)
 
 
 def in_words(level: Measurement) -> str:

@@ -1,52 +1,30 @@
-"""The page: plain HTML that loads nothing, reads on a phone, aloud, and by day and night."""
+"""The page about an experiment of pruning, or a sparse checkpoint."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from html import escape
-from importlib.resources import files
-from typing import Any
 
 from capruner.report.charts import Series, decades, halvings, line_chart, nice_ticks, power_of_ten
 from capruner.report.contents import Contents, Measurement
-from capruner.report.heatmap import breakable, depth_table, in_words, layer_table, table
-
-
-@cache
-def _style() -> str:
-    return files("capruner.report").joinpath("style.css").read_text(encoding="utf-8")
+from capruner.report.document import bar, document, facts, key_figures, number, table
+from capruner.report.heatmap import depth_table, in_words, layer_table
 
 
 def page(contents: Contents) -> str:
     """The whole document. Every name and value that comes from outside is escaped."""
-    sections = [
-        ("accuracy", "Accuracy and sparsity", _accuracy(contents)),
-        ("size", "What is left", _left(contents)),
-        ("layers", "Sparsity by layer and depth", _layers(contents)),
-        ("search", "Choice of the sparsity", _search(contents)),
-        ("loss", "Predicted and measured loss", _loss(contents)),
-        ("epochs", "Training", _epochs(contents)),
-        ("stages", "Time and memory", _stages(contents)),
-        ("run", "What was run", _run(contents)),
-        ("files", "Files", _files(contents)),
-    ]
-    sections = [(identity, heading, body) for identity, heading, body in sections if body]
-    toc = "".join(f'<li><a href="#{identity}">{heading}</a></li>' for identity, heading, _ in sections)
-    body = "".join(
-        f'<section id="{identity}" aria-labelledby="h-{identity}"><h2 id="h-{identity}">{heading}</h2>{text}</section>'
-        for identity, heading, text in sections
-    )
-    notes = "".join(f"<p class=soft>{escape(note)}</p>" for note in contents.notes)
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        # The browser itself sees to it that nothing is loaded.
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<title>{escape(contents.title)}</title><style>{_style()}</style></head><body><header><h1>{escape(contents.title)}</h1>"
-        f'<p>{escape(_summary(contents))}</p>{_key_figures(contents)}{notes}<nav aria-label="Sections"><ul>{toc}</ul></nav></header>'
-        f"<main>{body}</main></body></html>\n"
-    )
+    sections = {
+        "Accuracy and sparsity": _accuracy(contents),
+        "What is left": _left(contents),
+        "Sparsity by layer and depth": _layers(contents),
+        "Choice of the sparsity": _search(contents),
+        "Predicted and measured loss": _loss(contents),
+        "Training": _epochs(contents),
+        "Time and memory": _stages(contents),
+        "What was run": _run(contents),
+        "Files": _files(contents),
+    }
+    return document(contents.title, _summary(contents), _key_figures(contents), contents.notes, sections)
 
 
 def _summary(contents: Contents) -> str:
@@ -88,22 +66,7 @@ def _key_figures(contents: Contents) -> str:
         figures.append(("top-1 accuracy", f"{level.top1:.2f} %"))
     if level.macs is not None and contents.macs_dense:
         figures.append(("multiply-adds left", f"{100 * level.macs / contents.macs_dense:.1f} %"))
-    boxes = "".join(f"<div><dt>{text}</dt><dd>{value}</dd></div>" for text, value in figures)
-    return (f"<p>{heading}</p>" if heading else "") + f'<dl class="key">{boxes}</dl>'
-
-
-def _table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]], style: str = "") -> str:
-    """``rows`` of cells that are HTML already; the first cell of each names it."""
-    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
-    body = "".join(
-        f'<tr><th scope="row">{cells[0]}</th>{"".join(c if c.startswith("<td") else f"<td>{c}</td>" for c in cells[1:])}</tr>'
-        for cells in rows
-    )
-    return table(caption, head, body, style)
-
-
-def _number(value: float | None, form: str = ".2f") -> str:
-    return "–" if value is None else format(value, form)
+    return key_figures(figures, heading)
 
 
 def _million(count: int | None) -> str:
@@ -155,15 +118,15 @@ def _accuracy(contents: Contents) -> str:
     rows = [
         [
             escape(level.name),
-            _number(level.top1),
-            *([_number(level.top1_bn)] if recalibrated else []),
-            _number(level.top5),
-            _number(level.loss, ".4f"),
+            number(level.top1),
+            *([number(level.top1_bn)] if recalibrated else []),
+            number(level.top5),
+            number(level.loss, ".4f"),
             _links(level),
         ]
         for level in contents.levels
     ]
-    return figure + _table("Accuracy at each sparsity", columns, rows)
+    return figure + table("Accuracy at each sparsity", columns, rows)
 
 
 def _left(contents: Contents) -> str:
@@ -175,7 +138,7 @@ def _left(contents: Contents) -> str:
     for level in contents.levels:
         row = [escape(level.name), f"{100 * level.prunable:.3f}", f"{100 * level.overall:.3f}"]
         if dense:
-            row += [_million(level.macs), _number(None if level.macs is None else 100 * level.macs / dense, ".1f")]
+            row += [_million(level.macs), number(None if level.macs is None else 100 * level.macs / dense, ".1f")]
         rows.append(row)
     text = (
         "<p>Two denominators: the prunable weights are those of the layers listed below; all weights are every parameter of the model, "
@@ -192,7 +155,7 @@ def _left(contents: Contents) -> str:
             f"<p>A multiply-add is two FLOPs. The dense model does {_million(dense)} million ({2 * dense / 1e9:,.3g} GFLOPs) for one {size} input.{fixed} "
             "What is left counts products with non-zero weights only: it is what an engine that skips every zero would do, not a measured speed.</p>"
         )
-    return text + _table("Zeros by both denominators, and the multiply-adds that are left", columns, rows)
+    return text + table("Zeros by both denominators, and the multiply-adds that are left", columns, rows)
 
 
 def _layers(contents: Contents) -> str:
@@ -232,7 +195,7 @@ def _search(contents: Contents) -> str:
         f"<p>The largest sparsity within {search['max_drop']:g} points of the dense network, by bisection over one calibration, on {search['images']:,} "
         f"training images that the calibration has not seen (dense: {search['dense']:.2f} %). The validation images had no part in it.</p>"
     )
-    return text + _table("Sparsities tried", ["removed", "top-1 on held-out images (%)", "within the bound", ""], rows)
+    return text + table("Sparsities tried", ["removed", "top-1 on held-out images (%)", "within the bound", ""], rows)
 
 
 def _loss(contents: Contents) -> str:
@@ -246,8 +209,8 @@ def _loss(contents: Contents) -> str:
         [
             escape(v.name),
             f"{p:.4g}",
-            _number(v.divergence, ".4g"),
-            _number(m, ".4g"),
+            number(v.divergence, ".4g"),
+            number(m, ".4g"),
             "–" if m is None or m <= 0 or p <= 0 else f"{float(f'{m / p:.2g}'):,g}×",
         ]
         for v, p, m in found
@@ -259,7 +222,7 @@ def _loss(contents: Contents) -> str:
         "them. Where the factor climbs, the quadratic model no longer holds, and smaller steps (num_recomputations) or retraining pay.</p>"
     )
     columns = ["removed", "predicted", "divergence", "measured", "measured / predicted"]
-    return text + _loss_chart(found) + _table("Increase of the loss", columns, rows)
+    return text + _loss_chart(found) + table("Increase of the loss", columns, rows)
 
 
 def _loss_chart(found: Sequence[tuple[Measurement, float, float | None]]) -> str:
@@ -322,11 +285,11 @@ def _epochs(contents: Contents) -> str:
     cells = [
         [
             f"{row['epoch']:.0f}",
-            *(_number(100 * row[k] if k == "sparsity" else row.get(k), forms.get(k, ".2f")) for k in shown),
+            *(number(100 * row[k] if k == "sparsity" else row.get(k), forms.get(k, ".2f")) for k in shown),
         ]
         for row in rows
     ]
-    each = _table("Epoch by epoch", ["epoch", *(columns[key] for key in shown)], cells)
+    each = table("Epoch by epoch", ["epoch", *(columns[key] for key in shown)], cells)
     return f"<figure>{chart}<figcaption>{escape(words)}</figcaption></figure><details><summary>Epoch by epoch</summary>{each}</details>"
 
 
@@ -343,31 +306,17 @@ def _stages(contents: Contents) -> str:
     text = f"<p>{total:,.1f} seconds in all.</p>"
     if memory:
         text += "<p>Memory is the highest that the process had needed by the end of each stage, so it never falls.</p>"
-    return text + _table("Stages", ["stage", "seconds", "share", *(["peak GiB"] if memory else [])], rows)
+    return text + table("Stages", ["stage", "seconds", "share", *(["peak GiB"] if memory else [])], rows)
 
 
 def _stage(name: str, seconds: float, total: float, gib: float | None, memory: bool) -> list[str]:
-    width = 100 * seconds / total
-    bar = f'<td class="share"><span class="bar" style="width:{width:.1f}%" role="img" aria-label="{width:.0f} % of the time"></span></td>'
-    return [name, f"{seconds:,.2f}", bar, *([_number(gib)] if memory else [])]
+    share = seconds / total
+    return [name, f"{seconds:,.2f}", bar(share, f"{100 * share:.0f} % of the time"), *([number(gib)] if memory else [])]
 
 
 def _run(contents: Contents) -> str:
-    def facts(caption: str, found: dict[str, Any]) -> str:
-        rows = [[breakable(str(key)), escape(_plain(value))] for key, value in found.items() if value is not None]
-        listed = _table(caption, ["name", "value"], rows, ' class="facts"') if rows else ""
-        return f"<details><summary>{caption}: {len(rows)}</summary>{listed}</details>" if len(rows) > 30 else listed
-
     recipe = f"<h3>Recipe</h3><pre tabindex=0>{escape(contents.recipe)}</pre>" if contents.recipe else ""
     return facts("Arguments", contents.facts) + recipe + facts("Versions", contents.versions)
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key}={item}" for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(map(str, value))
-    return str(value)
 
 
 def _files(contents: Contents) -> str:
