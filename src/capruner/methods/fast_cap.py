@@ -29,6 +29,7 @@ from capruner.core.allocation import allocate
 from capruner.core.fisher import BlockFisher
 from capruner.core.numerics import full_precision
 from capruner.core.patterns import rank_once
+from capruner.core.refit import refit
 from capruner.core.scaling import scale_of
 from capruner.distributed import Partition
 from capruner.methods.base import LayerSolution, Method, Settings, Stopwatch, Target, naming
@@ -170,18 +171,32 @@ class FastCAP(Method):
             W, gone, losses = self._weights[name].T, dead.T, [0.0]
             left = torch.where(gone, 0, len(counts)).to(torch.uint8)
             for step, count in enumerate(counts[1:], 1):
-                gone = self._cheapest(name, W, gone, count)
-                W, loss = self._without(name, gone)
+                gone = self._cheapest(name, W, gone, count, self._variances(name, gone))
+                W, loss = self._refit(name, W, gone)
                 left[gone & (left > step)] = step
                 losses.append(loss)
             self._paths[name] = _Path(counts, losses, left)
         return self._paths[name]
 
-    def _without(self, name: str, gone: Tensor) -> tuple[Tensor, float]:
-        """The layer ``(B, n)`` without the weights that are ``gone``, the others re-fitted, and its loss in its own units."""
-        W = self._weights[name].T.clone(memory_format=torch.contiguous_format)
-        loss = self._loss(name, self._push(name, W, gone, slice(0, len(W))))
-        return W.masked_fill_(gone, 0), loss
+    @full_precision()
+    def _refit(self, name: str, W: Tensor, gone: Tensor) -> tuple[Tensor, float]:
+        """The layer ``(B, n)`` without the weights that are ``gone``, the others at their best, and its loss in its own units; the search begins at ``W``."""
+        F, last = self._fisher_matrix(self._factors[name]), None
+        if name in self._last:
+            last = self._fisher_matrix(self._last[name])
+
+        def times(x: Tensor) -> Tensor:
+            product = F @ x
+            if last is not None:
+                product[:, -1] = last @ x[:, -1]
+            return product
+
+        gone = gone | self._padding(name, W.device).T
+        return refit(self._weights[name].T, W, gone, times, F.diagonal()[:, None], self._scales[name][:, 0])
+
+    @staticmethod
+    def _fisher_matrix(factor: Tensor) -> Tensor:
+        return torch.cholesky_inverse(factor.double(), upper=True).to(factor)
 
     def _loss(self, name: str, errors: Tensor) -> float:
         norms = torch.linalg.vector_norm(errors, dim=0, dtype=torch.float64)
@@ -207,10 +222,13 @@ class FastCAP(Method):
             return LayerSolution(self._weights[name].clone(), ~dead, 0.0)
         if self.settings.pattern.n_m is None and self.settings.block_size is None:
             gone = self._path(name).before(count)
-            gone = self._cheapest(name, self._without(name, gone)[0], gone, count)
-            W, loss = self._without(name, gone)
+            W, _ = self._refit(name, self._weights[name].T, gone)
+            gone = self._cheapest(name, W, gone, count, self._variances(name, gone))
+            W, loss = self._refit(name, W, gone)
         else:
             W, gone, loss = self._by_column_blocks(name, count)
+            if self.settings.block_size is None:
+                W, loss = self._refit(name, W, gone)
         return LayerSolution(W.T.contiguous(), ~gone.T.contiguous(), loss * self._units[name])
 
     def _by_column_blocks(self, name: str, count: int) -> tuple[Tensor, Tensor, float]:
@@ -224,7 +242,8 @@ class FastCAP(Method):
             columns = slice(start, min(start + width, B))
             if self.settings.pattern.n_m is None:
                 share = _share(count, taken, columns.stop, start, dead, padding)
-                gone[columns] = self._cheapest(name, W, gone, share, columns)
+                variances = self._by_block(name, Tensor.diagonal)[:, columns].square()
+                gone[columns] = self._cheapest(name, W[columns], gone[columns], share, variances, columns)
                 taken += share
             loss += self._loss(name, self._push(name, W, gone, columns))
         return W.masked_fill_(gone, 0), gone, loss
@@ -266,11 +285,28 @@ class FastCAP(Method):
                 W[last:, -1] += panel_errors[:, -1] @ excess[first:last, last:]
         return errors
 
-    def _cheapest(self, name: str, W: Tensor, gone: Tensor, count: int, columns: slice = slice(None)) -> Tensor:
-        """``(width, n)`` bool: the ``count`` cheapest weights of a column-block of ``W`` ``(B, n)``, those that are gone first, padding never."""
-        variance = self._by_block(name, Tensor.diagonal)[:, columns].square()
-        saliency = self._scales[name] * W[columns].T.square() / variance
-        saliency = saliency.masked_fill(gone[columns].T, -torch.inf)
+    def _variances(self, name: str, gone: Tensor) -> Tensor:
+        """``(n, B)``: of each weight given those that remain. ``H_ii`` where all others do, ``1 / F_ii`` where none does, between them by the share gone."""
+        padding = self._padding(name, gone.device)
+        share = float((gone.T & ~padding).sum() / (~padding).sum())
+
+        def variances(factor: Tensor) -> Tensor:
+            alone = 1 / self._fisher_matrix(factor).diagonal()
+            return factor.square().sum(dim=0).log().lerp(alone.log(), share).exp()
+
+        return self._by_block(name, variances)
+
+    def _cheapest(
+        self, name: str, W: Tensor, gone: Tensor, count: int, variances: Tensor, columns: slice = slice(None)
+    ) -> Tensor:
+        """``(width, n)`` bool: the ``count`` cheapest weights of a column-block, those that are gone first, padding never.
+
+        Args:
+            W, gone: of these columns, ``(width, n)``.
+            variances: of these columns, ``(n, width)``.
+        """
+        saliency = self._scales[name] * W.T.square() / variances
+        saliency = saliency.masked_fill(gone.T, -torch.inf)
         saliency = saliency.masked_fill(self._padding(name, W.device)[:, columns], torch.inf)
         chosen = saliency.flatten().argsort(stable=True)[:count]
         flat = torch.zeros(saliency.numel(), dtype=torch.bool, device=W.device)
