@@ -1,16 +1,19 @@
-"""FastCAP: one Fisher matrix per layer, shared by its blocks; errors of what is removed are pushed to the right.
+"""FastCAP: one Fisher matrix per layer, shared by its blocks.
 
-For layers whose ``d · B`` inverse Fisher blocks do not fit, or when minutes matter: ``O(B³)`` for the factor and ``O(d · B)`` for the sweep, and nothing
-larger than ``B × B`` and the weights themselves is held.
+For layers whose ``d · B`` inverse Fisher blocks do not fit, or when minutes matter: ``O(B³)`` for the factor, ``O(d · B)`` for each pass over a layer's ``d``
+weights, and nothing larger than ``B × B`` and the weights themselves is held.
 
-With ``H = F⁻¹`` of the average Fisher block and ``U`` its upper Cholesky factor (``H = Uᵀ U``), column ``i`` of the ``(n, B)`` weights has, with all
-columns to its left decided, the conditional variance ``U_ii²``. In each column-block the cheapest ``w² / U_ii²`` leave; then from left to right
-``e = (w_i − q_i) / U_ii`` is spread over the columns to the right, ``W ← W − e U[i, :]``.
+A layer is pruned in steps to each of ``SHARES``. A step removes the cheapest ``s_b w² / v``, and re-fits the weights that remain (:mod:`capruner.core.refit`);
+the next one chooses by those. So many steps come close to the greedy order of CAP. ``v`` is the variance of a weight given those that remain. It differs
+from block to block, which have masks of their own; the shared stand-in lies between ``H_ii``, where all others remain, and ``1 / F_ii``, where none does.
 
-Two things go beyond the published method. Unless ``block_size`` is given, a layer is pruned in steps to each of ``SHARES``: a step chooses by the
-weights that the last one has re-fitted and then sweeps the original weights, which comes close to the greedy order of CAP. And each block keeps one number
-of its own, ``s_b = (q_b / mean(q) + λ) / (1 + λ)`` with its mean squared gradient ``q_b`` and the relative damping ``λ``: the Fisher matrix of block ``b``
-is taken to be ``s_b F``. Updates do not depend on it, but scores do: ``s_b w² / U_ii²``. Without it all neurons of a layer would count as equally sensitive.
+Each block keeps one number of its own, ``s_b = (q_b / mean(q) + λ) / (1 + λ)`` with its mean squared gradient ``q_b`` and the relative damping ``λ``: the
+Fisher matrix of block ``b`` is taken to be ``s_b F``. Updates do not depend on it, but scores do. Without it all neurons of a layer would count as equally
+sensitive.
+
+``block_size`` gives the published method instead, and N:M patterns choose by it: with ``H = F⁻¹`` and its upper Cholesky factor ``U`` (``H = Uᵀ U``), column
+``i`` of the ``(n, B)`` weights has, with all columns to its left decided, the variance ``U_ii²``. In each column-block the cheapest ``s_b w² / U_ii²`` leave;
+then from left to right ``e = (w_i − q_i) / U_ii`` is spread over the columns to the right, ``W ← W − e U[i, :]``.
 
 The last block of a layer may be shorter than ``B``: it has the factor of its own columns.
 """
@@ -44,8 +47,8 @@ SHARES = (0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0)
 class FastCAP(Method):
     """``damp`` is relative to the mean diagonal of the shared Fisher matrix.
 
-    The sparsity of each layer has to be known before its sweep. A target over several layers is first shared out among them by one threshold on the
-    loss of each further weight, which sweeps to several sparsities measure. A target per layer and a ``block_size`` are the published method.
+    The sparsity of each layer has to be known before its last step. A target over several layers is first shared out among them by one threshold on the
+    loss of each further weight, which the steps measure. A target per layer and a ``block_size`` are the published method.
     """
 
     name = "fast_cap"
