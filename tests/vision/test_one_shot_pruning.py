@@ -310,7 +310,7 @@ def test_the_engine_where_none_is_asked_for(
 ) -> None:
     """Ours are carried out here; SparseML's own by SparseML, and by our method, not without a word, where it cannot be imported."""
     ours = recipe == "CAPruningModifier"
-    if importlib.util.find_spec("sparseml.pytorch"):
+    if importlib.util.find_spec("sparseml"):
         one_shot_pruning.main(arguments(place, recipe, sparsities=[0.5]))
         assert summary(place)["engine"] == ("native" if ours else "sparseml")
     monkeypatch.delitem(sys.modules, "capruner.sparseml.recipe", raising=False)
