@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
 
     import capruner
     from capruner.vision import data as images
-    from capruner.vision import evaluate, modeling
+    from capruner.vision import evaluate, huggingface, modeling
 
     device = modeling.pick_device(args.device)
     modeling.seed_everything(args.seed)
@@ -150,10 +150,11 @@ def run(args: argparse.Namespace) -> int:
     _write(args, small, accuracy)
     print(small.report())
     print("\ntop-1 %     " + ", ".join(f"{what} {value:.2f}" for what, value in accuracy.items()))
-    print(
-        f"\nwritten to {args.output}; capruner.load_shrunk({str(args.output)!r}, timm.create_model({args.model!r}, ...)) loads it"
-        f"\npictures in {_page(args)}"
-    )
+    dense = f"timm.create_model({args.model!r}, ...)"
+    if huggingface.is_huggingface(args.model):
+        dense = f"AutoModelForImageClassification.from_pretrained({args.model.removeprefix(huggingface.PREFIX)!r})"
+    print(f"\nwritten to {args.output}; capruner.load_shrunk({str(args.output)!r}, {dense}) loads it")
+    print(f"pictures in {_page(args)}")
     return 0
 
 
