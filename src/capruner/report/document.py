@@ -81,6 +81,11 @@ def facts(caption: str, found: Mapping[str, Any]) -> str:
     return f"<details><summary>{caption}: {len(rows)}</summary>{listed}</details>" if len(rows) > 30 else listed
 
 
+def given(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments that say something: neither empty nor switched off."""
+    return {key: value for key, value in arguments.items() if value is not False and value not in (None, "", [], {})}
+
+
 def breakable(name: str) -> str:
     """A dotted name that may wrap after dots and underscores, escaped."""
     return escape(name).replace(".", ".<wbr>").replace("_", "_<wbr>")

@@ -21,6 +21,7 @@ from capruner.models.selection import select_parameters
 from capruner.report.architecture import architecture, architecture_macs
 from capruner.report.checkpoint import read_weights
 from capruner.report.contents import RANDOM_WEIGHTS, Contents, Measurement
+from capruner.report.document import given
 from capruner.report.page import page
 from capruner.rows import weight_rows
 from capruner.text import printable
@@ -118,7 +119,7 @@ def _one_shot(folder: Path, summary: Mapping[str, Any], arguments: Mapping[str, 
         levels=levels,
         search=summary.get("search"),
         stages=summary.get("stages") or _stages(pruned),
-        facts=_facts(arguments) | {"device": summary.get("device")},
+        facts=given(arguments) | {"device": summary.get("device")},
         recipe=summary.get("recipe", ""),
         versions=summary.get("versions", {}),
         files=_files(folder),
@@ -167,7 +168,7 @@ def _training(
         model=arguments["model"],
         levels=[],
         epochs=epochs,
-        facts=_facts(arguments),
+        facts=given(arguments),
         recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
         files=_files(folder),
     )
@@ -227,7 +228,7 @@ def checkpoint_contents(
         else ", ".join(params)
     )
     known = {"checkpoint": path.name, "model": model, "model_kwargs": dict(kwargs), "prunable": prunable}
-    contents = Contents(f"{path.name}: {model}", model, [level], facts=_facts(known | facts))
+    contents = Contents(f"{path.name}: {model}", model, [level], facts=given(known | facts))
     contents.notes.append(f"Read from the checkpoint alone; prunable are {prunable}.")
     _count_macs(contents, kwargs, None)
     return contents
@@ -263,11 +264,6 @@ def _put_macs(contents: Contents, macs: MultiplyAdds) -> None:
     for level in contents.levels:
         if level.macs is None and (level.layers or not level.requested):
             level.macs = macs.left({row["name"]: row["sparsity"] for row in level.layers})
-
-
-def _facts(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments that say something: neither empty nor switched off."""
-    return {key: value for key, value in arguments.items() if value is not False and value not in (None, "", [], {})}
 
 
 def _files(folder: Path) -> list[tuple[str, str]]:

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from capruner.report.contents import RANDOM_WEIGHTS
-from capruner.report.document import bar, breakable, document, facts, key_figures, number, table
+from capruner.report.document import bar, breakable, document, facts, given, key_figures, number, table
 
 
 def shrunk_page(summary: Mapping[str, Any]) -> str:
@@ -27,9 +27,7 @@ def shrunk_page(summary: Mapping[str, Any]) -> str:
         "What is left": _costs(summary["costs"]),
         "Units by layer": _units(summary["units"]),
         "Left alone": _left_alone(summary["left_alone"]),
-        "What was run": facts(
-            "Arguments", {k: v for k, v in summary["arguments"].items() if v not in (False, "", [], {})}
-        ),
+        "What was run": facts("Arguments", given(summary["arguments"])),
     }
     return document(f"{model}, shrunk", words, key_figures(figures), notes, sections)
 
