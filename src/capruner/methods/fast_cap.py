@@ -64,6 +64,7 @@ class FastCAP(Method):
         self._units: dict[str, float] = {}
         self._scales: dict[str, Tensor] = {}  # (n, 1) per layer
         self._paths: dict[str, _Path] = {}
+        self._in_hand: tuple[str, Tensor, Tensor | None] | None = None
         self._weights: Mapping[str, Tensor] = {}
 
     def add(self, slab: Mapping[str, Tensor]) -> None:
@@ -184,9 +185,7 @@ class FastCAP(Method):
     @full_precision()
     def _refit(self, name: str, W: Tensor, gone: Tensor) -> tuple[Tensor, float]:
         """The layer ``(B, n)`` without the weights that are ``gone``, the others at their best, and its loss in its own units; the search begins at ``W``."""
-        F, last = self._fisher_matrix(self._factors[name]), None
-        if name in self._last:
-            last = self._fisher_matrix(self._last[name])
+        F, last = self._fisher_matrices(name)
 
         def times(x: Tensor) -> Tensor:
             product = F @ x
@@ -197,9 +196,12 @@ class FastCAP(Method):
         gone = gone | self._padding(name, W.device).T
         return refit(self._weights[name].T, W, gone, times, F.diagonal()[:, None], self._scales[name][:, 0])
 
-    @staticmethod
-    def _fisher_matrix(factor: Tensor) -> Tensor:
-        return torch.cholesky_inverse(factor.double(), upper=True).to(factor)
+    def _fisher_matrices(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """Of a layer, and of its last block where that is padded; those of the layer in hand are kept."""
+        if self._in_hand is None or self._in_hand[0] != name:
+            last = _inverse(self._last[name]) if name in self._last else None
+            self._in_hand = name, _inverse(self._factors[name]), last
+        return self._in_hand[1:]
 
     def _loss(self, name: str, errors: Tensor) -> float:
         norms = torch.linalg.vector_norm(errors, dim=0, dtype=torch.float64)
@@ -293,8 +295,10 @@ class FastCAP(Method):
         padding = self._padding(name, gone.device)
         share = float((gone.T & ~padding).sum() / (~padding).sum())
 
+        F, last = self._fisher_matrices(name)
+
         def variances(factor: Tensor) -> Tensor:
-            alone = 1 / self._fisher_matrix(factor).diagonal()
+            alone = 1 / (F if last is None or factor is self._factors[name] else last).diagonal()
             return factor.square().sum(dim=0).log().lerp(alone.log(), share).exp()
 
         return self._by_block(name, variances)
@@ -333,6 +337,11 @@ class _Path:
     def before(self, count: int) -> Tensor:
         """``(B, n)`` bool: what is gone after the last step with fewer than ``count``."""
         return self.left < max(1, bisect.bisect_left(self.counts, count))
+
+
+def _inverse(factor: Tensor) -> Tensor:
+    """The Fisher matrix, of the upper Cholesky factor of its inverse."""
+    return torch.cholesky_inverse(factor.double(), upper=True).to(factor)
 
 
 def _factor_of_first(H: Tensor, real: int) -> Tensor:
