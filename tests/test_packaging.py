@@ -39,3 +39,9 @@ def test_metadata_agrees() -> None:
     assert project["version"] == capruner.__version__
     assert f"version: {capruner.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert f"## {capruner.__version__}\n" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_every_extra_is_in_the_guide() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    page = (ROOT / "docs/guide/install.md").read_text(encoding="utf-8")
+    assert [name for name in extras if f"| `{name}` |" not in page] == []

@@ -105,10 +105,13 @@ def _eliminate_one(
     diagonal, floor = np.empty_like(weight), np.empty_like(weight)
     # Between which a saliency counts: the dead are below every candidate, the frozen (and members of a full group) above.
     low, high = np.empty_like(weight), np.empty_like(weight)
-    position = np.arange(B).astype(np.uint32)  # unsigned: a signed index would be looked at for its sign each time
+    position = np.empty(B, np.uint32)  # unsigned: a signed index would be looked at for its sign each time
     L = np.empty((steps, B), weight.dtype)
-    room = np.full(B // group, group - stay if group > 1 else B)
+    room = np.empty(B // group, np.int64)
+    for g in range(B // group):
+        room[g] = group - stay if group > 1 else B
     for c in range(B):
+        position[c] = c
         diagonal[c] = H[c, c]
         floor[c] = H[c, c] * info.eps  # what rounding leaves after many subtractions: below this it is noise
         stays = kind[c] == FROZEN or (kind[c] != DEAD and room[c // group] <= 0)
@@ -170,6 +173,13 @@ def _eliminate_one(
             for c in range(last):
                 if position[c] // group == at // group and high[c] > 0:
                     low[c] = np.inf
-    # What never leaves comes last, in the order of the block.
-    order[steps:] = np.sort(position[: B - steps])
-    losses[steps:] = np.inf
+    # What never leaves comes last, in the order of the block. Marked, not sorted: to compile a sort takes seconds.
+    for c in range(B):
+        row[c] = 0
+    for c in range(B - steps):
+        row[position[c]] = 1
+    k = steps
+    for at in range(B):
+        if row[at] == 1:
+            order[k], losses[k] = at, np.inf
+            k += 1

@@ -32,8 +32,11 @@ def add_products(flat: Tensor, size: int, rows: int, scales: Tensor, fourth: Ten
         scales: ``(n, B)``, what the gradients were divided by.
         fourth: ``(n,)`` float64, to which the sums of ``‖scales · gradient‖⁴`` are added.
     """
-    arguments = (flat.numpy(), size, rows, scales.contiguous().numpy(), fourth.numpy())
-    call_compiled(_add_products, arguments, (_squared_norm,))
+    width = VECTORS * VECTOR_BYTES // flat.itemsize
+    pitch = -(-(size + ROWS) // width) * width
+    padded, tile = flat.new_zeros(rows, pitch), flat.new_zeros(ROWS, width)
+    arrays = (flat, scales.contiguous(), fourth, padded.flatten(), tile.flatten())
+    call_compiled(_add_products, (*(t.numpy() for t in arrays), rows, pitch, width), (_squared_norm,))
 
 
 @compiling({"contract", "reassoc"})
@@ -46,15 +49,23 @@ def _squared_norm(row: NDArray, scales: NDArray) -> float:
 
 
 @compiling({"contract"})
-def _add_products(flat: NDArray, size: int, rows: int, scales: NDArray, fourth: NDArray) -> None:
-    width = VECTORS * VECTOR_BYTES // flat.itemsize
-    pitch = -(-(size + ROWS) // width) * width
-    gradients, tile = np.zeros(rows * pitch, flat.dtype), np.zeros(ROWS * width, flat.dtype)
+def _add_products(
+    flat: NDArray,
+    scales: NDArray,
+    fourth: NDArray,
+    gradients: NDArray,
+    tile: NDArray,
+    rows: int,
+    pitch: int,
+    width: int,
+) -> None:
+    size = scales.shape[1]
     for block in range(flat.shape[0]):
         triangle = flat[block]
         for k in range(rows):
-            row = triangle[size * (size + 1) // 2 + k * size :][:size]
-            gradients[k * pitch : k * pitch + size] = row
+            row, copy = triangle[size * (size + 1) // 2 + k * size :][:size], gradients[k * pitch :]
+            for c in range(size):  # not one assignment: numba compiles its error message about shapes for seven seconds
+                copy[c] = row[c]
             fourth[block] += _squared_norm(row, scales[block]) ** 2
         for i in range(0, size, ROWS):
             for j in range(0, min(i + ROWS, size), width):
