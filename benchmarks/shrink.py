@@ -1,23 +1,26 @@
 """Shrunk networks beside Torch-Pruning's at equal multiply-adds.
 
     python benchmarks/shrink.py DATA --model vit --units neurons heads --macs 0.7 0.5 0.4 --vit-weights VIT
-    python benchmarks/shrink.py DATA --model conv --units channels --macs 0.7 0.5 0.35 --bn-batches 8
+    python benchmarks/shrink.py DATA --model efficientnet --units channels --macs 0.7 0.5 --bn-batches 4
+    python benchmarks/shrink.py DATA --model conv --units channels --latency 0.667 0.5 --speed
 
 All methods remove the same kinds of units and get the same gradients, one of each batch of 8 calibration images. Torch-Pruning ranks globally with its
 defaults, and its ratio is bisected until its multiply-adds are at most ours. Needs ``pip install torch-pruning``.
 
-``--speed`` times ours in torch and onnxruntime instead, one thread: CPU time of the fastest of calls in turns with the dense network's.
+``--speed`` times ours in torch, onnxruntime and OpenVINO (where it is installed) instead, one thread: CPU time of the fastest of calls in turns with the
+dense network's.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
-import itertools
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import capruner
+from capruner.deploy.engines import ENGINES
+from capruner.deploy.export import to_onnx
 from capruner.models.modes import eval_mode
 
 METHODS = ("magnitude", "taylor", "obd")
@@ -66,7 +71,7 @@ def by_torch_pruning(
         model = torch_pruning_at(copy.deepcopy(dense), method, gradients.get(method, {}), units, ratio, x)
         if any(m.num_heads == 0 for m in model.modules() if hasattr(m, "num_heads")):
             high = ratio  # its ranking empties an attention, which then does not run
-        elif capruner.multiply_adds(model, x.shape[1:]).dense <= macs:
+        elif multiply_adds(model, x) <= macs:
             best, high = model, ratio
         else:
             low = ratio
@@ -85,7 +90,7 @@ def torch_pruning_at(
         "obd": torch_pruning.importance.GroupHessianImportance,
     }[method]()
     attentions = [m for m in model.modules() if hasattr(m, "qkv")]
-    ignored = [m for name, m in model.named_modules() if name in ("patch_embed.proj", "head", "fc")]
+    ignored = [m for name, m in model.named_modules() if name in ("patch_embed.proj", "head", "fc", "classifier")]
     if "neurons" not in units:
         ignored += [m.fc1 for m in model.modules() if hasattr(m, "fc1")]
     if "heads" not in units:
@@ -115,20 +120,32 @@ def torch_pruning_at(
     return model
 
 
-def engines(model: nn.Module, input_size: tuple[int, ...]) -> dict[str, Callable[[torch.Tensor], Any]]:
-    """A network in torch and in onnxruntime, one thread each."""
-    from onnxruntime import InferenceSession, SessionOptions
+def shrink(dense: nn.Module, batches: Batches, args: argparse.Namespace, x: torch.Tensor, **target: float) -> nn.Module:
+    """Ours."""
+    return capruner.shrink(
+        dense,
+        batches,
+        F.cross_entropy,
+        example_inputs=x,
+        units=args.units,
+        num_grads=args.images // 8,
+        progress=False,
+        **target,
+    ).model.eval()
 
-    from capruner.deploy.export import to_onnx
 
+def engines(model: nn.Module, x: torch.Tensor) -> dict[str, Callable[[torch.Tensor], Any]]:
+    """A network in torch, onnxruntime and, where it is installed, OpenVINO, one thread each."""
+    made: dict[str, Callable[[torch.Tensor], Any]] = {"torch": torch.inference_mode()(model)}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
-        to_onnx(model, file, input_size)
-        options = SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        session = InferenceSession(file.read_bytes(), options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return {"torch": torch.inference_mode()(model), "onnxruntime": lambda x: session.run(None, {name: x.numpy()})}
+        to_onnx(model, file, tuple(x.shape[1:]))
+        job = {"file": str(file), "batch": len(x), "shape": x.shape[1:], "threads": 1, "options": {}}
+        for name in ("onnxruntime", "openvino"):
+            with contextlib.suppress(ModuleNotFoundError):
+                engine = ENGINES[name](job)
+                made[name] = lambda x, engine=engine: engine(x.numpy())
+    return made
 
 
 def speed_up(calls: list[Callable[[torch.Tensor], Any]], x: torch.Tensor, count: int = 40) -> str:
@@ -143,62 +160,94 @@ def speed_up(calls: list[Callable[[torch.Tensor], Any]], x: torch.Tensor, count:
     return f"{1e3 * dense:.2f} -> {1e3 * small:.2f} ms, {dense / small:.2f}x"
 
 
-def compare(args: argparse.Namespace) -> None:
+@dataclass(frozen=True)
+class Setting:
+    """The dense network and the images that all of a run share."""
+
+    args: argparse.Namespace
+    dense: nn.Module
+    macs: int
+    images: torch.Tensor
+    labels: torch.Tensor
+
+    def inputs(self, count: int) -> torch.Tensor:
+        return normalise(self.images[:count], self.args.model)
+
+    def top1(self, model: nn.Module) -> float:
+        return accuracy(model, self.images, self.labels, self.args.model)
+
+    def share(self, model: nn.Module) -> float:
+        """Of the dense network's multiply-adds."""
+        return multiply_adds(model, self.inputs(1)) / self.macs
+
+    def line(self, model: nn.Module, wide: Batches) -> str:
+        """What a smaller network costs and is worth; it is changed by ``--bn-batches`` and ``--distill``."""
+        text = f"{self.share(model):.1%} of multiply-adds, {sum(p.numel() for p in model.parameters()):,} weights, "
+        text += f"top-1 {self.top1(model):.2f}"
+        if self.args.bn_batches and capruner.recalibrate_bn(model, wide, self.args.bn_batches):
+            text += f", BatchNorm re-estimated {self.top1(model):.2f}"
+        if self.args.distill:
+            capruner.distill(model, self.dense, wide, passes=self.args.distill, progress=False)
+            text += f", distilled {self.top1(model):.2f}"
+        return text
+
+
+def multiply_adds(model: nn.Module, x: torch.Tensor) -> int:
+    return capruner.multiply_adds(model, x.shape[1:]).dense
+
+
+def compare(setting: Setting, batches: Batches, wide: Batches, seed: int) -> None:
+    """Ours beside Torch-Pruning's at equal multiply-adds."""
+    args, dense, x = setting.args, setting.dense, setting.inputs(2)
+    gradients = squares_and_means(dense, batches, args.images // 8)
+    for share in args.macs:
+        small = shrink(dense, batches, args, x, macs=share)
+        goal = multiply_adds(small, x)
+        for method in ("capruner", *METHODS):
+            model: nn.Module | None = small
+            if method != "capruner":
+                model = by_torch_pruning(dense, method, gradients, args.units, goal, x)
+            said = "not reached" if model is None else setting.line(model.eval(), wide)
+            print(f"seed {seed}, macs {share:.0%}, {method:<9} {said}", flush=True)
+
+
+def time_engines(setting: Setting, batches: Batches, wide: Batches) -> None:
+    """Ours, shrunk to a share of the multiply-adds or of the time, in several engines."""
+    args, x = setting.args, setting.inputs(8)
+    targets = [{"latency": v} for v in args.latency] if args.latency else [{"macs": v} for v in args.macs]
+    for target in targets:
+        small = shrink(setting.dense, batches, args, x, **target)
+        print(*target, *target.values(), setting.line(small, wide), flush=True)
+        for batch in (1, 8):
+            images = setting.inputs(batch)
+            made = [engines(model.eval(), images) for model in (setting.dense, small)]
+            for engine in made[1]:
+                print(f"  batch {batch}, {engine}: {speed_up([m[engine] for m in made], images)}", flush=True)
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.speed:
+        torch.set_num_threads(1)
     train, val = (load_images(args.data, split, args.cache) for split in ("train", "val"))
     images, labels = (t[: args.limit] for t in val)
     dense = load_model(args.model, args.vit_weights if args.model == "vit" else None)
-    x = normalise(images[:2], args.model)
-    macs = capruner.multiply_adds(dense, x.shape[1:]).dense
-    print(
-        f"{args.model}, {' '.join(args.units)}: dense {accuracy(dense, images, labels, args.model):.2f}, {macs:,} multiply-adds",
-        flush=True,
-    )
+    setting = Setting(args, dense, multiply_adds(dense, normalise(images[:1], args.model)), images, labels)
+    what = f"{args.model}, {' '.join(args.units)}"
+    print(f"{what}: dense {setting.top1(dense):.2f}, {setting.macs:,} multiply-adds", flush=True)
     for seed in args.seeds:
         case = {"seed": seed, "images": args.images, "batch": 8, "classes": 10, "model": args.model}
         batches = calibration(train, case)
         wide = Batches(batches.images, batches.labels, 256, args.model)
-        gradients = squares_and_means(dense, batches, args.images // 8)
-        for share in args.macs:
-            small = capruner.shrink(
-                dense,
-                batches,
-                F.cross_entropy,
-                macs=share,
-                example_inputs=x,
-                units=args.units,
-                num_grads=args.images // 8,
-                progress=False,
-            ).model
-            if args.speed:
-                print(f"macs {share:.0%}, top-1 {accuracy(small, images, labels, args.model):.2f}", flush=True)
-                made = [engines(model.eval(), tuple(x.shape[1:])) for model in (dense, small)]
-                for batch, engine in itertools.product((1, 8), made[0]):
-                    batch_images = normalise(images[:batch], args.model)
-                    print(f"  batch {batch}, {engine}: {speed_up([m[engine] for m in made], batch_images)}", flush=True)
-                continue
-            goal = capruner.multiply_adds(small, x.shape[1:]).dense
-            for method in ("capruner", *METHODS):
-                model = small
-                if method != "capruner":
-                    model = by_torch_pruning(dense, method, gradients, args.units, goal, x)
-                if model is None:
-                    print(f"seed {seed}, macs {share:.0%}, {method}: not reached", flush=True)
-                    continue
-                model.eval()
-                line = f"seed {seed}, macs {share:.0%}, {method:<9} {capruner.multiply_adds(model, x.shape[1:]).dense / macs:.1%} of multiply-adds, "
-                line += f"{sum(p.numel() for p in model.parameters()):,} weights, top-1 {accuracy(model, images, labels, args.model):.2f}"
-                if args.bn_batches and capruner.recalibrate_bn(model, wide, args.bn_batches):
-                    line += f", BatchNorm re-estimated {accuracy(model, images, labels, args.model):.2f}"
-                if args.distill:
-                    capruner.distill(model, dense, wide, passes=args.distill, progress=False)
-                    line += f", distilled {accuracy(model, images, labels, args.model):.2f}"
-                print(line, flush=True)
+        if args.speed:
+            time_engines(setting, batches, wide)
+        else:
+            compare(setting, batches, wide, seed)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--model", default="vit", choices=("vit", "conv"))
+    parser.add_argument("--model", default="vit", choices=("vit", "conv", "efficientnet"))
     parser.add_argument("--units", nargs="+", default=["neurons", "heads"])
     parser.add_argument("--macs", nargs="+", type=float, default=[0.6, 0.4])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
@@ -209,9 +258,12 @@ def main() -> None:
     )
     parser.add_argument("--distill", type=float, default=0, help="passes of distillation afterwards, reported apart")
     parser.add_argument("--speed", action="store_true", help="time ours instead of comparing accuracies")
+    parser.add_argument(
+        "--latency", nargs="+", type=float, help="--speed: shares of the time of 8 images in torch, instead of --macs"
+    )
     parser.add_argument("--cache", type=Path, default=Path("output/cache"), help="where decoded images are kept")
     parser.add_argument("--vit-weights", type=Path, help="weights of the ViT when they are not in benchmarks/models")
-    compare(parser.parse_args())
+    run(parser.parse_args())
 
 
 if __name__ == "__main__":
