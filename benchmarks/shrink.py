@@ -128,6 +128,7 @@ def shrink(dense: nn.Module, batches: Batches, args: argparse.Namespace, x: torc
         F.cross_entropy,
         example_inputs=x,
         units=args.units,
+        multiple_of=args.multiple_of,
         num_grads=args.images // 8,
         progress=False,
         **target,
@@ -250,6 +251,7 @@ def main() -> None:
     parser.add_argument("--model", default="vit", choices=("vit", "conv", "efficientnet"))
     parser.add_argument("--units", nargs="+", default=["neurons", "heads"])
     parser.add_argument("--macs", nargs="+", type=float, default=[0.6, 0.4])
+    parser.add_argument("--multiple-of", type=int, default=1, help="of neurons and channels, for ours")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--images", type=int, default=4096, help="calibration images")
     parser.add_argument("--limit", type=int, default=2000, help="validation images")

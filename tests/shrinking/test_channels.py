@@ -61,6 +61,15 @@ def test_a_resnet_shrinks_through_its_residual_connections(tmp_path: Path) -> No
     small.model.train()(IMAGES).sum().backward()
 
 
+def test_channels_that_remain_are_multiples() -> None:
+    small = capruner.shrink(
+        resnet(), [(IMAGES, LABELS)] * 4, macs=0.6, example_inputs=IMAGES, multiple_of=4, num_grads=4, progress=False
+    )
+    left = [row["left"] for row in small.rows]
+    assert any(row["left"] < row["units"] for row in small.rows)
+    assert all(count % 4 == 0 and count for count in left)
+
+
 def test_depthwise_convolutions_go_along() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3),

@@ -122,6 +122,17 @@ def test_allocation_meets_the_target_where_groups_share_a_layer() -> None:
         allocate_units(Chain(), groups, losses, costs, 0.2)
 
 
+def test_multiples_remain() -> None:
+    groups, costs = chain()
+    losses = {"a": torch.tensor([1.0, 2, 3, 4]), "b": torch.tensor([9.0, 9, 9, 9])}
+    # One unit of a away would do for 80 %; two are removed, and never all four.
+    assert allocate_units(Chain(), groups, losses, costs, 0.8, multiple_of=2) == {"a": 2, "b": 0}
+    assert allocate_units(Chain(), groups, losses, costs, 0.6, multiple_of=2) == {"a": 2, "b": 2}
+    assert allocate_units(Chain(), groups, losses, costs, 0.83, multiple_of=3) == {"a": 1, "b": 0}  # 4 to 3
+    with pytest.raises(ValueError, match="with at most 2 units left of each"):
+        allocate_units(Chain(), groups, losses, costs, 0.3, multiple_of=2)
+
+
 def test_what_saves_more_may_cost_more() -> None:
     each = torch.arange(2)[:, None]
     groups = [Group(n, "neurons", (Cut(n, "out", each),)) for n in "ac"]

@@ -186,6 +186,7 @@ def test_refit_beats_plain_removal() -> None:
         ({"units": []}, "units must be some of"),
         ({"units": "channels"}, "no channels to remove"),
         ({"num_grads": 0}, "num_grads must be a whole number"),
+        ({"multiple_of": 0}, "multiple_of must be a whole number"),
         ({"damp": -1.0}, "damp must be a positive number"),
         ({"exclude": "nowhere"}, "exclude: 'nowhere'"),
     ],

@@ -57,6 +57,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="neurons of MLPs, heads of attention, channels of convolutions (these need torch-pruning); default: all. What cannot be removed is "
         "listed with the reason",
     )
+    how.add_argument(
+        "--multiple-of",
+        type=int,
+        default=1,
+        metavar="N",
+        help="numbers of neurons and channels that remain are multiples of N; 8 makes convolutions faster in onnxruntime (default 1)",
+    )
     add_knobs(how, _knobs(), defaults=True)
     how.add_argument(
         "--recalibrate-bn",
@@ -138,6 +145,7 @@ def run(args: argparse.Namespace) -> int:
         latency=args.latency,
         units=args.units,
         exclude=args.exclude,
+        multiple_of=args.multiple_of,
         num_grads=args.num_grads,
         damp=args.damp,
     )
@@ -188,7 +196,7 @@ def _check(args: argparse.Namespace) -> None:
     for flag, share in (("--macs", args.macs), ("--latency", args.latency)):
         if share is not None and not 0 < share < 1:
             raise UserError(f"{flag} {share:g}: must be the share that remains, between 0 and 1; write 0.5 for half")
-    arguments.check_counts(args, "val_limit", "gs_batch_size")
+    arguments.check_counts(args, "val_limit", "gs_batch_size", "multiple_of")
     if args.output is None:
         args.output = _default_output(args)
     elif args.output.suffix != ".safetensors":

@@ -58,21 +58,21 @@ class Ledger:
         heads = self.costs.heads.get(group.attention, 0.0) * self.left[group.name] / group.units
         return sum(self._layer(name) for name in {cut.layer for cut in group.cuts}) + heads
 
-    def saving(self, group: Group) -> float:
-        """What the next unit of a group saves."""
+    def saving(self, group: Group, count: int = 1) -> float:
+        """What the next ``count`` units of a group save."""
         before = self._own(group)
-        self.left[group.name] -= 1
+        self.left[group.name] -= count
         after = self._own(group)
-        self.left[group.name] += 1
+        self.left[group.name] += count
         return before - after
 
     def neighbours(self, group: Group) -> set[str]:
         """The groups whose savings change with those of a group; itself among them."""
         return self._changed[group.name]
 
-    def remove(self, group: Group) -> None:
-        """Remove one unit."""
-        self.left[group.name] -= 1
+    def remove(self, group: Group, count: int = 1) -> None:
+        """Remove ``count`` units."""
+        self.left[group.name] -= count
 
     @property
     def total(self) -> float:
@@ -87,12 +87,17 @@ class Ledger:
 
 
 def allocate_units(
-    model: nn.Module, groups: Sequence[Group], losses: Mapping[str, Tensor], costs: Costs, target: float
+    model: nn.Module,
+    groups: Sequence[Group],
+    losses: Mapping[str, Tensor],
+    costs: Costs,
+    target: float,
+    multiple_of: int = 1,
 ) -> dict[str, int]:
     """Units to remove from each group, so that at most ``target`` of the cost remains with the least predicted loss.
 
     Units compete by loss per cost saved at that point; along a group the score is made monotone by a running maximum, as in :mod:`capruner.core.allocation`.
-    One unit of each group remains.
+    One unit of each group remains. Of neurons and channels a multiple of ``multiple_of`` remains where any are removed; they are removed that many at a time.
 
     Raises:
         ValueError: the target is out of reach.
@@ -102,12 +107,16 @@ def allocate_units(
     running = {name: loss.cummax(0).values.tolist() for name, loss in losses.items()}
     scores: dict[str, float] = {}
 
+    def size(group: Group) -> int:
+        multiple = 1 if group.kind == "heads" else multiple_of
+        return ledger.left[group.name] % multiple or multiple
+
     def score(name: str) -> None:
         group = by_name[name]
-        step = group.units - ledger.left[name]
-        saving = ledger.saving(group) if ledger.left[name] > 1 else 0.0
+        step, count = group.units - ledger.left[name], size(by_name[name])
+        saving = ledger.saving(group, count) if ledger.left[name] > count else 0.0
         if saving > 0:
-            scores[name] = running[name][step] / saving
+            scores[name] = sum(running[name][step : step + count]) / saving
         else:
             scores.pop(name, None)
 
@@ -115,11 +124,12 @@ def allocate_units(
         score(name)
     while (total := ledger.total) > target * costs.total * (1 + 1e-12):
         if not scores:
+            least = "one unit" if multiple_of == 1 else f"at most {multiple_of} units"
             raise ValueError(
-                f"{target:.1%} of the cost is out of reach: with one unit left of each of {len(groups)} groups {total / costs.total:.1%} remains"
+                f"{target:.1%} of the cost is out of reach: with {least} left of each of {len(groups)} groups {total / costs.total:.1%} remains"
             )
         best = by_name[min(scores, key=scores.__getitem__)]
-        ledger.remove(best)
+        ledger.remove(best, size(best))
         for name in ledger.neighbours(best):
             score(name)
     assert math.isfinite(total)

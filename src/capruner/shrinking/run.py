@@ -43,6 +43,7 @@ def shrink(
     latency: float | None = None,
     units: str | Sequence[str] = KINDS,
     exclude: str | Sequence[str] = (),
+    multiple_of: int = 1,
     num_grads: int = 512,
     gradients: GradientMode = "batch",
     damp: float = 0.01,
@@ -70,6 +71,8 @@ def shrink(
         units: of ``"neurons"`` (pairs of linear layers, as in an MLP), ``"heads"`` (attention of timm and Hugging Face) and ``"channels"`` (convolutions;
             models with several need ``pip install 'capruner[shrink]'``). What could not be removed, and why, is in ``left_alone`` and in the report.
         exclude: names of modules, or ``re:`` patterns of them, whose units all remain.
+        multiple_of: numbers of neurons and channels that remain are multiples of this, where any are removed. Some runtimes compute 8 or 16 channels at a
+            time, and are slower with other numbers: onnxruntime's convolutions want 8 on CPUs with AVX2.
         num_grads: gradients that the Fisher matrices are estimated from: batches, or samples with ``gradients="sample"``.
         gradients: ``"batch"`` or ``"sample"``.
         damp: added to the diagonal of the Fisher matrices, relative to its mean.
@@ -90,7 +93,7 @@ def shrink(
         costs = multiply_adds_of(model, inputs, [group.attention for group in groups if group.attention])
         stream = CalibrationStream(Batches(batches, batch_fn), device)
         readers = _calibrated(model, stream, loss_fn, groups, num_grads, gradients, damp, progress)
-    plan = _Plan(model, inputs, groups, readers, solve(groups, readers, progress))
+    plan = _Plan(model, inputs, groups, readers, solve(groups, readers, progress), multiple_of)
     seconds = {}
     if macs is not None:
         small, (removal, counts) = plan.cut(macs, costs)
@@ -119,6 +122,7 @@ def _check(arguments: Mapping[str, Any]) -> None:
     if not kinds or not set(kinds) <= set(KINDS):
         raise ValueError(f"units must be some of {list(KINDS)}, got {show(kinds)}")
     checks.check_names("exclude", arguments["exclude"])
+    checks.check_count("multiple_of", arguments["multiple_of"])
     checks.check_count("num_grads", arguments["num_grads"])
     checks.check_number("damp", arguments["damp"])
     checks.check_flag("progress", arguments["progress"])
@@ -206,12 +210,13 @@ class _Plan:
     groups: Sequence[Group]
     readers: Mapping[str, Reader]
     eliminated: Mapping[str, tuple[Tensor, Tensor]]
+    multiple_of: int
 
     def cut(self, share: float, costs: Costs) -> tuple[nn.Module, tuple[Removal, dict[str, int]]]:
         """A model with ``share`` of the costs, compared with the dense one that has the same weights and zeros for what is removed; what was removed, and
         the number of units of each group."""
         losses = {name: loss for name, (_, loss) in self.eliminated.items()}
-        counts = allocate_units(self.model, self.groups, losses, costs, share)
+        counts = allocate_units(self.model, self.groups, losses, costs, share, self.multiple_of)
         removed = {name: order[: counts[name]] for name, (order, _) in self.eliminated.items()}
         twin = copy.deepcopy(self.model)
         removal = Removal.of(self.model, self.groups, removed)
