@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from capruner.core.factors import cholesky
 from capruner.core.kernels import initial_bias, kernel_for
 from capruner.core.numerics import NotPositiveDefiniteError, full_precision
 from capruner.core.parallel import chunk_size, in_chunks
@@ -285,7 +286,7 @@ def _factor(H: Tensor, first_block: int, eps: float) -> Tensor:
     A float32 inverse is accurate to about ``eps · max(diag)``, so a first shift of that size is below its accuracy. If that is not enough, because rounding
     has accumulated over many updates, the shift grows tenfold, up to ``LIFTS`` times.
     """
-    factor, info = torch.linalg.cholesky_ex(H)
+    factor, info = cholesky(H)
     bad = info.nonzero()[:, 0]
     unit = 4 * eps * H.diagonal(dim1=1, dim2=2).amax(dim=1)
     for lift in range(LIFTS + 1):
@@ -293,7 +294,7 @@ def _factor(H: Tensor, first_block: int, eps: float) -> Tensor:
             return factor
         lifted = H[bad]
         lifted.diagonal(dim1=1, dim2=2).add_(unit[bad, None] * 10**lift)
-        found, info = torch.linalg.cholesky_ex(lifted)
+        found, info = cholesky(lifted)
         good = info == 0
         factor[bad[good]] = found[good]
         if lift and good.any():

@@ -25,6 +25,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from capruner.core.factors import cholesky, inverse
 from capruner.core.numerics import NotPositiveDefiniteError, full_precision
 from capruner.core.parallel import chunk_size, in_chunks
 from capruner.core.products import FullSums, sums_for
@@ -184,7 +185,7 @@ class BlockFisher:
         self._sums.settle(self._scales)
         size = self._blocks.shape[1]
         total = self.shares.new_zeros(phases, size, size)
-        chunk = max(1, 2**22 // size**2)
+        chunk = max(1, 2**18 // size**2)
         for start in range(0, whole, chunk):
             part = slice(start, min(start + chunk, whole))
             total.index_add_(0, phase_of[part], self._doubled(part))
@@ -262,7 +263,7 @@ class BlockFisher:
         self.units[part] = units.masked_fill(none, NO_GRADIENT)
         if gone is not None:
             diagonal.masked_fill_(gone, 1)
-        factor, info = torch.linalg.cholesky_ex(A)
+        factor, info = cholesky(A)
         bad, damped = info.nonzero()[:, 0], 0
         for rung in range(1, rungs + 1):
             if not len(bad):
@@ -270,7 +271,7 @@ class BlockFisher:
             lifted = A[bad]
             more = ((10**rung - 1) * damp[bad])[:, None]
             lifted.diagonal(dim1=1, dim2=2).add_(more if gone is None else more * ~gone[bad])
-            found, info = torch.linalg.cholesky_ex(lifted)
+            found, info = cholesky(lifted)
             good = info == 0
             factor[bad[good]] = found[good]
             damped += int(good.sum())
@@ -288,7 +289,7 @@ class BlockFisher:
                 f"{f', nor at 10^{rungs} times that' if rungs else ''}: its rounding error is larger. {what}; "
                 f"try damp={least:.1g} or more"
             )
-        F.copy_(torch.cholesky_inverse(factor))
+        inverse(factor, F)
         return damped, drowned
 
     def _invert_gradients(self, blocks: Tensor, gone: Tensor | None, first_block: int) -> None:
@@ -320,15 +321,15 @@ def _inverse(G: Tensor, damp: float) -> Tensor | None:
     """``(Gᵀ G / m + λ I)⁻¹`` of ``(n, m, B)`` gradients; None where it has no factor."""
     F = G.mT @ G / G.shape[1]
     F.diagonal(dim1=1, dim2=2).add_(damp)
-    factor, info = torch.linalg.cholesky_ex(F)
-    return None if info.any() else torch.cholesky_inverse(factor)
+    factor, info = cholesky(F)
+    return None if info.any() else inverse(factor, torch.empty_like(F))
 
 
 def _woodbury(G: Tensor, damp: float) -> Tensor | None:
     """The same from a factor of ``m`` rows."""
     inner = G @ G.mT
     inner.diagonal(dim1=1, dim2=2).add_(G.shape[1] * damp)
-    factor, info = torch.linalg.cholesky_ex(inner)
+    factor, info = cholesky(inner)
     if info.any():
         return None
     half = torch.linalg.solve_triangular(factor, G, upper=False)

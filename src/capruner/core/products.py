@@ -7,7 +7,6 @@ and the result does not depend on how the gradients were cut into slabs.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 
 import torch
@@ -131,19 +130,14 @@ class HalfSums(FullSums):
             self._waiting.zero_()
 
     def doubled(self, part: slice) -> Tensor:
-        B = self.blocks.shape[1]
-        return self._flat[part].index_select(1, _places(B)).view(-1, B, B).double()
+        kernel, flat = products_kernel_for(self.blocks.device), self._flat[part]
+        assert kernel is not None
+        matrices = torch.empty(len(flat), *self.blocks.shape[1:], dtype=torch.float64)
+        kernel.unpack(flat, matrices)
+        return matrices
 
     def tensors(self) -> dict[str, Tensor]:
         return super().tensors() | {"waiting": self._waiting}
-
-
-@functools.lru_cache(maxsize=2)
-def _places(size: int) -> Tensor:
-    """Where the triangle holds each number of a symmetric matrix of ``size`` rows."""
-    place = torch.arange(size)
-    row, column = torch.maximum(place[:, None], place), torch.minimum(place[:, None], place)
-    return (row * (row + 1) // 2 + column).flatten()
 
 
 def _add_upper(F: Tensor, G: Tensor) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from capruner.core.allocation import Score, allocate, step_scores
 from capruner.core.elimination import Elimination, compensate_prefixes
+from capruner.core.factors import cholesky, inverse
 from capruner.core.fisher import RUNGS, BlockFisher, Solver
 from capruner.core.numerics import NotPositiveDefiniteError
 from capruner.core.patterns import Pattern
@@ -278,6 +279,10 @@ class SecondOrderMethod(RankedMethod):
         self._inverses: dict[str, Tensor] = {}
         self._units: dict[str, Tensor] = {}
         self._weights: dict[str, Tensor] = {}
+
+    def compile(self, dtype: torch.dtype) -> None:
+        one = torch.ones(1, 1, 1, dtype=torch.float64)
+        inverse(cholesky(one)[0], one.to(dtype))
 
     def add(self, slab: Mapping[str, Tensor]) -> None:
         with self.clock("fisher"):

@@ -17,6 +17,7 @@ class CAP(SecondOrderMethod):
     shrinks = True
 
     def compile(self, dtype: torch.dtype) -> None:
+        super().compile(dtype)
         if self._unit == 1:
             eliminate(torch.ones(1, 1, dtype=dtype), torch.ones(1, 1, 1, dtype=dtype))
 

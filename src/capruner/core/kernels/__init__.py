@@ -1,6 +1,7 @@
-"""Compiled loops, where there is a compiler for the device: greedy elimination and, on CPUs, sums of outer products.
+"""Compiled loops, where there is a compiler for the device: greedy elimination and, on CPUs, sums of outer products, Cholesky
+factors and inverses.
 
-:mod:`capruner.core.elimination` and :mod:`capruner.core.products` do the same with torch's operations.
+:mod:`capruner.core.elimination`, :mod:`capruner.core.products` and :mod:`capruner.core.factors` do the same with torch's operations.
 
 A block's elimination is a chain of ``B`` short steps. As torch operations each step is a dozen launches and passes over memory; compiled, the
 block's state stays in a core's cache.
@@ -25,6 +26,11 @@ def kernel_for(device: torch.device) -> ModuleType | None:
 def products_kernel_for(device: torch.device) -> ModuleType | None:
     """The module whose ``add_products`` runs on ``device``: numba's for CPUs where that is installed, else None."""
     return _load(("numba", "products") if device.type == "cpu" else None)
+
+
+def inverses_kernel_for(device: torch.device) -> ModuleType | None:
+    """The module whose ``factor`` and ``invert`` run on ``device``: numba's for CPUs where that is installed, else None."""
+    return _load(("numba", "inverses") if device.type == "cpu" else None)
 
 
 def initial_bias(weight: Tensor, dead: Tensor | None, frozen: Tensor | None) -> Tensor:

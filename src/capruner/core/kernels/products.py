@@ -39,6 +39,33 @@ def add_products(flat: Tensor, size: int, rows: int, scales: Tensor, fourth: Ten
     call_compiled(_add_products, (*(t.numpy() for t in arrays), rows, pitch, width), (_squared_norm,))
 
 
+def unpack(flat: Tensor, out: Tensor) -> None:
+    """Write the triangles that ``flat`` holds, see :func:`add_products`, into ``(n, B, B)`` symmetric matrices."""
+    call_compiled(_unpack, (flat.numpy(), out.numpy()), (mirror,))
+
+
+@compiling(set())
+def _unpack(flat: NDArray, out: NDArray) -> None:
+    size = out.shape[1]
+    for block in range(len(out)):
+        for i in range(size):
+            row = flat[block, i * (i + 1) // 2 :]
+            for j in range(i + 1):
+                out[block, i, j] = row[j]
+        mirror(out[block])
+
+
+@compiling(set())
+def mirror(matrix: NDArray) -> None:
+    """Copy what is below the diagonal to above it, in squares that stay in the nearest cache."""
+    size, side = len(matrix), 32
+    for top in range(0, size, side):
+        for left in range(0, top + side, side):
+            for i in range(top, min(top + side, size)):
+                for j in range(left, min(left + side, i)):
+                    matrix[j, i] = matrix[i, j]
+
+
 @compiling({"contract", "reassoc"})
 def _squared_norm(row: NDArray, scales: NDArray) -> float:
     total = np.float64(0.0)
@@ -70,14 +97,14 @@ def _add_products(
         for i in range(0, size, ROWS):
             for j in range(0, min(i + ROWS, size), width):
                 if j + width <= i + 1 and i + ROWS <= size:
-                    _add_tile(triangle, i * (i + 1) // 2 + j, i, 1, gradients, i, j, pitch, rows)
+                    add_tile(triangle, i * (i + 1) // 2 + j, i, 1, gradients, i, j, pitch, rows)
                     continue
                 # Across the diagonal, or below the last row: by way of a tile that is filled up with what nobody reads.
                 for r in range(min(ROWS, size - i)):
                     start, count = (i + r) * (i + r + 1) // 2 + j, min(width, i + r + 1 - j)
                     for c in range(count):
                         tile[r * width + c] = triangle[start + c]
-                _add_tile(tile, 0, width, 0, gradients, i, j, pitch, rows)
+                add_tile(tile, 0, width, 0, gradients, i, j, pitch, rows)
                 for r in range(min(ROWS, size - i)):
                     start, count = (i + r) * (i + r + 1) // 2 + j, min(width, i + r + 1 - j)
                     for c in range(count):
@@ -85,7 +112,7 @@ def _add_products(
 
 
 @intrinsic
-def _add_tile(
+def add_tile(
     _: Any,
     target: Any,
     start: Any,
