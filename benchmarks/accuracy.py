@@ -2,6 +2,7 @@
 
     python benchmarks/accuracy.py run DATA --models vit conv --methods cap magnitude --sparsities 0.9 0.95 --seeds 0 1 2
     python benchmarks/accuracy.py run DATA --models vit --methods cap --set damp=1e-8,1e-7,1e-6 --sparsities 0.9
+    python benchmarks/accuracy.py run DATA --models vit --set num_grads=auto,1024 images=8192 --sparsities 0.9
     python benchmarks/accuracy.py table --models vit --by method damp
     python benchmarks/accuracy.py plot accuracy.png --models vit conv hybrid --split val
 
@@ -55,8 +56,8 @@ DEFAULTS: dict[str, Any] = {
 """None: the method's own default. Any other keyword of ``capruner.prune`` can be set too. ``each``: every recomputation draws its ``share`` of the
 images, or ``all`` of them again. ``classes``: calibrate on images of the first so many classes only."""
 
-# Not keywords of `prune`: what data there is and how it is used.
-HERE = ("images", "batch", "recomputations", "each", "bn_batches", "classes")
+# Not passed on to `prune` as they are: what data there is and how it is used.
+HERE = ("images", "batch", "recomputations", "each", "bn_batches", "classes", "num_grads")
 
 
 class Batches:
@@ -83,8 +84,10 @@ def given(case: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in case["settings"].items() if k not in HERE and v is not None}
 
 
-def num_grads(case: dict[str, Any]) -> int:
-    """Per calibration: what ``images`` allow, shared out over the recomputations."""
+def num_grads(case: dict[str, Any]) -> int | str:
+    """Per calibration: what ``images`` allow, shared out over the recomputations, unless it is set."""
+    if "num_grads" in case:
+        return case["num_grads"]
     per_gradient = 1 if case["gradients"] == "sample" else case["batch"]
     return case["images"] // per_gradient // (case["recomputations"] if case["each"] == "share" else 1)
 
@@ -104,8 +107,8 @@ class Iterate:
 
 def pruned_models(
     case: dict[str, Any], model: nn.Module, batches: Batches
-) -> Iterator[tuple[float, nn.Module, dict[str, float], float | None]]:
-    """Per sparsity: the pruned model, seconds by stage, and the loss increase that the method predicts."""
+) -> Iterator[tuple[float, nn.Module, dict[str, Any]]]:
+    """Per sparsity: the pruned model, seconds by stage, and of our methods the predicted loss increase and the number of gradients."""
     if case["method"] in SPARSEML:
         for sparsity in case["sparsities"]:
             pruned, start = copy.deepcopy(model), time.perf_counter()
@@ -114,7 +117,7 @@ def pruned_models(
             by_sparseml(case["method"], pruned, batches, sparsity, params, num_grads(case), **settings)
             if passes := case["settings"].get("distill_passes"):
                 capruner.distill(pruned, model, batches, passes=passes, progress=False)
-            yield sparsity, pruned, {"total": time.perf_counter() - start}, None
+            yield sparsity, pruned, {"seconds": {"total": time.perf_counter() - start}}
         return
     result = capruner.prune(
         model,
@@ -133,7 +136,8 @@ def pruned_models(
     for sparsity in result.sparsities:
         pruned = copy.deepcopy(model)
         result.apply(pruned, sparsity)
-        yield sparsity, pruned, result.timings, result.predicted_loss(sparsity)
+        facts = {"predicted_loss": result.predicted_loss(sparsity), "drawn": result.settings["num_grads"]}
+        yield sparsity, pruned, {"seconds": result.timings, **facts}
 
 
 def run_case(case: dict[str, Any], data: dict[str, tuple[Tensor, Tensor]], weights: Path | None) -> dict[str, Any]:
@@ -147,14 +151,13 @@ def run_case(case: dict[str, Any], data: dict[str, tuple[Tensor, Tensor]], weigh
         capruner.recalibrate_bn(model, Batches(*(t[:1024] for t in data["train"]), 256, "imagenet"))
         labels, batches.labels = top1(model, images, "imagenet"), top1(model, batches.images, "imagenet")
     rows = []
-    for sparsity, pruned, seconds, predicted in pruned_models(case, model, batches):
+    for sparsity, pruned, facts in pruned_models(case, model, batches):
         chosen = select_parameters(pruned, PRUNED[case["model"]]).values()
         row = {
             "sparsity": sparsity,
             "reached": sum(int((p == 0).sum()) for p in chosen) / sum(p.numel() for p in chosen),
             "top1": accuracy(pruned, images, labels, case["model"]),
-            "predicted_loss": predicted,
-            "seconds": seconds,
+            **facts,
         }
         if case["bn_batches"]:
             size = min(256, len(batches.images))
@@ -179,7 +182,7 @@ def cases(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 "limit": args.limit,
                 "sparsities": sorted(args.sparsities),
                 "settings": {k: v for k, v in settings.items() if k not in HERE},
-                **{k: settings[k] for k in HERE},
+                **{k: settings[k] for k in HERE if k in settings},
                 "gradients": settings["gradients"],
                 "mask_type": settings["mask_type"],
             }
@@ -332,7 +335,10 @@ def main() -> None:
         command.add_argument("--by", nargs="+", default=["method"], help="what the rows, or lines, are")
         command.add_argument("--where", nargs="*", default=[], metavar="KEY=V1,V2", help="only these cases")
         command.add_argument(
-            "--column", default="top1", choices=["top1", "top1_bn", "predicted_loss", "reached"], help="default top1"
+            "--column",
+            default="top1",
+            choices=["top1", "top1_bn", "predicted_loss", "reached", "drawn"],
+            help="default top1",
         )
     for command in (runner, printer, painter):
         command.add_argument("--models", nargs="+", default=["vit"], choices=sorted(PRUNED))

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 import capruner
 from capruner.calibration import driver, enough
 from capruner.calibration.memory_plan import WORKING_SET
+from capruner.core.blocks import BlockLayout
+from capruner.distributed import Partition
 
 ARGUMENTS: dict[str, Any] = {"sparsity": [0.5, 0.8], "fisher_block_size": 40, "progress": False}
 TWO_GROUPS = WORKING_SET + 60 * 60 * (40 + 6 + 8) * 4 + 1000
@@ -79,6 +81,15 @@ def test_a_smaller_error_takes_more_gradients(monkeypatch: pytest.MonkeyPatch) -
         counts.append(prune(data).settings["num_grads"])
     assert counts == sorted(counts)
     assert (counts[0], counts[-1]) == (8, 1000)
+
+
+def test_the_first_weights_of_large_blocks_are_looked_at() -> None:
+    layout = BlockLayout((6, 300), 300)
+    sample = enough.Sample(Partition({"layer": layout}), torch.device("cpu"))
+    gradients = torch.randn(5, 6, 300)
+    sample.add({"layer": gradients})
+    chosen = gradients[:, enough.sample_blocks({"layer": layout})["layer"], : enough.WEIGHTS].double()
+    torch.testing.assert_close(sample.sums["layer"].blocks, torch.einsum("kni,knj->nij", chosen, chosen))
 
 
 def test_no_more_batches_than_there_are(caplog: pytest.LogCaptureFixture) -> None:

@@ -29,11 +29,14 @@ ENOUGH = 2.0
 DAMP = 0.01
 """On the diagonal of sampled blocks, relative to its mean."""
 
-EXPECTED = 128
-"""Gradients that small networks on CIFAR-10 take, for estimates of time."""
+EXPECTED = 256
+"""The most that small networks on CIFAR-10 take, for estimates of time."""
 
 LAYERS, BLOCKS = 16, 4
 """Size of the sample: layers, and blocks of each."""
+
+WEIGHTS = 128
+"""Weights of each sampled block, the first ones. The error of whole blocks grows with their size, at an accuracy that does not."""
 
 SAMPLE_BYTES = 32 * 2**20
 """Most memory of the sample's sums, which are held twice; less than the working set that elimination takes later."""
@@ -64,9 +67,14 @@ def sample_blocks(layouts: Mapping[str, BlockLayout]) -> dict[str, list[int]]:
     names = list(usable)
     if not names:
         return {}
-    most = SAMPLE_BYTES // (8 * BLOCKS * max(layouts[name].block_size for name in names) ** 2)
+    most = SAMPLE_BYTES // (8 * BLOCKS * max(sampled_size(layouts[name]) for name in names) ** 2)
     layers = max(1, min(LAYERS, most))
     return {names[i]: usable[names[i]] for i in sorted({k * len(names) // layers for k in range(layers)})}
+
+
+def sampled_size(layout: BlockLayout) -> int:
+    """Weights of each sampled block."""
+    return min(layout.block_size, WEIGHTS)
 
 
 class Sample:
@@ -84,7 +92,7 @@ class Sample:
         self._half: dict[str, Tensor] = {}  # the sums at the last call of error()
         self._half_fourth: dict[str, Tensor] = {}
         for name, blocks in sample_blocks(partition.layouts).items():
-            own, size = partition.own(name), partition.layouts[name].block_size
+            own, size = partition.own(name), sampled_size(partition.layouts[name])
             here = [block - own.start for block in blocks if own.start <= block < own.stop]
             self._own[name] = torch.tensor(here, dtype=torch.int64, device=device)
             zeros = torch.zeros(len(here), size, size, dtype=torch.float64, device=device)
@@ -97,7 +105,8 @@ class Sample:
     def add(self, rows: Mapping[str, Tensor]) -> None:
         """Fold in ``{name: (k, own blocks, B)}`` gradients."""
         for name, sums in self.sums.items():
-            sums.add(rows[name].index_select(1, self._own[name].to(rows[name].device)).to(sums.blocks), None)
+            sampled = rows[name].index_select(1, self._own[name].to(rows[name].device))
+            sums.add(sampled[..., : sums.blocks.shape[1]].to(sums.blocks), None)
 
     def error(self, num_grads: int) -> float:
         """Mean error of the first half of ``num_grads`` gradients on the second half, the same on every process; infinite where it is not known.
