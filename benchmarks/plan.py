@@ -1,0 +1,100 @@
+"""What ``capruner.plan`` says a run will take, against the run: seconds and peak memory on five networks.
+
+    python benchmarks/plan.py
+    python benchmarks/plan.py --models mobilenetv3_large_100 deit_tiny_patch16_224 --num-grads 32 --batch 2 --threads 1
+
+Plan and run are processes of their own, with random weights and images, after a small run that compiles. Peak memory is the kernel's count (``ru_maxrss``)
+beyond what one gradient took before; the run has one sparsity.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+
+import timm
+import torch
+from cifar import ARCHITECTURES, PRUNED, SIZE, build
+from torch import nn
+from torch.nn import functional as F
+
+import capruner
+
+MODELS = {
+    "vit": PRUNED["vit"],
+    "conv": PRUNED["conv"],
+    "hybrid": PRUNED["hybrid"],
+    "deit_tiny_patch16_224": PRUNED["vit"],
+    "mobilenetv3_large_100": ["re:blocks.*conv_pwl?.weight$", "conv_head.weight"],
+}
+
+
+def network(name: str) -> tuple[nn.Module, int]:
+    """A network with random weights, and the size of its images."""
+    torch.manual_seed(0)
+    if name in ARCHITECTURES:
+        return build(name).eval(), SIZE
+    return timm.create_model(name, num_classes=10).eval(), 224
+
+
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def warm_up() -> None:
+    """Load and compile what a run needs, whose seconds and bytes are not the model's."""
+    data = [(torch.randn(4, 32), torch.randint(32, (4,))) for _ in range(16)]
+    capruner.prune(nn.Linear(32, 32), data, F.cross_entropy, num_grads=16, progress=False)
+
+
+def measure(what: str, name: str, args: argparse.Namespace) -> dict[str, float]:
+    """Seconds and bytes of a plan's estimate, or of a run."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    warm_up()
+    model, size = network(name)
+    data = [(torch.randn(args.batch, 3, size, size), torch.randint(10, (args.batch,))) for _ in range(32)]
+    knobs = {"params": MODELS[name], "num_grads": args.num_grads}
+    F.cross_entropy(model(data[0][0]), data[0][1]).backward()
+    before, start = peak_bytes(), time.perf_counter()
+    if what == "plan":
+        plan = capruner.plan(model, data, F.cross_entropy, **knobs)
+        return {"seconds": plan.seconds, "bytes": plan.memory["peak"], "planning": time.perf_counter() - start}
+    capruner.prune(model, data, F.cross_entropy, 0.75, progress=False, **knobs)
+    return {"seconds": time.perf_counter() - start, "bytes": peak_bytes() - before}
+
+
+def child(what: str, name: str) -> dict[str, float]:
+    """:func:`measure` in a process of its own."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--child", what, name]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--num-grads", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=8, help="images of each gradient")
+    parser.add_argument("--threads", type=int, help="of torch; default: its own number")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps(measure(*args.child, args)))
+        return
+    print("| network | planned, s | measured, s | ratio | planned, MiB | measured, MiB | ratio | planning, s |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name in args.models:
+        plan, run = child("plan", name), child("prune", name)
+        cells = [name]
+        for what, unit, digits in (("seconds", 1, 1), ("bytes", 2**20, 0)):
+            cells += [f"{row[what] / unit:.{digits}f}" for row in (plan, run)] + [f"{plan[what] / run[what]:.2f}"]
+        cells.append(f"{plan['planning']:.1f}")
+        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
