@@ -1,0 +1,133 @@
+"""One-shot runs of this version of capruner against those of an older one, in turns: seconds, peak memory, and accuracy where the network is trained.
+
+    git worktree add ../before 7f91fc6                                          # before `plan` and num_grads="auto"
+    python benchmarks/versions.py ../before/src --before-grads 1024             # ViT-Tiny of 5.3 M weights, random, six sparsities
+    python benchmarks/versions.py ../before/src --network conv --data DATA      # trained on CIFAR-10, each version with its own defaults
+
+Each run is a process of its own. Both versions get the same batches; a number of gradients that is not given is left to the version's default. Seconds of all
+cores are those of the process alone, so that other processes disturb little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from cifar import HELD_OUT, PRUNED, accuracy, load_images, load_model, normalise
+from torch import nn
+from torch.nn import functional as F
+
+import capruner
+
+HERE = Path(capruner.__file__).parents[1]
+PARAMS = PRUNED | {"vit_tiny": PRUNED["vit"]}
+
+
+def problem(args: argparse.Namespace) -> tuple[nn.Module, list[Any]]:
+    """The network and its calibration batches."""
+    torch.manual_seed(args.seed)
+    if args.network == "vit_tiny":
+        model = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=10).eval()
+        images, labels = torch.randn(args.images, 3, 64, 64), torch.randint(10, (args.images,))
+        return model, list(zip(images.split(args.batch), labels.split(args.batch), strict=True))
+    images, labels = (t[HELD_OUT:] for t in load_images(args.data, "train", args.cache))
+    chosen = torch.randperm(len(images))[: args.images]
+    batches = zip(images[chosen].split(args.batch), labels[chosen].split(args.batch), strict=True)
+    model = load_model(args.network, args.vit_weights if args.network == "vit" else None)
+    return model, [(normalise(x, args.network), y) for x, y in batches]
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """One run in this process, with the version that ``PYTHONPATH`` says."""
+    model, data = problem(args)
+    F.cross_entropy(model(data[0][0]), data[0][1]).backward()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    given = {} if args.num_grads is None else {"num_grads": args.num_grads}
+    start, busy = time.perf_counter(), time.process_time()
+    result = capruner.prune(
+        model, data, F.cross_entropy, args.sparsities, params=PARAMS[args.network], progress=False, **given
+    )
+    seconds, busy = time.perf_counter() - start, time.process_time() - busy
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    top1 = {}
+    if args.network != "vit_tiny":
+        images, labels = (t[: args.limit] for t in load_images(args.data, "val", args.cache))
+        for sparsity in result.sparsities:
+            pruned = copy.deepcopy(model)
+            result.apply(pruned, sparsity)
+            top1[sparsity] = accuracy(pruned, images, labels, args.network)
+    grads = result.settings["num_grads"]
+    return {
+        "seconds": seconds,
+        "cpu": busy,
+        "stages": result.timings,
+        "num_grads": grads,
+        "peak": peak * 1024,
+        "top1": top1,
+    }
+
+
+def child(source: Path, grads: str | None, seed: int) -> dict[str, Any]:
+    """:func:`measure` in a process that imports capruner from ``source``."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--child", "--seed", str(seed)]
+    command += [] if grads is None else ["--num-grads", grads]
+    paths = os.pathsep.join([str(source.resolve()), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": paths}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("before", type=Path, help="the `src` of the older version")
+    parser.add_argument("--network", default="vit_tiny", choices=["vit_tiny", "vit", "conv", "hybrid"])
+    parser.add_argument("--data", type=Path, help="CIFAR-10 as train/<class>/*.jpg and val/<class>/*.jpg")
+    parser.add_argument("--cache", type=Path, default=Path("output/cache"), help="where decoded images are kept")
+    parser.add_argument("--vit-weights", type=Path, help="weights of `vit`, which do not ship with the benchmarks")
+    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.6, 0.7, 0.8, 0.9, 0.95])
+    parser.add_argument("--images", type=int, default=8192, help="calibration images")
+    parser.add_argument("--batch", type=int, default=8, help="images of each gradient")
+    parser.add_argument("--before-grads", help="gradients of the older version")
+    parser.add_argument("--after-grads", help="gradients of this version")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the calibration images; a pair each"
+    )
+    parser.add_argument("--limit", type=int, default=10_000, help="evaluate on this many validation images")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--num-grads", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps(measure(args)))
+        return
+    pairs = []
+    print(
+        "| seed | version | gradients | seconds | of all cores | by stage | peak, MiB | top-1, % |\n" + "|---" * 8 + "|"
+    )
+    for seed in args.seeds:
+        pair = []
+        for version, source, grads in (("before", args.before, args.before_grads), ("now", HERE, args.after_grads)):
+            pair.append(run := child(source, grads, seed))
+            stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in run["stages"].items() if seconds >= 0.05)
+            top1 = ", ".join(f"{value:.2f}" for value in run["top1"].values()) or "–"
+            cells = [seed, version, run["num_grads"], f"{run['seconds']:.1f}", f"{run['cpu']:.1f}", stages]
+            print("| " + " | ".join(map(str, [*cells, run["peak"] >> 20, top1])) + " |", flush=True)
+        pairs.append(pair)
+    for what, name in (("seconds", "seconds"), ("cpu", "seconds of all cores")):
+        ratios = [before[what] / now[what] for before, now in pairs]
+        print(f"{name}, before / now: {', '.join(f'{r:.2f}' for r in ratios)}; median {statistics.median(ratios):.2f}")
+
+
+if __name__ == "__main__":
+    main()
