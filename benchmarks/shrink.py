@@ -251,7 +251,7 @@ def main() -> None:
     parser.add_argument("--model", default="vit", choices=("vit", "conv", "efficientnet"))
     parser.add_argument("--units", nargs="+", default=["neurons", "heads"])
     parser.add_argument("--macs", nargs="+", type=float, default=[0.6, 0.4])
-    parser.add_argument("--multiple-of", type=int, default=1, help="of neurons and channels, for ours")
+    parser.add_argument("--multiple-of", type=int, default=8, help="of channels, for ours (default 8)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--images", type=int, default=4096, help="calibration images")
     parser.add_argument("--limit", type=int, default=2000, help="validation images")

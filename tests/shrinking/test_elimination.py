@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -118,18 +120,23 @@ def test_allocation_meets_the_target_where_groups_share_a_layer() -> None:
     # 34 multiply-adds; two of a's units away leave 4 + 8 + 8 + 2 = 22 of them, 65 %; three leave 16.
     assert counts == {"a": 3, "b": 0}
     assert allocate_units(Chain(), groups, losses, costs, 22 / 34) == {"a": 2, "b": 0}
-    with pytest.raises(ValueError, match=r"out of reach: with one unit left of each of 2 groups 20\.6% remains"):
+    with pytest.raises(ValueError, match=r"out of reach: 20\.6% remains of the smallest network, with 2 groups"):
         allocate_units(Chain(), groups, losses, costs, 0.2)
 
 
-def test_multiples_remain() -> None:
+def test_multiples_of_channels_remain() -> None:
     groups, costs = chain()
+    assert (
+        allocate_units(Chain(), groups, {n: torch.ones(4) for n in "ab"}, costs, 0.9, multiple_of=2)["a"] == 1
+    )  # neurons
+    groups = [dataclasses.replace(group, kind="channels") for group in groups]
     losses = {"a": torch.tensor([1.0, 2, 3, 4]), "b": torch.tensor([9.0, 9, 9, 9])}
     # One unit of a away would do for 80 %; two are removed, and never all four.
     assert allocate_units(Chain(), groups, losses, costs, 0.8, multiple_of=2) == {"a": 2, "b": 0}
     assert allocate_units(Chain(), groups, losses, costs, 0.6, multiple_of=2) == {"a": 2, "b": 2}
-    assert allocate_units(Chain(), groups, losses, costs, 0.83, multiple_of=3) == {"a": 1, "b": 0}  # 4 to 3
-    with pytest.raises(ValueError, match="with at most 2 units left of each"):
+    for irregular in (3, 4):  # one at a time: 3 is no divisor of the four units, and all four cannot leave
+        assert allocate_units(Chain(), groups, losses, costs, 0.83, multiple_of=irregular) == {"a": 1, "b": 0}
+    with pytest.raises(ValueError, match="channels in multiples of 2"):
         allocate_units(Chain(), groups, losses, costs, 0.3, multiple_of=2)
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import capruner
 from capruner.shrinking import latency
-from capruner.shrinking.run import find_units
+from capruner.shrinking.run import _warn_of_little, find_units
 
 X = torch.zeros(1, 4)
 
@@ -57,6 +57,13 @@ def test_the_measured_time_meets_the_target() -> None:
 def test_a_time_out_of_reach_says_how_fast_the_fastest_is() -> None:
     with pytest.raises(ValueError, match=r"latency=0\.1 .*the fastest model .*takes 2[0-9]%"):
         shrink(0.1)
+
+
+def test_a_time_that_costs_nearly_all_of_the_network_is_warned_of(recwarn: pytest.WarningsRecorder) -> None:
+    _warn_of_little(0.2, 0.5)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"latency=0\.5 was reached with 0\.5% of the multiply-adds"):
+        _warn_of_little(0.005, 0.5)
 
 
 def test_layers_cost_what_they_take() -> None:

@@ -97,7 +97,7 @@ def allocate_units(
     """Units to remove from each group, so that at most ``target`` of the cost remains with the least predicted loss.
 
     Units compete by loss per cost saved at that point; along a group the score is made monotone by a running maximum, as in :mod:`capruner.core.allocation`.
-    One unit of each group remains. Of neurons and channels a multiple of ``multiple_of`` remains where any are removed; they are removed that many at a time.
+    At least one unit of each group remains. Channels are removed ``multiple_of`` at a time where their number is a multiple of it, and larger.
 
     Raises:
         ValueError: the target is out of reach.
@@ -107,13 +107,13 @@ def allocate_units(
     running = {name: loss.cummax(0).values.tolist() for name, loss in losses.items()}
     scores: dict[str, float] = {}
 
-    def size(group: Group) -> int:
-        multiple = 1 if group.kind == "heads" else multiple_of
-        return ledger.left[group.name] % multiple or multiple
+    def at_a_time(group: Group) -> int:
+        regular = group.kind == "channels" and group.units > multiple_of and group.units % multiple_of == 0
+        return multiple_of if regular else 1
 
     def score(name: str) -> None:
         group = by_name[name]
-        step, count = group.units - ledger.left[name], size(by_name[name])
+        step, count = group.units - ledger.left[name], at_a_time(group)
         saving = ledger.saving(group, count) if ledger.left[name] > count else 0.0
         if saving > 0:
             scores[name] = sum(running[name][step : step + count]) / saving
@@ -124,12 +124,12 @@ def allocate_units(
         score(name)
     while (total := ledger.total) > target * costs.total * (1 + 1e-12):
         if not scores:
-            least = "one unit" if multiple_of == 1 else f"at most {multiple_of} units"
             raise ValueError(
-                f"{target:.1%} of the cost is out of reach: with {least} left of each of {len(groups)} groups {total / costs.total:.1%} remains"
+                f"{target:.1%} of the cost is out of reach: {total / costs.total:.1%} remains of the smallest network, "
+                f"with {len(groups)} groups of units and channels in multiples of {multiple_of}"
             )
         best = by_name[min(scores, key=scores.__getitem__)]
-        ledger.remove(best, size(best))
+        ledger.remove(best, at_a_time(best))
         for name in ledger.neighbours(best):
             score(name)
     assert math.isfinite(total)

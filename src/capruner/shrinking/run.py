@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,9 @@ from capruner.shrinking.result import Shrunk
 from capruner.shrinking.surgery import Removal, compare, why_not
 from capruner.shrinking.units import KINDS, Group, LeftAlone
 
+LITTLE = 0.25
+"""A latency that is met with less than this part of its share of multiply-adds is warned of."""
+
 SLAB = 8
 """Gradients that are kept before they are added to the Fisher matrices."""
 
@@ -43,7 +47,7 @@ def shrink(
     latency: float | None = None,
     units: str | Sequence[str] = KINDS,
     exclude: str | Sequence[str] = (),
-    multiple_of: int = 1,
+    multiple_of: int = 8,
     num_grads: int = 512,
     gradients: GradientMode = "batch",
     damp: float = 0.01,
@@ -71,8 +75,8 @@ def shrink(
         units: of ``"neurons"`` (pairs of linear layers, as in an MLP), ``"heads"`` (attention of timm and Hugging Face) and ``"channels"`` (convolutions;
             models with several need ``pip install 'capruner[shrink]'``). What could not be removed, and why, is in ``left_alone`` and in the report.
         exclude: names of modules, or ``re:`` patterns of them, whose units all remain.
-        multiple_of: numbers of neurons and channels that remain are multiples of this, where any are removed. Some runtimes compute 8 or 16 channels at a
-            time, and are slower with other numbers: onnxruntime's convolutions want 8 on CPUs with AVX2.
+        multiple_of: channels are removed this many at a time where their number is a multiple of it, and larger. Runtimes compute 8 or 16 channels at a time,
+            and can be slower with fewer that are no multiple: onnxruntime's convolutions want 8 on CPUs with AVX2. 1 comes closest to the target.
         num_grads: gradients that the Fisher matrices are estimated from: batches, or samples with ``gradients="sample"``.
         gradients: ``"batch"`` or ``"sample"``.
         damp: added to the diagonal of the Fisher matrices, relative to its mean.
@@ -102,8 +106,19 @@ def shrink(
         timed = seconds_of_layers(model, inputs, groups)
         small, (removal, counts), both = fast_enough(lambda share: plan.cut(share, timed), model, inputs, latency)
         seconds = {"seconds": both}
+        _warn_of_little(multiply_adds_of(small, inputs).total / costs.total, latency)
     rows = [{"name": g.name, "kind": g.kind, "units": g.units, "left": g.units - counts[g.name]} for g in groups]
     return Shrunk(small, removal, rows, left_alone, _costs(costs, model, small, inputs) | seconds)
+
+
+def _warn_of_little(macs: float, latency: float) -> None:
+    """Warn where the time was met with far fewer multiply-adds than its share: most of a call is spent elsewhere, and such a model may have lost everything."""
+    if macs < LITTLE * latency:
+        warnings.warn(
+            f"latency={latency:g} was reached with {macs:.1%} of the multiply-adds: most of a call's time is not spent in the layers that shrink. "
+            "Measure the accuracy; a larger batch in example_inputs, or macs= instead of latency=, may fit better",
+            stacklevel=3,
+        )
 
 
 def _check(arguments: Mapping[str, Any]) -> None:
