@@ -38,9 +38,6 @@ LAYERS, BLOCKS = 16, 4
 WEIGHTS = 128
 """Weights of each sampled block, the first ones. The error of whole blocks grows with their size, at an accuracy that does not."""
 
-SAMPLE_BYTES = 32 * 2**20
-"""Most memory of the sample's sums, which are held twice; less than the working set that elimination takes later."""
-
 
 def milestones(num_grads: int) -> list[int]:
     """Powers of two from half of :data:`LEAST` up to below ``num_grads``, then ``num_grads``.
@@ -67,9 +64,7 @@ def sample_blocks(layouts: Mapping[str, BlockLayout]) -> dict[str, list[int]]:
     names = list(usable)
     if not names:
         return {}
-    most = SAMPLE_BYTES // (8 * BLOCKS * max(sampled_size(layouts[name]) for name in names) ** 2)
-    layers = max(1, min(LAYERS, most))
-    return {names[i]: usable[names[i]] for i in sorted({k * len(names) // layers for k in range(layers)})}
+    return {names[i]: usable[names[i]] for i in sorted({k * len(names) // LAYERS for k in range(LAYERS)})}
 
 
 def sampled_size(layout: BlockLayout) -> int:
