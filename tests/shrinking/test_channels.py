@@ -70,6 +70,13 @@ def test_channels_that_remain_are_multiples() -> None:
     assert all(count % 4 == 0 and count for count in left)
 
 
+def test_channels_leave_eight_at_a_time_by_default() -> None:
+    layers = [nn.Conv2d(3, 24, 3), nn.ReLU(), nn.Conv2d(24, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    model = nn.Sequential(*layers).eval()
+    small = capruner.shrink(model, [(IMAGES, LABELS)] * 4, macs=0.8, example_inputs=IMAGES, num_grads=4, progress=False)
+    assert [row["left"] for row in small.rows] == [16]
+
+
 def test_depthwise_convolutions_go_along() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3),

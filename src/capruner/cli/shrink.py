@@ -60,9 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--multiple-of",
         type=int,
-        default=8,
+        default=_default("multiple_of"),
         metavar="N",
-        help="remove N channels at a time where their number is a multiple of N: other numbers are slow in onnxruntime (default 8)",
+        help="remove N channels at a time where their number is a multiple of N: other numbers are slow in onnxruntime (default %(default)s)",
     )
     add_knobs(how, _knobs(), defaults=True)
     how.add_argument(
@@ -82,6 +82,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="file to write, FOLDER/NAME.safetensors (default: output/MODEL-macs-0.7.safetensors, for example)",
     )
     parser.epilog = EXAMPLE
+
+
+def _default(name: str) -> Any:
+    """The default of an argument of ``capruner.shrink``."""
+    from capruner import shrink
+
+    return inspect.signature(shrink).parameters[name].default
 
 
 def _knobs() -> list[Knob]:

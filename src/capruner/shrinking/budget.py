@@ -58,7 +58,7 @@ class Ledger:
         heads = self.costs.heads.get(group.attention, 0.0) * self.left[group.name] / group.units
         return sum(self._layer(name) for name in {cut.layer for cut in group.cuts}) + heads
 
-    def saving(self, group: Group, count: int = 1) -> float:
+    def saving(self, group: Group, count: int) -> float:
         """What the next ``count`` units of a group save."""
         before = self._own(group)
         self.left[group.name] -= count
@@ -70,7 +70,7 @@ class Ledger:
         """The groups whose savings change with those of a group; itself among them."""
         return self._changed[group.name]
 
-    def remove(self, group: Group, count: int = 1) -> None:
+    def remove(self, group: Group, count: int) -> None:
         """Remove ``count`` units."""
         self.left[group.name] -= count
 

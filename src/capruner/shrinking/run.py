@@ -106,9 +106,11 @@ def shrink(
         timed = seconds_of_layers(model, inputs, groups)
         small, (removal, counts), both = fast_enough(lambda share: plan.cut(share, timed), model, inputs, latency)
         seconds = {"seconds": both}
-        _warn_of_little(multiply_adds_of(small, inputs).total / costs.total, latency)
     rows = [{"name": g.name, "kind": g.kind, "units": g.units, "left": g.units - counts[g.name]} for g in groups]
-    return Shrunk(small, removal, rows, left_alone, _costs(costs, model, small, inputs) | seconds)
+    totals = _costs(costs, model, small, inputs)
+    if latency is not None:
+        _warn_of_little(totals["macs"][1] / totals["macs"][0], latency)
+    return Shrunk(small, removal, rows, left_alone, totals | seconds)
 
 
 def _warn_of_little(macs: float, latency: float) -> None:
