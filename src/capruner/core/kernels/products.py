@@ -34,8 +34,7 @@ def add_products(flat: Tensor, size: int, rows: int, scales: Tensor, fourth: Ten
     """
     width = VECTORS * VECTOR_BYTES // flat.itemsize
     pitch = -(-(size + ROWS) // width) * width
-    padded, tile = flat.new_zeros(rows, pitch), flat.new_zeros(ROWS, width)
-    arrays = (flat, scales.contiguous(), fourth, padded.flatten(), tile.flatten())
+    arrays = (flat, scales.contiguous(), fourth, flat.new_zeros(rows * pitch), flat.new_zeros(ROWS * width))
     call_compiled(_add_products, (*(t.numpy() for t in arrays), rows, pitch, width), (_squared_norm,))
 
 
