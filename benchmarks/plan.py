@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -19,11 +18,13 @@ import time
 import timm
 import torch
 from cifar import ARCHITECTURES, PRUNED, SIZE, build
+from memory import peak_bytes
 from torch import nn
 from torch.nn import functional as F
 
 import capruner
 
+CPU = torch.device("cpu")
 MODELS = {
     "vit": PRUNED["vit"],
     "conv": PRUNED["conv"],
@@ -41,10 +42,6 @@ def network(name: str) -> tuple[nn.Module, int]:
     return timm.create_model(name, num_classes=10).eval(), 224
 
 
-def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def warm_up() -> None:
     """Load and compile what a run needs, whose seconds and bytes are not the model's."""
     data = [(torch.randn(4, 32), torch.randint(32, (4,))) for _ in range(16)]
@@ -60,12 +57,12 @@ def measure(what: str, name: str, args: argparse.Namespace) -> dict[str, float]:
     data = [(torch.randn(args.batch, 3, size, size), torch.randint(10, (args.batch,))) for _ in range(32)]
     knobs = {"params": MODELS[name], "num_grads": args.num_grads}
     F.cross_entropy(model(data[0][0]), data[0][1]).backward()
-    before, start = peak_bytes(), time.perf_counter()
+    before, start = peak_bytes(CPU), time.perf_counter()
     if what == "plan":
         plan = capruner.plan(model, data, F.cross_entropy, **knobs)
         return {"seconds": plan.seconds, "bytes": plan.memory["peak"], "planning": time.perf_counter() - start}
     capruner.prune(model, data, F.cross_entropy, 0.75, progress=False, **knobs)
-    return {"seconds": time.perf_counter() - start, "bytes": peak_bytes() - before}
+    return {"seconds": time.perf_counter() - start, "bytes": peak_bytes(CPU) - before}
 
 
 def child(what: str, name: str) -> dict[str, float]:

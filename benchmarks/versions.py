@@ -14,7 +14,6 @@ import argparse
 import copy
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from typing import Any
 import timm
 import torch
 from cifar import HELD_OUT, PRUNED, accuracy, load_images, load_model, normalise
+from memory import peak_bytes
 from torch import nn
 from torch.nn import functional as F
 
@@ -52,14 +52,15 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """One run in this process, with the version that ``PYTHONPATH`` says."""
     model, data = problem(args)
     F.cross_entropy(model(data[0][0]), data[0][1]).backward()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    cpu = torch.device("cpu")
+    before = peak_bytes(cpu)
     given = {} if args.num_grads is None else {"num_grads": args.num_grads}
     start, busy = time.perf_counter(), time.process_time()
     result = capruner.prune(
         model, data, F.cross_entropy, args.sparsities, params=PARAMS[args.network], progress=False, **given
     )
     seconds, busy = time.perf_counter() - start, time.process_time() - busy
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    peak = peak_bytes(cpu) - before
     top1 = {}
     if args.network != "vit_tiny":
         images, labels = (t[: args.limit] for t in load_images(args.data, "val", args.cache))
@@ -73,7 +74,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "cpu": busy,
         "stages": result.timings,
         "num_grads": grads,
-        "peak": peak * 1024,
+        "peak": peak,
         "top1": top1,
     }
 
