@@ -36,7 +36,7 @@ LAYERS, BLOCKS = 16, 4
 """Size of the sample: layers, and blocks of each."""
 
 WEIGHTS = 128
-"""Weights of each sampled block, the first ones. The error of whole blocks grows with their size, at an accuracy that does not."""
+"""Weights of each sampled block, the first ones. The error of whole blocks grows with their size, their accuracy hardly."""
 
 
 def milestones(num_grads: int) -> list[int]:
