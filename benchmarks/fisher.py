@@ -19,13 +19,13 @@ from capruner.core import factors
 from capruner.core.fisher import BlockFisher
 from capruner.core.products import FullSums
 
-KERNEL = factors.inverses_kernel_for
+KERNEL = factors.matrices_kernel_for
 
 
 def stage(gradients: Tensor, num_grads: int, by_torch: bool) -> tuple[float, float]:
     """Seconds of the sums and of the inverse; ``gradients`` ``(k, n, B)``, a slab that is added again and again."""
     k, n, B = gradients.shape
-    factors.inverses_kernel_for = (lambda device: None) if by_torch else KERNEL
+    factors.matrices_kernel_for = (lambda device: None) if by_torch else KERNEL
     start = time.process_time()
     fisher = BlockFisher(n, B, num_grads, 0.01, relative_damp=True, shrinkage=None, dtype=gradients.dtype)
     if by_torch:

@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from capruner.core import factors
 from capruner.core.factors import cholesky, inverse
-from capruner.core.kernels import inverses_kernel_for
+from capruner.core.kernels import matrices_kernel_for
 
-numba = pytest.mark.skipif(inverses_kernel_for(torch.device("cpu")) is None, reason="numba is not installed")
+numba = pytest.mark.skipif(matrices_kernel_for(torch.device("cpu")) is None, reason="numba is not installed")
 
 
 def positive(n: int, B: int) -> Tensor:
@@ -44,8 +49,47 @@ def test_a_matrix_without_a_factor_is_told_and_leaves_the_others_alone(value: fl
 
 
 def test_torch_does_the_same_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(factors, "inverses_kernel_for", lambda device: None)
+    monkeypatch.setattr(factors, "matrices_kernel_for", lambda device: None)
     A = positive(3, 20)
     L, info = cholesky(A)
     assert not info.any()
     torch.testing.assert_close(inverse(L, torch.empty_like(A)), torch.linalg.inv(A), rtol=1e-9, atol=1e-10)
+
+
+@numba
+def test_order_and_precision_of_a_copy() -> None:
+    H = positive(2, 37).float()
+    order = torch.stack([torch.randperm(37), torch.arange(37)])
+    expected = torch.stack([A[p][:, p] for A, p in zip(H.double(), order)])
+    assert torch.equal(factors.permuted(H, order), expected)
+    assert torch.equal(factors.permuted(H.mT, order), expected)
+
+
+MADE_BY_TILES = """
+import sys, torch
+from capruner.core.factors import cholesky, inverse
+from capruner.core.kernels import matrices
+from capruner.core.products import HalfSums
+
+G = torch.randn(150, 3, 97, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+sums = HalfSums(torch.zeros(3, 97, 97, dtype=torch.float64), norms=True)
+sums.add(G, None)
+sums.settle(None)
+F = sums.doubled(slice(0, 3))
+L, _ = cholesky(F)
+torch.save((matrices.ROWS, F, L, inverse(L, torch.empty_like(F))), sys.argv[1])
+"""
+
+
+@numba
+def test_bit_identical_with_the_tiles_of_older_processors(tmp_path: Path) -> None:
+    older = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma"}
+    made = []
+    for name, environment in (("wide", {}), ("narrow", older)):
+        file = tmp_path / name
+        subprocess.run([sys.executable, "-c", MADE_BY_TILES, file], check=True, env=os.environ | environment)
+        made.append(torch.load(file))
+    if made[0][0] == made[1][0]:
+        pytest.skip("this processor has no AVX-512")
+    for wide, narrow in zip(made[0][1:], made[1][1:], strict=True):
+        assert torch.equal(wide, narrow)

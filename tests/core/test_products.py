@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from capruner.core.fisher import BlockFisher
-from capruner.core.kernels import products_kernel_for
+from capruner.core.kernels import matrices_kernel_for
 from capruner.core.products import FullSums, HalfSums, sums_for
 
-numba = pytest.mark.skipif(products_kernel_for(torch.device("cpu")) is None, reason="numba is not installed")
+numba = pytest.mark.skipif(matrices_kernel_for(torch.device("cpu")) is None, reason="numba is not installed")
 
 
 def gradients(m: int, n: int, B: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -94,7 +94,7 @@ def test_scales_that_change_while_gradients_are_waiting(first: float) -> None:
 
 
 def test_torch_adds_whole_matrices_where_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("capruner.core.products.products_kernel_for", lambda device: None)
+    monkeypatch.setattr("capruner.core.products.matrices_kernel_for", lambda device: None)
     sums = sums_for(torch.zeros(2, 20, 20), triangular=False, norms=True)
     assert type(sums) is FullSums
     G = gradients(30, 2, 20)

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from capruner.core.factors import cholesky
+from capruner.core.factors import cholesky, permuted
 from capruner.core.kernels import initial_bias, kernel_for
 from capruner.core.numerics import NotPositiveDefiniteError, full_precision
 from capruner.core.parallel import chunk_size, in_chunks
@@ -266,14 +266,14 @@ def compensate_prefixes(
 
     def work(part: slice) -> None:
         p = order[part].long()
-        H = fisher_inv[part].gather(1, p[:, :, None].expand(-1, -1, B)).gather(2, p[:, None].expand(-1, B, -1)).double()
+        H = permuted(fisher_inv[part], p)
         w = weight[part].double().gather(1, p)
         L = _factor(H, part.start, torch.finfo(fisher_inv.dtype).eps)
         u = torch.linalg.solve_triangular(L, w[:, :, None], upper=False)[:, :, 0]
         gone = steps < counts[:, part, None].to(steps.device)  # (levels, blocks, B)
         losses[:, part] = 0.5 * (u * u * gone).sum(dim=2)
-        moved = (u * gone).movedim(0, 2)  # (blocks, B, levels)
-        pruned = (w[None] - (L @ moved).movedim(2, 0)).masked_fill_(gone, 0).to(weight.dtype)
+        moved = (u * gone).movedim(0, 1).contiguous() @ L.mT  # (blocks, levels, B)
+        pruned = (w[None] - moved.movedim(1, 0)).masked_fill_(gone, 0).to(weight.dtype)
         result[:, part] = torch.empty_like(pruned).scatter_(2, p.expand_as(pruned), pruned)
 
     in_chunks(n, chunk, work, "solving blocks", weight.device)

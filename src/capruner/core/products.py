@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from capruner.core.kernels import products_kernel_for
+from capruner.core.kernels import matrices_kernel_for
 from capruner.core.parallel import in_chunks
 
 SMALLEST = 16
@@ -24,7 +24,7 @@ TOGETHER = 64
 
 def sums_for(blocks: Tensor, triangular: bool, norms: bool) -> FullSums:
     """The fastest sums for this device, in the memory of ``blocks``, ``(n, B, B)`` zeros."""
-    half = not triangular and blocks.shape[1] >= SMALLEST and products_kernel_for(blocks.device) is not None
+    half = not triangular and blocks.shape[1] >= SMALLEST and matrices_kernel_for(blocks.device) is not None
     return HalfSums(blocks, norms) if half else FullSums(blocks, norms, triangular)
 
 
@@ -117,7 +117,7 @@ class HalfSums(FullSums):
         self._flat[which, : self._triangle] = triangles * ratio[:, row] * ratio[:, column]
 
     def settle(self, scales: Tensor | None) -> None:
-        kernel, rows, size = products_kernel_for(self.blocks.device), int(self._waiting), self.blocks.shape[1]
+        kernel, rows, size = matrices_kernel_for(self.blocks.device), int(self._waiting), self.blocks.shape[1]
         assert kernel is not None
 
         def work(part: slice) -> None:
@@ -130,7 +130,7 @@ class HalfSums(FullSums):
             self._waiting.zero_()
 
     def doubled(self, part: slice) -> Tensor:
-        kernel, flat = products_kernel_for(self.blocks.device), self._flat[part]
+        kernel, flat = matrices_kernel_for(self.blocks.device), self._flat[part]
         assert kernel is not None
         matrices = torch.empty(len(flat), *self.blocks.shape[1:], dtype=torch.float64)
         kernel.unpack(flat, matrices)

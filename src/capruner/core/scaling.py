@@ -32,10 +32,16 @@ def scale_of(peak: float) -> float:
 
 def scales_of(peaks: Tensor) -> Tensor | None:
     """:func:`scale_of` each element; None where all scales are 1."""
-    peaks = peaks.masked_fill(peaks == 0, 1)
-    if not peaks.numel() or (peaks.min() >= MODERATE_PEAKS[0] and peaks.max() <= MODERATE_PEAKS[1]):
+    if _moderate(peaks) or _moderate(peaks := peaks.masked_fill(peaks == 0, 1)):
         return None
     return peaks.new_tensor(_SCALES)[torch.bucketize(peaks, peaks.new_tensor(_PEAKS))]
+
+
+def _moderate(peaks: Tensor) -> bool:
+    if not peaks.numel():
+        return True
+    least, most = peaks.aminmax()
+    return bool(least >= MODERATE_PEAKS[0]) and bool(most <= MODERATE_PEAKS[1])
 
 
 def largest(gradients: Tensor) -> Tensor:

@@ -23,14 +23,9 @@ def kernel_for(device: torch.device) -> ModuleType | None:
     return _load({"cpu": ("numba", "cpu"), "cuda": ("triton", "cuda")}.get(device.type))
 
 
-def products_kernel_for(device: torch.device) -> ModuleType | None:
-    """The module whose ``add_products`` runs on ``device``: numba's for CPUs where that is installed, else None."""
-    return _load(("numba", "products") if device.type == "cpu" else None)
-
-
-def inverses_kernel_for(device: torch.device) -> ModuleType | None:
-    """The module whose ``factor`` and ``invert`` run on ``device``: numba's for CPUs where that is installed, else None."""
-    return _load(("numba", "inverses") if device.type == "cpu" else None)
+def matrices_kernel_for(device: torch.device) -> ModuleType | None:
+    """The module with sums, factors and inverses for ``device``: numba's for CPUs where that is installed, else None."""
+    return _load(("numba", "matrices") if device.type == "cpu" else None)
 
 
 def initial_bias(weight: Tensor, dead: Tensor | None, frozen: Tensor | None) -> Tensor:
