@@ -30,6 +30,7 @@ ARCHITECTURES: dict[str, tuple[str, dict]] = {
         "vit_tiny_patch16_224",
         {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4, "num_classes": 10},
     ),
+    "vit_tiny": ("vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "num_classes": 10}),
     "conv": ("resnet18", {"channels": (24, 48, 96, 144), "num_classes": 10}),
     "hybrid": (
         "visformer_tiny",
@@ -42,6 +43,7 @@ ARCHITECTURES: dict[str, tuple[str, dict]] = {
 
 PRUNED: dict[str, list[str]] = {
     "vit": ["re:blocks.[0-9]+.(attn|mlp).*weight$"],
+    "vit_tiny": ["re:blocks.[0-9]+.(attn|mlp).*weight$"],
     "conv": ["re:layer[0-9].*conv[0-9].weight$", "re:layer[0-9].*downsample.0.weight$"],
     "hybrid": ["re:stage[0-9].[0-9]+.(attn|mlp).*weight$"],
     "efficientnet": ["re:blocks.*conv_pwl?.weight$", "conv_head.weight"],
@@ -91,7 +93,7 @@ def imagenet_weights() -> dict[str, Tensor]:
 
 
 def weights_file(name: str) -> Path:
-    """Where the weights of a trained model are; that of ``vit`` does not ship with the benchmarks."""
+    """Where the weights of a trained model are; those of ``vit`` and ``vit_tiny`` do not ship with the benchmarks."""
     return MODELS / f"{name}.safetensors.xz"
 
 

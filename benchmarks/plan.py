@@ -2,9 +2,10 @@
 
     python benchmarks/plan.py
     python benchmarks/plan.py --models mobilenetv3_large_100 deit_tiny_patch16_224 --num-grads 32 --batch 2 --threads 1
+    python benchmarks/plan.py --data DATA --models vit vit_tiny conv hybrid efficientnet --num-grads auto    # trained on CIFAR-10
 
-Plan and run are processes of their own, with random weights and images, after a small run that compiles. Peak memory is the kernel's count (``ru_maxrss``)
-beyond what one gradient took before; the run has one sparsity.
+Plan and run are processes of their own, after a small run that compiles; weights and images are random without ``--data``. Peak memory is the kernel's
+count (``ru_maxrss``) beyond what one gradient took before; the run has one sparsity.
 """
 
 from __future__ import annotations
@@ -14,32 +15,38 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import timm
 import torch
-from cifar import ARCHITECTURES, PRUNED, SIZE, build
+from cifar import ARCHITECTURES, HELD_OUT, PRUNED, SIZE, build, load_images, load_model, normalise
 from memory import peak_bytes
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import capruner
 
 CPU = torch.device("cpu")
-MODELS = {
-    "vit": PRUNED["vit"],
-    "conv": PRUNED["conv"],
-    "hybrid": PRUNED["hybrid"],
+RANDOM = ["vit", "conv", "hybrid", "deit_tiny_patch16_224", "mobilenetv3_large_100"]
+MODELS = PRUNED | {
     "deit_tiny_patch16_224": PRUNED["vit"],
     "mobilenetv3_large_100": ["re:blocks.*conv_pwl?.weight$", "conv_head.weight"],
 }
 
 
-def network(name: str) -> tuple[nn.Module, int]:
-    """A network with random weights, and the size of its images."""
+def problem(name: str, args: argparse.Namespace) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
+    """A network and its calibration data: trained on CIFAR-10, or random."""
     torch.manual_seed(0)
-    if name in ARCHITECTURES:
-        return build(name).eval(), SIZE
-    return timm.create_model(name, num_classes=10).eval(), 224
+    if args.data:
+        model = load_model(name, args.vit_weights if name == "vit" else None)
+        images, labels = (
+            t[HELD_OUT : HELD_OUT + 8192].split(args.batch) for t in load_images(args.data, "train", args.cache)
+        )
+        return model, [(normalise(x, name), y) for x, y in zip(images, labels, strict=True)]
+    ours = name in ARCHITECTURES
+    model, size = (build(name), SIZE) if ours else (timm.create_model(name, num_classes=10), 224)
+    shapes = [(args.batch, 3, size, size)] * 32
+    return model.eval(), [(torch.randn(shape), torch.randint(10, shape[:1])) for shape in shapes]
 
 
 def warm_up() -> None:
@@ -53,8 +60,7 @@ def measure(what: str, name: str, args: argparse.Namespace) -> dict[str, float]:
     if args.threads:
         torch.set_num_threads(args.threads)
     warm_up()
-    model, size = network(name)
-    data = [(torch.randn(args.batch, 3, size, size), torch.randint(10, (args.batch,))) for _ in range(32)]
+    model, data = problem(name, args)
     knobs = {"params": MODELS[name], "num_grads": args.num_grads}
     F.cross_entropy(model(data[0][0]), data[0][1]).backward()
     before, start = peak_bytes(CPU), time.perf_counter()
@@ -73,8 +79,11 @@ def child(what: str, name: str) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--num-grads", type=int, default=128)
+    parser.add_argument("--models", nargs="+", default=RANDOM, choices=list(MODELS))
+    parser.add_argument("--data", type=Path, help="CIFAR-10 as train/<class>/*.jpg, for trained networks")
+    parser.add_argument("--cache", type=Path, default=Path("output/cache"), help="where decoded images are kept")
+    parser.add_argument("--vit-weights", type=Path, help="weights of `vit`, which do not ship with the benchmarks")
+    parser.add_argument("--num-grads", type=lambda text: text if text == "auto" else int(text), default=128)
     parser.add_argument("--batch", type=int, default=8, help="images of each gradient")
     parser.add_argument("--threads", type=int, help="of torch; default: its own number")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)

@@ -1,8 +1,9 @@
-"""One-shot runs of this version of capruner against those of an older one, in turns: seconds, peak memory, and accuracy where the network is trained.
+"""One-shot runs of this version of capruner against those of an older one, in turns: seconds, peak memory and accuracy.
 
-    git worktree add ../before 7f91fc6                                          # before `plan` and num_grads="auto"
-    python benchmarks/versions.py ../before/src --before-grads 1024             # ViT-Tiny of 5.3 M weights, random, six sparsities
-    python benchmarks/versions.py ../before/src --network conv --data DATA      # trained on CIFAR-10, each version with its own defaults
+    git worktree add ../before 7f91fc6                                     # before `plan` and num_grads="auto"
+    python benchmarks/versions.py ../before/src DATA --network conv        # six sparsities, each version with its own defaults
+    python benchmarks/models/train.py vit_tiny DATA --epochs 6 --lr 1e-3   # 5.3 M weights
+    python benchmarks/versions.py ../before/src DATA --before-grads 1024
 
 Each run is a process of its own. Both versions get the same batches; a number of gradients that is not given is left to the version's default. Seconds of all
 cores are those of the process alone, so that other processes disturb little.
@@ -21,7 +22,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from cifar import HELD_OUT, PRUNED, accuracy, load_images, load_model, normalise
 from memory import peak_bytes
@@ -31,16 +31,11 @@ from torch.nn import functional as F
 import capruner
 
 HERE = Path(capruner.__file__).parents[1]
-PARAMS = PRUNED | {"vit_tiny": PRUNED["vit"]}
 
 
 def problem(args: argparse.Namespace) -> tuple[nn.Module, list[Any]]:
     """The network and its calibration batches."""
     torch.manual_seed(args.seed)
-    if args.network == "vit_tiny":
-        model = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=10).eval()
-        images, labels = torch.randn(args.images, 3, 64, 64), torch.randint(10, (args.images,))
-        return model, list(zip(images.split(args.batch), labels.split(args.batch), strict=True))
     images, labels = (t[HELD_OUT:] for t in load_images(args.data, "train", args.cache))
     chosen = torch.randperm(len(images))[: args.images]
     batches = zip(images[chosen].split(args.batch), labels[chosen].split(args.batch), strict=True)
@@ -57,17 +52,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     given = {} if args.num_grads is None else {"num_grads": args.num_grads}
     start, busy = time.perf_counter(), time.process_time()
     result = capruner.prune(
-        model, data, F.cross_entropy, args.sparsities, params=PARAMS[args.network], progress=False, **given
+        model, data, F.cross_entropy, args.sparsities, params=PRUNED[args.network], progress=False, **given
     )
     seconds, busy = time.perf_counter() - start, time.process_time() - busy
     peak = peak_bytes(cpu) - before
+    images, labels = (t[: args.limit] for t in load_images(args.data, "val", args.cache))
     top1 = {}
-    if args.network != "vit_tiny":
-        images, labels = (t[: args.limit] for t in load_images(args.data, "val", args.cache))
-        for sparsity in result.sparsities:
-            pruned = copy.deepcopy(model)
-            result.apply(pruned, sparsity)
-            top1[sparsity] = accuracy(pruned, images, labels, args.network)
+    for sparsity in result.sparsities:
+        pruned = copy.deepcopy(model)
+        result.apply(pruned, sparsity)
+        top1[sparsity] = accuracy(pruned, images, labels, args.network)
     grads = result.settings["num_grads"]
     return {
         "seconds": seconds,
@@ -92,8 +86,8 @@ def child(source: Path, grads: str | None, seed: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", type=Path, help="the `src` of the older version")
-    parser.add_argument("--network", default="vit_tiny", choices=["vit_tiny", "vit", "conv", "hybrid"])
-    parser.add_argument("--data", type=Path, help="CIFAR-10 as train/<class>/*.jpg and val/<class>/*.jpg")
+    parser.add_argument("data", type=Path, help="CIFAR-10 as train/<class>/*.jpg and val/<class>/*.jpg")
+    parser.add_argument("--network", default="vit_tiny", choices=sorted(PRUNED.keys() - {"imagenet"}))
     parser.add_argument("--cache", type=Path, default=Path("output/cache"), help="where decoded images are kept")
     parser.add_argument("--vit-weights", type=Path, help="weights of `vit`, which do not ship with the benchmarks")
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.6, 0.7, 0.8, 0.9, 0.95])
@@ -121,7 +115,7 @@ def main() -> None:
         for version, source, grads in (("before", args.before, args.before_grads), ("now", HERE, args.after_grads)):
             pair.append(run := child(source, grads, seed))
             stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in run["stages"].items() if seconds >= 0.05)
-            top1 = ", ".join(f"{value:.2f}" for value in run["top1"].values()) or "–"
+            top1 = ", ".join(f"{value:.1f}" for value in run["top1"].values())
             cells = [seed, version, run["num_grads"], f"{run['seconds']:.1f}", f"{run['cpu']:.1f}", stages]
             print("| " + " | ".join(map(str, [*cells, run["peak"] >> 20, top1])) + " |", flush=True)
         pairs.append(pair)
