@@ -26,8 +26,8 @@ def cholesky(A: Tensor) -> tuple[Tensor, Tensor]:
     kernel = matrices_kernel_for(A.device)
     if kernel is None or A.shape[1] > LARGEST:
         return torch.linalg.cholesky_ex(A)
-    upper, info = A.clone(memory_format=torch.contiguous_format), torch.empty(len(A), dtype=torch.int32)
-    kernel.factor(upper, info)
+    upper, info = torch.empty(A.shape, dtype=A.dtype), torch.empty(len(A), dtype=torch.int32)
+    kernel.factor(A.contiguous(), upper, info)
     return upper.mT, info
 
 

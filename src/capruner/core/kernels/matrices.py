@@ -118,14 +118,14 @@ def _add_products(
                     row[c] = copy[c]
 
 
-def factor(A: Tensor, info: Tensor) -> None:
-    """Replace symmetric ``(n, B, B)`` float64 matrices by the transposes of their Cholesky factors, with zeros below.
+def factor(A: Tensor, out: Tensor, info: Tensor) -> None:
+    """Write the transposes of the Cholesky factors of symmetric ``(n, B, B)`` float64 matrices into ``out``, with zeros below.
 
     Args:
         info: ``(n,)`` int32, set to 0, or to the row at which a matrix is not positive definite; that factor is of no use.
     """
-    room, pitch = _room(A)
-    call_compiled(_factor, (A.numpy(), info.numpy(), room.numpy(), pitch), (_factor_one,))
+    room, pitch = _room(A, 1)
+    call_compiled(_factor, (A.numpy(), out.numpy(), info.numpy(), room, pitch), (_factor_one,))
 
 
 def permute(H: Tensor, order: Tensor, out: Tensor) -> None:
@@ -135,16 +135,15 @@ def permute(H: Tensor, order: Tensor, out: Tensor) -> None:
 
 def invert(factors: Tensor, out: Tensor) -> None:
     """Write the inverses of the matrices with these ``(n, B, B)`` transposed factors into ``out``, in its dtype; both triangles."""
-    room, pitch = _room(factors)
-    arguments = (factors.numpy(), out.numpy(), room.repeat(2).numpy(), pitch)
-    call_compiled(_invert, arguments, (_invert_one, mirror))
+    room, pitch = _room(factors, 2)
+    call_compiled(_invert, (factors.numpy(), out.numpy(), room, pitch), (_invert_one, mirror))
 
 
-def _room(like: Tensor) -> tuple[Tensor, int]:
-    """Room for one matrix with space for tiles that reach over its edges, and the length of its rows."""
+def _room(like: Tensor, matrices: int) -> tuple[NDArray, int]:
+    """Room for some matrices with space for tiles that reach over their edges, and the length of their rows."""
     size = like.shape[1]
     pitch = size + WIDTH + ROWS
-    return like.new_zeros((size + ROWS) * pitch), pitch
+    return np.empty(matrices * (size + ROWS) * pitch), pitch
 
 
 @compiling(set())
@@ -160,10 +159,10 @@ def _permute(H: NDArray, order: NDArray, out: NDArray) -> None:
 
 
 @compiling({"contract"})
-def _factor(A: NDArray, info: NDArray, U: NDArray, pitch: int) -> None:
+def _factor(A: NDArray, out: NDArray, info: NDArray, U: NDArray, pitch: int) -> None:
     size = A.shape[1]
     for block in range(A.shape[0]):
-        matrix = A[block]
+        matrix, upper = A[block], out[block]
         for k in range(len(U)):
             U[k] = 0
         for i in range(size):
@@ -172,9 +171,9 @@ def _factor(A: NDArray, info: NDArray, U: NDArray, pitch: int) -> None:
         info[block] = _factor_one(U, size, pitch)
         for i in range(size):
             for j in range(i):
-                matrix[i, j] = 0
+                upper[i, j] = 0
             for j in range(i, size):
-                matrix[i, j] = U[i * pitch + j]
+                upper[i, j] = U[i * pitch + j]
 
 
 @compiling({"contract"})
