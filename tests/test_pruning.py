@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -704,3 +706,32 @@ def test_absolute_damping_below_the_rounding_of_the_fisher_matrix_is_warned_of(
     assert "rounding" not in caplog.text
     prune(model, data, num_grads=64, fisher_block_size=4, damp=1e-12)
     assert "weight: damp=1e-12 is below the float32 rounding error of 3 of 3 Fisher blocks" in caplog.text
+
+
+# Progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("method", "stages"),
+    [
+        ("cap", ["gradients", "inverting, eliminating", "re-fitting weights"]),
+        ("fast_cap", ["gradients", "inverting", "choosing weights", "re-fitting weights"]),
+    ],
+)
+def test_every_stage_that_can_take_long_has_a_bar(
+    method: str, stages: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("capruner.methods.base.PATIENCE", 0)
+    for progress in (True, False):
+        terminal = Terminal()
+        monkeypatch.setattr("sys.stderr", terminal)
+        capruner.prune(
+            mlp(), vectors(), F.cross_entropy, 0.5, method=method, num_grads=8, global_sparsity=True, progress=progress
+        )
+        seen = re.findall(r"([a-z][a-z, -]*):  ", terminal.getvalue())
+        assert list(dict.fromkeys(seen)) == (stages if progress else [])

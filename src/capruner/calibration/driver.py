@@ -91,7 +91,9 @@ class Calibration:
             name: layout.to_blocks(~masks[name], torch.bool)[partition.own(name)]
             for name, layout in self.layouts.items()
         }
-        return self.method(partition, self.settings, self.clock, pruned)
+        pruner = self.method(partition, self.settings, self.clock, pruned)
+        pruner.progress = self.progress and pruner.processes.rank == 0
+        return pruner
 
     def run(self, masks: Mapping[str, Tensor], stream: CalibrationStream) -> Calibrated:
         """Calibrate the method at the model's present weights, some of which ``masks`` (True = keep) have pruned already."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from capruner.core.allocation import Score, allocate, step_scores
 from capruner.core.elimination import Elimination, compensate_prefixes
@@ -23,6 +24,9 @@ from capruner.distributed import Partition
 
 MOST_DAMPED = 0.05
 """Raise if more than this fraction of a layer's blocks needs extra damping."""
+
+PATIENCE = 1.0
+"""Seconds before a progress bar appears."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,8 @@ class Method(ABC):
         self.layouts = partition.layouts
         self.settings = settings
         self.clock = clock
+        self.progress = False
+        """Show progress bars."""
         self._fishers: dict[str, BlockFisher] = {}
         self._earlier = pruned or {}
         self.drowned: dict[str, int] = {}
@@ -151,6 +157,11 @@ class Method(ABC):
         """Mean share of the common Fisher matrix in the blocks of each layer, other processes' too; see :mod:`capruner.core.shrinkage`."""
         self.damped: dict[str, int] = {}
         """Blocks of each layer, other processes' too, that needed more damping than asked for."""
+
+    def _bar(self, names: Iterable[str], what: str) -> Iterable[str]:
+        """The layers, with a progress bar."""
+        hidden = None if self.progress else True  # None: where nobody looks
+        return tqdm(list(names), desc=what, unit="layer", delay=PATIENCE, disable=hidden, leave=False)
 
     def _own_shape(self, name: str) -> tuple[int, int]:
         return self.partition.count(name), self.layouts[name].block_size
@@ -245,7 +256,7 @@ class RankedMethod(Method):
         """The layers of this calibration, for each decision of :meth:`count`."""
         solutions: list[dict[str, LayerSolution]] = [{} for _ in counts]
         with self.clock("compensate"):
-            for name in self.layouts:
+            for name in self._bar(self.layouts, "re-fitting weights"):
                 elimination = self._eliminations[name]
                 of_layer = torch.stack([c[name][self.partition.own(name)] for c in counts]).to(elimination.order.device)
                 weights, losses = self._compensate(name, elimination.order, of_layer)
@@ -312,8 +323,8 @@ class SecondOrderMethod(RankedMethod):
         self._fisher(name, tensors["peak"]).load(tensors)
 
     def prepare(self, weights: Mapping[str, Tensor]) -> None:
-        for name, layout in self.layouts.items():
-            fisher = self._fishers.pop(name)
+        for name in self._bar(self.layouts, "inverting, eliminating"):
+            fisher, layout = self._fishers.pop(name), self.layouts[name]
             with naming(name):
                 with self.clock("fisher"):
                     if self.settings.shrinkage != 0:
@@ -356,8 +367,8 @@ class SecondOrderMethod(RankedMethod):
         """The weights for given masks: ``(n, B)`` bool per layer, True = pruned."""
         solution = {}
         with self.clock("compensate"):
-            for name, zeros in pruned.items():
-                zeros = zeros.to(self._weights[name].device)
+            for name in self._bar(pruned, "re-fitting weights"):
+                zeros = pruned[name].to(self._weights[name].device)
                 order = zeros.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
                 weights, losses = self._compensate(name, order, zeros.sum(dim=1)[None])
                 solution[name] = LayerSolution(weights[0], ~zeros, float(losses.sum()))

@@ -105,7 +105,8 @@ class FastCAP(Method):
     def prepare(self, weights: Mapping[str, Tensor]) -> None:
         self._weights = weights
         with self.clock("fisher"), full_precision():
-            for name, fisher in self._fishers.items():
+            for name in self._bar(self._fishers, "inverting"):
+                fisher = self._fishers[name]
                 with naming(name):
                     H = fisher.inverse()[0].double()
                 self._factors[name] = torch.linalg.cholesky(H, upper=True).to(weights[name])
@@ -127,7 +128,8 @@ class FastCAP(Method):
             with self.clock("allocate"):
                 counts = self._counts(targets)
             with self.clock("compensate"):
-                solutions.append({name: self._sweep(name, counts[name]) for name in self.layouts})
+                layers = self._bar(self.layouts, "re-fitting weights")
+                solutions.append({name: self._sweep(name, counts[name]) for name in layers})
         return solutions
 
     def _counts(self, targets: Sequence[Target]) -> dict[str, int]:
@@ -139,7 +141,8 @@ class FastCAP(Method):
             if len(target.names) == 1:
                 counts[target.names[0]] = target.steps()
                 continue
-            scores = [self.partition.gather(n, self._marginal_losses(n)).flatten()[None] for n in target.names]
+            names = self._bar(target.names, "choosing weights")
+            scores = [self.partition.gather(n, self._marginal_losses(n)).flatten()[None] for n in names]
             taken = allocate(scores, target.steps(), target.names)
             counts |= {name: int(k) for name, k in zip(target.names, taken)}
         return counts
