@@ -68,12 +68,12 @@ def _unpack(flat: NDArray, out: NDArray) -> None:
 
 @compiling(set())
 def mirror(matrix: NDArray) -> None:
-    """Copy what is below the diagonal to above it, in squares that stay in the nearest cache."""
-    size, side = len(matrix), 32
-    for top in range(0, size, side):
-        for left in range(0, top + side, side):
-            for i in range(top, min(top + side, size)):
-                for j in range(left, min(left + side, i)):
+    """Copy what is below the diagonal to above it, in squares of a cache line: of larger ones with 512 columns the lines displace each other."""
+    size, side = len(matrix), 8
+    for left in range(0, size, side):
+        for top in range(left, size, side):
+            for j in range(left, min(left + side, size)):
+                for i in range(max(top, j + 1), min(top + side, size)):
                     matrix[j, i] = matrix[i, j]
 
 
