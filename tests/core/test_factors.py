@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from capruner.core import factors
-from capruner.core.factors import cholesky, inverse
+from capruner.core.factors import cholesky, invert
 from capruner.core.kernels import matrices_kernel_for
 
 numba = pytest.mark.skipif(matrices_kernel_for(torch.device("cpu")) is None, reason="numba is not installed")
@@ -30,44 +30,56 @@ def test_factors_and_inverses_are_those_of_torch(B: int) -> None:
     assert not info.any()
     assert torch.equal(A, before)
     torch.testing.assert_close(L, torch.linalg.cholesky(A), rtol=1e-11, atol=1e-12)
-    H = inverse(L, torch.empty_like(A))
+    H, single = torch.empty_like(A), torch.empty(A.shape)
+    assert not invert(A, H).any()
+    assert not invert(A, single).any()
+    assert torch.equal(A, before)
     torch.testing.assert_close(H, torch.linalg.inv(A), rtol=1e-9, atol=1e-10)
     assert torch.equal(H, H.mT)
-    single = inverse(L, torch.empty(A.shape))
     assert torch.equal(single, H.float())
 
 
 @numba
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
 def test_a_matrix_without_a_factor_is_told_and_leaves_the_others_alone(value: float) -> None:
-    A = positive(3, 30)
+    A, H, one = positive(3, 30), *torch.empty(2, 3, 30, 30, dtype=torch.float64)
     whole, _ = cholesky(A)
+    invert(A, H)
     A[1, 17, 17] = value
     L, info = cholesky(A)
     assert info.tolist() == [0, 18, 0]
     assert torch.equal(L[[0, 2]], whole[[0, 2]])
+    assert invert(A, one).tolist() == [0, 18, 0]
+    assert torch.equal(one[[0, 2]], H[[0, 2]])
 
 
 def test_torch_does_the_same_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(factors, "matrices_kernel_for", lambda device: None)
     A = positive(3, 20)
-    L, info = cholesky(A)
-    assert not info.any()
-    torch.testing.assert_close(inverse(L, torch.empty_like(A)), torch.linalg.inv(A), rtol=1e-9, atol=1e-10)
+    H = torch.empty_like(A)
+    assert not invert(A, H).any()
+    torch.testing.assert_close(H, torch.linalg.inv(A), rtol=1e-9, atol=1e-10)
+    A[1, 3, 3] = -1
+    assert invert(A, H).tolist() == [0, 4, 0]
 
 
-@numba
-def test_order_and_precision_of_a_copy() -> None:
+@pytest.mark.parametrize("compiled", [pytest.param(True, marks=numba), False])
+def test_factors_in_another_order(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:
+        monkeypatch.setattr(factors, "matrices_kernel_for", lambda device: None)
     H = positive(2, 37).float()
     order = torch.stack([torch.randperm(37), torch.arange(37)])
     expected = torch.stack([A[p][:, p] for A, p in zip(H.double(), order)])
     assert torch.equal(factors.permuted(H, order), expected)
-    assert torch.equal(factors.permuted(H.mT, order), expected)
+    for same in (H, H.mT):
+        L, info = cholesky(same, order)
+        assert not info.any()
+        torch.testing.assert_close(L, torch.linalg.cholesky(expected), rtol=1e-11, atol=1e-12)
 
 
 MADE_BY_TILES = """
 import sys, torch
-from capruner.core.factors import cholesky, inverse
+from capruner.core.factors import cholesky, invert
 from capruner.core.kernels import matrices
 from capruner.core.products import HalfSums
 
@@ -76,8 +88,9 @@ sums = HalfSums(torch.zeros(3, 97, 97, dtype=torch.float64), norms=True)
 sums.add(G, None)
 sums.settle(None)
 F = sums.doubled(slice(0, 3))
-L, _ = cholesky(F)
-torch.save((matrices.ROWS, F, L, inverse(L, torch.empty_like(F))), sys.argv[1])
+H = torch.empty_like(F)
+invert(F, H)
+torch.save((matrices.ROWS, F, cholesky(F)[0], H), sys.argv[1])
 """
 
 

@@ -266,9 +266,8 @@ def compensate_prefixes(
 
     def work(part: slice) -> None:
         p = order[part].long()
-        H = permuted(fisher_inv[part], p)
         w = weight[part].double().gather(1, p)
-        L = _factor(H, part.start, torch.finfo(fisher_inv.dtype).eps)
+        L = _factor(fisher_inv[part], p, part.start)
         u = torch.linalg.solve_triangular(L, w[:, :, None], upper=False)[:, :, 0]
         gone = steps < counts[:, part, None].to(steps.device)  # (levels, blocks, B)
         losses[:, part] = 0.5 * (u * u * gone).sum(dim=2)
@@ -280,27 +279,28 @@ def compensate_prefixes(
     return result, losses
 
 
-def _factor(H: Tensor, first_block: int, eps: float) -> Tensor:
-    """Cholesky factors ``(n, B, B)`` of ``H``; blocks that are not positive definite within their rounding error are shifted until they are.
+def _factor(H: Tensor, order: Tensor, first_block: int) -> Tensor:
+    """Cholesky factors ``(n, B, B)`` of ``H`` in an order, in float64; blocks that are not positive definite within their rounding error are shifted until
+    they are.
 
     A float32 inverse is accurate to about ``eps · max(diag)``, so a first shift of that size is below its accuracy. If that is not enough, because rounding
     has accumulated over many updates, the shift grows tenfold, up to ``LIFTS`` times.
     """
-    factor, info = cholesky(H)
+    factor, info = cholesky(H, order)
     bad = info.nonzero()[:, 0]
-    unit = 4 * eps * H.diagonal(dim1=1, dim2=2).amax(dim=1)
+    unit = 4 * torch.finfo(H.dtype).eps * H.diagonal(dim1=1, dim2=2).amax(dim=1).double()
     for lift in range(LIFTS + 1):
         if not len(bad):
             return factor
-        lifted = H[bad]
+        lifted = permuted(H[bad], order[bad])
         lifted.diagonal(dim1=1, dim2=2).add_(unit[bad, None] * 10**lift)
-        found, info = cholesky(lifted)
+        found, info = torch.linalg.cholesky_ex(lifted)
         good = info == 0
         factor[bad[good]] = found[good]
         if lift and good.any():
             _LOGGER.warning(
                 "%d inverse Fisher blocks were not positive definite to working precision, and got %.0e of their largest diagonal entry added; raise damp",
-                *(int(good.sum()), 4 * eps * 10**lift),
+                *(int(good.sum()), 4 * torch.finfo(H.dtype).eps * 10**lift),
             )
         bad = bad[~good]
     if len(bad):

@@ -1,4 +1,4 @@
-"""Cholesky factors of many float64 matrices, also in another order, and the inverses that belong to them: compiled on CPUs with numba, else by torch."""
+"""Cholesky factors and inverses of many matrices in float64: compiled on CPUs with numba, else by torch."""
 
 from __future__ import annotations
 
@@ -13,28 +13,36 @@ LARGEST = 768
 
 def permuted(H: Tensor, order: Tensor) -> Tensor:
     """Symmetric ``(n, B, B)`` matrices in float64, rows and columns in the given order, ``(n, B)`` int64."""
+    return H.gather(1, order[:, :, None].expand_as(H)).gather(2, order[:, None].expand_as(H)).double()
+
+
+def cholesky(H: Tensor, order: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The float64 factors ``L`` of symmetric matrices, or of :func:`permuted` ones.
+
+    Returns:
+        ``L`` and ``(n,)``, not 0 for a matrix that is not positive definite, whose factor is then of no use.
+    """
+    if order is None:
+        order = torch.arange(H.shape[1], device=H.device).expand(H.shape[:2])
     kernel = matrices_kernel_for(H.device)
-    if kernel is None:
-        return H.gather(1, order[:, :, None].expand_as(H)).gather(2, order[:, None].expand_as(H)).double()
-    out = torch.empty(H.shape, dtype=torch.float64)
-    kernel.permute(H, order, out)
-    return out
-
-
-def cholesky(A: Tensor) -> tuple[Tensor, Tensor]:
-    """The factors ``L`` of symmetric ``(n, B, B)`` float64 matrices, and ``(n,)``: not 0 for a matrix without one, as ``torch.linalg.cholesky_ex``."""
-    kernel = matrices_kernel_for(A.device)
-    if kernel is None or A.shape[1] > LARGEST:
-        return torch.linalg.cholesky_ex(A)
-    upper, info = torch.empty(A.shape, dtype=A.dtype), torch.empty(len(A), dtype=torch.int32)
-    kernel.factor(A.contiguous(), upper, info)
+    if kernel is None or H.shape[1] > LARGEST:
+        return torch.linalg.cholesky_ex(permuted(H, order))
+    upper, info = torch.empty(H.shape, dtype=torch.float64), torch.empty(len(H), dtype=torch.int32)
+    kernel.factor(H.contiguous(), order.contiguous(), upper, info)
     return upper.mT, info
 
 
-def inverse(L: Tensor, out: Tensor) -> Tensor:
-    """Write the inverses of ``L Lᵀ`` into ``out``, in its dtype; ``L`` is what :func:`cholesky` returned."""
-    kernel = matrices_kernel_for(L.device)
-    if kernel is None or L.shape[1] > LARGEST or not out.is_contiguous():
-        return out.copy_(torch.cholesky_inverse(L))
-    kernel.invert(L.mT.contiguous(), out)
-    return out
+def invert(A: Tensor, out: Tensor) -> Tensor:
+    """Write the inverses of symmetric positive definite ``(n, B, B)`` float64 matrices into ``out``, in its dtype.
+
+    Returns:
+        ``(n,)``, not 0 for a matrix that is not positive definite, whose inverse is then of no use.
+    """
+    kernel = matrices_kernel_for(A.device)
+    if kernel is None or A.shape[1] > LARGEST or not out.is_contiguous():
+        L, info = torch.linalg.cholesky_ex(A)
+        out.copy_(torch.cholesky_inverse(L))
+        return info
+    info = torch.empty(len(A), dtype=torch.int32)
+    kernel.invert(A.contiguous(), out, info)
+    return info

@@ -25,7 +25,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from capruner.core.factors import cholesky, inverse
+from capruner.core.factors import cholesky, invert
 from capruner.core.numerics import NotPositiveDefiniteError, full_precision
 from capruner.core.parallel import chunk_size, in_chunks
 from capruner.core.products import FullSums, sums_for
@@ -263,17 +263,16 @@ class BlockFisher:
         self.units[part] = units.masked_fill(none, NO_GRADIENT)
         if gone is not None:
             diagonal.masked_fill_(gone, 1)
-        factor, info = cholesky(A)
-        bad, damped = info.nonzero()[:, 0], 0
+        bad, damped = invert(A, F).nonzero()[:, 0], 0
         for rung in range(1, rungs + 1):
             if not len(bad):
                 break
             lifted = A[bad]
             more = ((10**rung - 1) * damp[bad])[:, None]
             lifted.diagonal(dim1=1, dim2=2).add_(more if gone is None else more * ~gone[bad])
-            found, info = cholesky(lifted)
-            good = info == 0
-            factor[bad[good]] = found[good]
+            found = torch.empty_like(lifted, dtype=F.dtype)
+            good = invert(lifted, found) == 0
+            F[bad[good]] = found[good]
             damped += int(good.sum())
             bad = bad[~good]
         if len(bad):
@@ -289,7 +288,6 @@ class BlockFisher:
                 f"{f', nor at 10^{rungs} times that' if rungs else ''}: its rounding error is larger. {what}; "
                 f"try damp={least:.1g} or more"
             )
-        inverse(factor, F)
         return damped, drowned
 
     def _invert_gradients(self, blocks: Tensor, gone: Tensor | None, first_block: int) -> None:
@@ -299,10 +297,10 @@ class BlockFisher:
             G.masked_fill_(gone[:, None], 0)
         alive = (~(torch.zeros_like(blocks[:, 0], dtype=torch.bool) if gone is None else gone)).sum(dim=1)
         H = torch.empty_like(blocks, dtype=torch.float64)
-        for which, invert in ((alive <= self.count, _inverse), (alive > self.count, _woodbury)):
+        for which, solve in ((alive <= self.count, _inverse), (alive > self.count, _woodbury)):
             if not which.any():
                 continue
-            found = invert(G[which], self.damp)
+            found = solve(G[which], self.damp)
             if found is None:
                 raise NotPositiveDefiniteError(
                     f"damp={self.damp:g} is too small beside squared gradients of up to {self.largest**2:.2g}: raise it, or use "
@@ -321,8 +319,8 @@ def _inverse(G: Tensor, damp: float) -> Tensor | None:
     """``(Gᵀ G / m + λ I)⁻¹`` of ``(n, m, B)`` gradients; None where it has no factor."""
     F = G.mT @ G / G.shape[1]
     F.diagonal(dim1=1, dim2=2).add_(damp)
-    factor, info = cholesky(F)
-    return None if info.any() else inverse(factor, torch.empty_like(F))
+    H = torch.empty_like(F)
+    return None if invert(F, H).any() else H
 
 
 def _woodbury(G: Tensor, damp: float) -> Tensor | None:

@@ -10,7 +10,7 @@ import torch
 
 from capruner.core.memory import halved
 
-STATE_BYTES = {"cpu": 1 * 2**20, "cuda": 64 * 2**20}
+STATE_BYTES = {"cpu": 2 * 2**20, "cuda": 64 * 2**20}
 """Working set of one chunk of blocks: on a CPU a core's share of the cache, on a GPU enough blocks for all of its multiprocessors."""
 
 Part = TypeVar("Part")

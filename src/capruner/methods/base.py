@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from capruner.core.allocation import Score, allocate, step_scores
 from capruner.core.elimination import Elimination, compensate_prefixes
-from capruner.core.factors import cholesky, inverse
+from capruner.core.factors import cholesky, invert
 from capruner.core.fisher import RUNGS, BlockFisher, Solver
 from capruner.core.numerics import NotPositiveDefiniteError
 from capruner.core.patterns import Pattern
@@ -292,8 +292,9 @@ class SecondOrderMethod(RankedMethod):
         self._weights: dict[str, Tensor] = {}
 
     def compile(self, dtype: torch.dtype) -> None:
-        one = torch.ones(1, 1, 1, dtype=torch.float64)
-        inverse(cholesky(one)[0], one.to(dtype))
+        one = torch.ones(1, 1, 1, dtype=dtype)
+        invert(one.double(), one)
+        cholesky(one, torch.zeros(1, 1, dtype=torch.int64))
 
     def add(self, slab: Mapping[str, Tensor]) -> None:
         with self.clock("fisher"):

@@ -118,25 +118,23 @@ def _add_products(
                     row[c] = copy[c]
 
 
-def factor(A: Tensor, out: Tensor, info: Tensor) -> None:
-    """Write the transposes of the Cholesky factors of symmetric ``(n, B, B)`` float64 matrices into ``out``, with zeros below.
+def factor(H: Tensor, order: Tensor, out: Tensor, info: Tensor) -> None:
+    """Write the transposes of Cholesky factors into ``out``, with zeros below.
 
     Args:
+        H: ``(n, B, B)`` symmetric matrices.
+        order: ``(n, B)`` int64, in which rows and columns are taken.
+        out: ``(n, B, B)`` float64.
         info: ``(n,)`` int32, set to 0, or to the row at which a matrix is not positive definite; that factor is of no use.
     """
-    room, pitch = _room(A, 1)
-    call_compiled(_factor, (A.numpy(), out.numpy(), info.numpy(), room, pitch), (_factor_one,))
+    room, pitch = _room(H, 1)
+    call_compiled(_factor, (*(t.numpy() for t in (H, order, out, info)), room, pitch), (_factor_one,))
 
 
-def permute(H: Tensor, order: Tensor, out: Tensor) -> None:
-    """Write symmetric ``(n, B, B)`` matrices, row and column ``i`` being those of ``order[:, i]``, ``(n, B)`` int64, into float64 matrices."""
-    call_compiled(_permute, tuple(t.contiguous().numpy() for t in (H, order, out)), (mirror,))
-
-
-def invert(factors: Tensor, out: Tensor) -> None:
-    """Write the inverses of the matrices with these ``(n, B, B)`` transposed factors into ``out``, in its dtype; both triangles."""
-    room, pitch = _room(factors, 2)
-    call_compiled(_invert, (factors.numpy(), out.numpy(), room, pitch), (_invert_one, mirror))
+def invert(A: Tensor, out: Tensor, info: Tensor) -> None:
+    """Write the inverses of symmetric ``(n, B, B)`` float64 matrices into ``out``, in its dtype; ``info`` as in :func:`factor`."""
+    room, pitch = _room(A, 2)
+    call_compiled(_invert, (*(t.numpy() for t in (A, out, info)), room, pitch), (_factor_one, _invert_one, mirror))
 
 
 def _room(like: Tensor, matrices: int) -> tuple[NDArray, int]:
@@ -146,28 +144,17 @@ def _room(like: Tensor, matrices: int) -> tuple[NDArray, int]:
     return np.empty(matrices * (size + ROWS) * pitch), pitch
 
 
-@compiling(set())
-def _permute(H: NDArray, order: NDArray, out: NDArray) -> None:
+@compiling({"contract"})
+def _factor(H: NDArray, order: NDArray, out: NDArray, info: NDArray, U: NDArray, pitch: int) -> None:
     size = out.shape[1]
     for block in range(len(out)):
-        matrix, old, new = H[block], order[block], out[block]
-        for i in range(size):
-            row = matrix[old[i]]
-            for j in range(i + 1):
-                new[i, j] = row[old[j]]
-        mirror(new)
-
-
-@compiling({"contract"})
-def _factor(A: NDArray, out: NDArray, info: NDArray, U: NDArray, pitch: int) -> None:
-    size = A.shape[1]
-    for block in range(A.shape[0]):
-        matrix, upper = A[block], out[block]
+        matrix, old, upper = H[block], order[block], out[block]
         for k in range(len(U)):
             U[k] = 0
         for i in range(size):
+            row = matrix[old[i]]
             for j in range(i, size):
-                U[i * pitch + j] = -matrix[i, j]
+                U[i * pitch + j] = -row[old[j]]
         info[block] = _factor_one(U, size, pitch)
         for i in range(size):
             for j in range(i):
@@ -201,27 +188,29 @@ def _factor_one(U: NDArray, size: int, pitch: int) -> int:
 
 
 @compiling({"contract"})
-def _invert(factors: NDArray, out: NDArray, both: NDArray, pitch: int) -> None:
-    size, half = factors.shape[1], len(both) // 2
-    for block in range(factors.shape[0]):
-        upper, inverse = factors[block], out[block]
+def _invert(A: NDArray, out: NDArray, info: NDArray, both: NDArray, pitch: int) -> None:
+    size, half = A.shape[1], len(both) // 2
+    for block in range(len(A)):
+        matrix, inverse = A[block], out[block]
         for k in range(len(both)):
             both[k] = 0
         for i in range(size):
             for j in range(i, size):
-                both[i * pitch + j] = upper[i, j]
-        _invert_one(both, size, pitch, half)
-        for i in range(size):
-            for j in range(i + 1):
-                inverse[i, j] = both[i * pitch + j]
-        mirror(inverse)
+                both[i * pitch + j] = -matrix[i, j]
+        info[block] = _factor_one(both[:half], size, pitch)
+        if info[block] == 0:
+            _invert_one(both, size, pitch, half)
+            for i in range(size):
+                for j in range(i + 1):
+                    inverse[i, j] = both[i * pitch + j]
+            mirror(inverse)
 
 
 @compiling({"contract"})
 def _invert_one(both: NDArray, size: int, pitch: int, half: int) -> None:
     """Make ``X = L⁻¹`` a few rows at a time, then ``Xᵀ X``.
 
-    The first half holds ``Lᵀ``, the second one zeros; the inverse's lower triangle replaces the first.
+    The first half holds ``Lᵀ`` on and above the diagonal, the second one zeros; the inverse's lower triangle replaces the first.
     """
     for top in range(0, size, ROWS):
         for left in range(0, top, WIDTH):
