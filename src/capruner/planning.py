@@ -25,8 +25,8 @@ from capruner.methods import Stopwatch, Target
 from capruner.models.modes import eval_mode, random_state_kept
 from capruner.text import text_table
 
-SAMPLE = 32
-"""Blocks of a size that are timed together: fewer would each take longer than in a calibration."""
+SAMPLE, MOST, ROOM = 32, 256, 2**27
+"""Blocks of a size that are timed together, and how many more in as many bytes: what a layer takes beside its blocks is the difference."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Plan:
         assert self.seconds is not None
         minutes = f" ({self.seconds / 60:.0f} minutes)" if self.seconds >= 120 else ""
         count = f" and {EXPECTED} gradients" if self.config.num_grads == "auto" else ""
-        return f"about {self.seconds:.2g} s{minutes}, estimated from one gradient and up to {SAMPLE} blocks of each size{count}"
+        return f"about {self.seconds:.2g} s{minutes}, estimated from one gradient and up to {MOST} blocks of each size{count}"
 
 
 @agreeing
@@ -129,13 +129,15 @@ def _seconds(job: Job, calibration: Calibration, groups: int) -> float:
             layout = calibration.layouts[name]
             sizes.setdefault((layout.block_size, working_dtype(p)), []).append(layout.num_blocks)
         for (size, dtype), blocks in sizes.items():
-            some = min(SAMPLE, sum(blocks))
-            one = _seconds_of_blocks(calibration, job, size, dtype, some)
-            if job.config.kind.whole_layers:  # each layer takes some time, and each of its blocks
-                more = max(0.0, (_seconds_of_blocks(calibration, job, size, dtype, 2 * some) - one) / some)
-                seconds += len(blocks) * max(0.0, one - some * more) + sum(blocks) * more
-            else:
-                seconds += one / some * sum(blocks)
+            few = min(SAMPLE, sum(blocks))
+            many = max(few, min(MOST, sum(blocks), ROOM // (size * size * dtype.itemsize)))
+            one = _seconds_of_blocks(calibration, job, size, dtype, few)
+            if many == few:
+                seconds += one / few * sum(blocks)
+                continue
+            # Each layer takes some time, and each of its blocks.
+            more = max(0.0, (_seconds_of_blocks(calibration, job, size, dtype, many) - one) / (many - few))
+            seconds += len(blocks) * max(0.0, one - few * more) + sum(blocks) * more
     return seconds * passes * job.config.num_recomputations
 
 
@@ -173,13 +175,13 @@ def _seconds_of_blocks(calibration: Calibration, job: Job, size: int, dtype: tor
     weights = torch.randn(partition.count(name), size, dtype=dtype, device=device)
     pattern = job.config.pattern
     target = Target((name,), layout.numel, 0.5 if pattern.sparsity is None else pattern.sparsity)
+    gradients = weights.new_empty(calibration.slab, *weights.shape).normal_()
     runs = []
     for _ in range(2):  # the first one compiles and warms up
         pruner, clock = method(partition, settings, Stopwatch()), Stopwatch()
         with clock("blocks"):
             for start in range(0, num_grads if method.uses_gradients else 0, calibration.slab):
-                rows = min(calibration.slab, num_grads - start)
-                pruner.add({name: weights.new_empty(rows, *weights.shape).normal_()})
+                pruner.add({name: gradients[: num_grads - start]})
             pruner.prepare({name: weights.clone()})
             pruner.solve([[target]])
         runs.append(clock.seconds["blocks"])

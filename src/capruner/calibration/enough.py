@@ -23,13 +23,13 @@ from capruner.distributed import Partition
 LEAST, MOST = 64, 4096
 """Gradients after which drawing can stop, and those after which it stops in any case."""
 
-ENOUGH = 2.0
+ENOUGH = 1.65
 """Error on unseen gradients at which drawing stops."""
 
 DAMP = 0.01
 """On the diagonal of sampled blocks, relative to its mean."""
 
-EXPECTED = 256
+EXPECTED = 512
 """The most that small networks on CIFAR-10 take, for estimates of time."""
 
 LAYERS, BLOCKS = 16, 4
