@@ -67,8 +67,9 @@ def measure(what: str, name: str, args: argparse.Namespace) -> dict[str, float]:
     if what == "plan":
         plan = capruner.plan(model, data, F.cross_entropy, **knobs)
         return {"seconds": plan.seconds, "bytes": plan.memory["peak"], "planning": time.perf_counter() - start}
-    capruner.prune(model, data, F.cross_entropy, 0.75, progress=False, **knobs)
-    return {"seconds": time.perf_counter() - start, "bytes": peak_bytes(CPU) - before}
+    result = capruner.prune(model, data, F.cross_entropy, 0.75, progress=False, **knobs)
+    seconds, grads = time.perf_counter() - start, result.settings["num_grads"]
+    return {"seconds": seconds, "bytes": peak_bytes(CPU) - before, "gradients": grads}
 
 
 def child(what: str, name: str) -> dict[str, float]:
@@ -91,11 +92,11 @@ def main() -> None:
     if args.child:
         print(json.dumps(measure(*args.child, args)))
         return
-    print("| network | planned, s | measured, s | ratio | planned, MiB | measured, MiB | ratio | planning, s |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| network | gradients | planned, s | measured, s | ratio | planned, MiB | measured, MiB | ratio | planning, s |")
+    print("|---" * 9 + "|")
     for name in args.models:
         plan, run = child("plan", name), child("prune", name)
-        cells = [name]
+        cells = [name, str(run["gradients"])]
         for what, unit, digits in (("seconds", 1, 1), ("bytes", 2**20, 0)):
             cells += [f"{row[what] / unit:.{digits}f}" for row in (plan, run)] + [f"{plan[what] / run[what]:.2f}"]
         cells.append(f"{plan['planning']:.1f}")
