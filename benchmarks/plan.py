@@ -92,7 +92,9 @@ def main() -> None:
     if args.child:
         print(json.dumps(measure(*args.child, args)))
         return
-    print("| network | gradients | planned, s | measured, s | ratio | planned, MiB | measured, MiB | ratio | planning, s |")
+    print(
+        "| network | gradients | planned, s | measured, s | ratio | planned, MiB | measured, MiB | ratio | planning, s |"
+    )
     print("|---" * 9 + "|")
     for name in args.models:
         plan, run = child("plan", name), child("prune", name)
