@@ -41,6 +41,7 @@ def invert(A: Tensor, out: Tensor) -> Tensor:
     kernel = matrices_kernel_for(A.device)
     if kernel is None or A.shape[1] > LARGEST or not out.is_contiguous():
         L, info = torch.linalg.cholesky_ex(A)
+        L.diagonal(dim1=1, dim2=2).masked_fill_((info != 0)[:, None], 1)  # a zero there would be an error
         out.copy_(torch.cholesky_inverse(L))
         return info
     info = torch.empty(len(A), dtype=torch.int32)
