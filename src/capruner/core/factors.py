@@ -22,11 +22,11 @@ def cholesky(H: Tensor, order: Tensor | None = None) -> tuple[Tensor, Tensor]:
     Returns:
         ``L`` and ``(n,)``, not 0 for a matrix that is not positive definite, whose factor is then of no use.
     """
-    if order is None:
-        order = torch.arange(H.shape[1], device=H.device).expand(H.shape[:2])
     kernel = matrices_kernel_for(H.device)
     if kernel is None or H.shape[1] > LARGEST:
-        return torch.linalg.cholesky_ex(permuted(H, order))
+        return torch.linalg.cholesky_ex(H.double() if order is None else permuted(H, order))
+    if order is None:
+        order = torch.arange(H.shape[1]).expand(H.shape[:2])
     upper, info = torch.empty(H.shape, dtype=torch.float64), torch.empty(len(H), dtype=torch.int32)
     kernel.factor(H.contiguous(), order.contiguous(), upper, info)
     return upper.mT, info
