@@ -25,8 +25,11 @@ from capruner.methods import Stopwatch, Target
 from capruner.models.modes import eval_mode, random_state_kept
 from capruner.text import text_table
 
-SAMPLE, MOST, ROOM = 32, 256, 2**27
-"""Blocks of a size that are timed together, and how many more in as many bytes: what a layer takes beside its blocks is the difference."""
+FEW, MANY = 32, 256
+"""Blocks of a size that are timed together, in two runs: from the difference follows what a layer takes beside its blocks."""
+
+ROOM = 2**27
+"""Bytes of Fisher blocks in the longer run: of large ones there are fewer."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Plan:
         assert self.seconds is not None
         minutes = f" ({self.seconds / 60:.0f} minutes)" if self.seconds >= 120 else ""
         count = f" and {EXPECTED} gradients" if self.config.num_grads == "auto" else ""
-        return f"about {self.seconds:.2g} s{minutes}, estimated from one gradient and up to {MOST} blocks of each size{count}"
+        return f"about {self.seconds:.2g} s{minutes}, estimated from one gradient and up to {MANY} blocks of each size{count}"
 
 
 @agreeing
@@ -129,13 +132,11 @@ def _seconds(job: Job, calibration: Calibration, groups: int) -> float:
             layout = calibration.layouts[name]
             sizes.setdefault((layout.block_size, working_dtype(p)), []).append(layout.num_blocks)
         for (size, dtype), blocks in sizes.items():
-            few = min(SAMPLE, sum(blocks))
-            many = max(few, min(MOST, sum(blocks), ROOM // (size * size * dtype.itemsize)))
-            one = _seconds_of_blocks(calibration, job, size, dtype, few)
-            if many == few:
-                seconds += one / few * sum(blocks)
-                continue
+            room = ROOM // (size * size * dtype.itemsize)
+            few = max(1, min(FEW, sum(blocks), room // 2))
+            many = max(2 * few, min(MANY, room))
             # Each layer takes some time, and each of its blocks.
+            one = _seconds_of_blocks(calibration, job, size, dtype, few)
             more = max(0.0, (_seconds_of_blocks(calibration, job, size, dtype, many) - one) / (many - few))
             seconds += len(blocks) * max(0.0, one - few * more) + sum(blocks) * more
     return seconds * passes * job.config.num_recomputations
