@@ -66,6 +66,15 @@ def load_images(data_dir: Path, split: str, cache: Path) -> tuple[Tensor, Tensor
     return torch.load(file, weights_only=True)
 
 
+def calibration_batches(
+    name: str, data_dir: Path, cache: Path, images: int, batch: int, seed: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Training images, none of the held-out ones, as the model takes them, and their labels."""
+    x, y = (t[HELD_OUT:] for t in load_images(data_dir, "train", cache))
+    chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:images]
+    return [(normalise(a, name), b) for a, b in zip(x[chosen].split(batch), y[chosen].split(batch), strict=True)]
+
+
 def normalise(images: Tensor, name: str = "vit") -> Tensor:
     """uint8 ``(n, 3, 32, 32)`` to the float32 ``(n, 3, size, size)`` that the model takes."""
     mean, std, size = INPUTS.get(name, (MEAN, STD, SIZE))

@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from cifar import HELD_OUT, PRUNED, load_images, load_model, normalise
+from cifar import PRUNED, calibration_batches, load_model
 from torch.nn import functional as F
 
 from capruner.calibration import enough
@@ -27,12 +27,7 @@ from capruner.job import Job
 def errors(name: str, seed: int, args: argparse.Namespace) -> dict[int, float]:
     """Error by number of gradients."""
     model = load_model(name, args.vit_weights if name == "vit" else None)
-    images, labels = (t[HELD_OUT:] for t in load_images(args.data, "train", args.cache))
-    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[: args.most * args.batch]
-    batches = [
-        (normalise(x, name), y)
-        for x, y in zip(images[chosen].split(args.batch), labels[chosen].split(args.batch), strict=True)
-    ]
+    batches = calibration_batches(name, args.data, args.cache, args.most * args.batch, args.batch, seed)
     config = PruneConfig(fisher_block_size=args.block_size)
     calibration = Job.of(model, batches, F.cross_entropy, params=PRUNED[name], config=config).start(progress=False)
     sample, stops = Sample(Partition(calibration.layouts, False), torch.device("cpu")), milestones(args.most)

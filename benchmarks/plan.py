@@ -19,7 +19,7 @@ from pathlib import Path
 
 import timm
 import torch
-from cifar import ARCHITECTURES, HELD_OUT, PRUNED, SIZE, build, load_images, load_model, normalise
+from cifar import ARCHITECTURES, PRUNED, SIZE, build, calibration_batches, load_model
 from memory import peak_bytes
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -39,10 +39,7 @@ def problem(name: str, args: argparse.Namespace) -> tuple[nn.Module, list[tuple[
     torch.manual_seed(0)
     if args.data:
         model = load_model(name, args.vit_weights if name == "vit" else None)
-        images, labels = (
-            t[HELD_OUT : HELD_OUT + 8192].split(args.batch) for t in load_images(args.data, "train", args.cache)
-        )
-        return model, [(normalise(x, name), y) for x, y in zip(images, labels, strict=True)]
+        return model, calibration_batches(name, args.data, args.cache, 8192, args.batch, 0)
     ours = name in ARCHITECTURES
     model, size = (build(name), SIZE) if ours else (timm.create_model(name, num_classes=10), 224)
     shapes = [(args.batch, 3, size, size)] * 32

@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cifar import HELD_OUT, PRUNED, accuracy, load_images, load_model, normalise
+from cifar import PRUNED, accuracy, calibration_batches, load_images, load_model
 from memory import peak_bytes
-from torch import nn
 from torch.nn import functional as F
 
 import capruner
@@ -33,19 +32,11 @@ import capruner
 HERE = Path(capruner.__file__).parents[1]
 
 
-def problem(args: argparse.Namespace) -> tuple[nn.Module, list[Any]]:
-    """The network and its calibration batches."""
-    torch.manual_seed(args.seed)
-    images, labels = (t[HELD_OUT:] for t in load_images(args.data, "train", args.cache))
-    chosen = torch.randperm(len(images))[: args.images]
-    batches = zip(images[chosen].split(args.batch), labels[chosen].split(args.batch), strict=True)
-    model = load_model(args.network, args.vit_weights if args.network == "vit" else None)
-    return model, [(normalise(x, args.network), y) for x, y in batches]
-
-
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """One run in this process, with the version that ``PYTHONPATH`` says."""
-    model, data = problem(args)
+    torch.manual_seed(args.seed)
+    model = load_model(args.network, args.vit_weights if args.network == "vit" else None)
+    data = calibration_batches(args.network, args.data, args.cache, args.images, args.batch, args.seed)
     F.cross_entropy(model(data[0][0]), data[0][1]).backward()
     cpu = torch.device("cpu")
     before = peak_bytes(cpu)

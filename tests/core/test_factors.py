@@ -85,14 +85,16 @@ from capruner.core.factors import cholesky, invert
 from capruner.core.kernels import matrices
 from capruner.core.products import HalfSums
 
-G = torch.randn(150, 3, 97, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-sums = HalfSums(torch.zeros(3, 97, 97, dtype=torch.float64), norms=True)
-sums.add(G, None)
-sums.settle(None)
-F = sums.doubled(slice(0, 3))
-H = torch.empty_like(F)
-invert(F, H)
-torch.save((matrices.ROWS, F, cholesky(F)[0], H), sys.argv[1])
+made = [torch.tensor(matrices.ROWS)]
+for dtype in (torch.float32, torch.float64):
+    sums = HalfSums(torch.zeros(3, 97, 97, dtype=dtype), norms=True)
+    sums.add(torch.randn(150, 3, 97, generator=torch.Generator().manual_seed(0), dtype=dtype), None)
+    sums.settle(None)
+    F = sums.doubled(slice(0, 3))
+    H = torch.empty(F.shape, dtype=dtype)
+    invert(F, H)
+    made += [F, cholesky(F.to(dtype))[0], H]
+torch.save(made, sys.argv[1])
 """
 
 
